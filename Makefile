@@ -1,0 +1,34 @@
+# Every command starts from Python ≥ 3.10, pip and make; what it needs goes into .venv and .vocab, which git ignores.
+
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
+
+.PHONY: run test vocab lint bench
+
+# Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
+run: .venv/installed
+	printf '$(QUICKSTART)' | $(BIN)/python -m qwen_ref.generate
+
+# The vocabulary may be out of reach without network: then the tests that need it say so and are skipped.
+test: .venv/installed
+	-$(BIN)/python examples/fetch_vocabulary.py
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+vocab: .venv/installed
+	$(BIN)/python examples/fetch_vocabulary.py
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed vocab
+	$(BIN)/python examples/bench_tokenizer.py
+	$(BIN)/python examples/bench_loading.py
+
+# torch first, by its pin: a range could pull a build of several GB.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

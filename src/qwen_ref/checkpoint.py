@@ -1,0 +1,282 @@
+"""From a published checkpoint folder to a model: the table of its tensors, their checks, the mapped weights.
+
+A folder holds config.json and either one model.safetensors or several shards with
+model.safetensors.index.json. Everything that can be wrong with it is found from the files' headers, before a
+weight is read, and reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen_ref.config import QwenConfig, read_json_object
+from qwen_ref.model import Qwen
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+# safetensors' names of the dtypes that weights may have.
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_DTYPES.values()}
+
+# Buffers that old exports wrote beside the weights. They follow from the configuration.
+_IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MOST_NAMED = 20  # tensors named per kind of problem; the rest are counted
+
+
+class TensorSpec(NamedTuple):
+    """One tensor: its name in the checkpoint and in the model, its shape, its cut for tensor parallelism."""
+
+    published: str
+    name: str
+    shape: tuple[int, ...]
+    cut: (
+        str | None
+    )  # "rows", "columns", "heads" (the rows of q, of k and of v, each by heads); None: whole everywhere
+
+
+def tensor_table(config: QwenConfig) -> list[TensorSpec]:
+    """Every tensor of a checkpoint with this configuration, in the order in which data flows.
+
+    >>> sum(math.prod(spec.shape) for spec in tensor_table(QwenConfig.preset("72b")))
+    72287920128
+    """
+    D, F, V = config.hidden_size, config.mlp_width, config.vocab_size
+    table = [TensorSpec("transformer.wte.weight", "embed.weight", (V, D), "rows")]
+    for i in range(config.num_hidden_layers):
+        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
+        table += [
+            TensorSpec(f"{theirs}.ln_1.weight", f"{ours}.attn_norm.weight", (D,), None),
+            TensorSpec(f"{theirs}.attn.c_attn.weight", f"{ours}.attn.qkv.weight", (3 * D, D), "heads"),
+            TensorSpec(f"{theirs}.attn.c_attn.bias", f"{ours}.attn.qkv.bias", (3 * D,), "heads"),
+            TensorSpec(f"{theirs}.attn.c_proj.weight", f"{ours}.attn.out.weight", (D, D), "columns"),
+            TensorSpec(f"{theirs}.ln_2.weight", f"{ours}.mlp_norm.weight", (D,), None),
+            # w1 is up and w2 is gate: the reverse of Llama's w1.
+            TensorSpec(f"{theirs}.mlp.w2.weight", f"{ours}.mlp.gate.weight", (F, D), "rows"),
+            TensorSpec(f"{theirs}.mlp.w1.weight", f"{ours}.mlp.up.weight", (F, D), "rows"),
+            TensorSpec(f"{theirs}.mlp.c_proj.weight", f"{ours}.mlp.down.weight", (D, F), "columns"),
+        ]
+    table.append(TensorSpec("transformer.ln_f.weight", "norm.weight", (D,), None))
+    table.append(TensorSpec("lm_head.weight", "lm_head.weight", (V, D), "rows"))
+    return table
+
+
+def load_model(
+    folder: str | Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Qwen:
+    """The model of a published checkpoint folder, in eval mode, without gradients.
+
+    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in. On
+    the CPU,
+    weights that have that dtype already are used where they lie in the mapped file: nothing is read until it
+    is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
+    progress is called with the bytes done and the bytes in all.
+    Raises ValueError with everything that is wrong with the folder.
+    """
+    target = _device(device)
+    config, stored = open_checkpoint(folder)
+    wanted = _dtype(dtype, stored)
+    total, done = sum(tensor.bytes for tensor in stored.values()), 0
+    state: dict[str, Tensor] = {}
+    for spec in tensor_table(config):
+        tensor = stored[spec.published]
+        state[spec.name] = tensor.read().to(device=target, dtype=wanted)
+        done += tensor.bytes
+        if progress is not None:
+            progress(done, total)
+    with torch.device("meta"):  # names and shapes without memory: the weights are put in as they are
+        model = Qwen(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint by its file's header: nothing of its data is read before `read`."""
+
+    file: safe_open
+    published: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _STORED_DTYPES[self.dtype].itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, a view of the mapped file."""
+        return self.file.get_tensor(self.published)
+
+
+def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, StoredTensor]]:
+    """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; --model takes a checkpoint folder with config.json in it")
+    problems: list[str] = []
+    config = None
+    try:
+        config = QwenConfig.from_json(folder / "config.json")
+    except ValueError as error:
+        problems.append(str(error))
+    weight_map, files = _weight_files(folder, problems)
+    found = _read_headers(folder, files, weight_map, problems)
+    if config is not None and files:
+        _compare(tensor_table(config), found, problems, complete=not problems)
+    if problems or config is None:
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise ValueError(f"{folder}: {count}{'; '.join(problems)}")
+    return config, found
+
+
+def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The index's map from tensor to file (empty without an index) and the files to open."""
+    if (folder / INDEX_NAME).exists():
+        try:
+            weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+        except ValueError as error:
+            problems.append(str(error))
+            return {}, []
+        if not isinstance(weight_map, dict) or not weight_map:
+            problems.append(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
+            return {}, []
+        files = sorted({file for file in weight_map.values() if isinstance(file, str)})
+        refused = [file for file in weight_map.values() if not isinstance(file, str)]
+        refused += [file for file in files if not _is_plain_safetensors_name(file)]
+        if refused:
+            problems.append(
+                f"{INDEX_NAME}: weight_map may name only .safetensors files in the folder itself, "
+                f"not {_some(repr(file) for file in refused)}"
+            )
+            return {}, []
+        return weight_map, files
+    if (folder / SINGLE_NAME).exists():
+        return {}, [SINGLE_NAME]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        problems.append(
+            f"{_some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; "
+            "use the safetensors release"
+        )
+    else:
+        problems.append(f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder")
+    return {}, []
+
+
+def _is_plain_safetensors_name(file: str) -> bool:
+    return file.endswith(".safetensors") and not any(separator in file for separator in "/\\:\0")
+
+
+def _read_headers(
+    folder: Path, files: list[str], weight_map: dict[str, str], problems: list[str]
+) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    place: dict[str, str] = {}
+    duplicates = []
+    opened = set()
+    for file in files:
+        problem = unusable_file(folder / file)
+        if problem is None:
+            try:
+                handle = safe_open(folder / file, framework="pt")
+                for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
+                    if name.endswith(_IGNORED_SUFFIXES):
+                        continue
+                    if name in place:
+                        duplicates.append(f"{name} ({place[name]} and {file})")
+                        continue
+                    header = handle.get_slice(name)
+                    found[name] = StoredTensor(handle, name, tuple(header.get_shape()), header.get_dtype())
+                    place[name] = file
+                opened.add(file)
+            except (SafetensorError, OSError) as error:
+                problem = f"not a complete safetensors file ({error}); fetch it again"
+        if problem is not None:
+            problems.append(f"{file}: {problem}")
+    if duplicates:
+        problems.append(f"tensors stored twice: {_some(duplicates)}")
+    misplaced = [
+        f"{name} (not in {file})"
+        for name, file in weight_map.items()
+        if file in opened and place.get(name) != file and not name.endswith(_IGNORED_SUFFIXES)
+    ]
+    if misplaced:
+        problems.append(f"{INDEX_NAME} and the files disagree: {_some(misplaced)}")
+    return found
+
+
+def _compare(
+    table: list[TensorSpec], found: dict[str, StoredTensor], problems: list[str], *, complete: bool
+) -> None:
+    """Adds what the table and the headers disagree on; complete: every file was read, so a gap is a gap."""
+    missing = [spec.published for spec in table if spec.published not in found]
+    if missing and complete:
+        problems.append(f"missing tensors: {_some(missing)}")
+    extra = sorted(found.keys() - {spec.published for spec in table})
+    if extra:
+        problems.append(f"tensors that the configuration has no place for: {_some(extra)}")
+    shaped = [
+        f"{spec.published} is {list(found[spec.published].shape)}, should be {list(spec.shape)}"
+        for spec in table
+        if spec.published in found and found[spec.published].shape != spec.shape
+    ]
+    if shaped:
+        problems.append(f"shapes that contradict config.json: {_some(shaped)}")
+    typed = [
+        f"{spec.published} is {found[spec.published].dtype}"
+        for spec in table
+        if spec.published in found and found[spec.published].dtype not in _STORED_DTYPES
+    ]
+    if typed:
+        problems.append(f"weights must be {', '.join(_STORED_DTYPES)}: {_some(typed)}")
+
+
+def unusable_file(path: Path) -> str | None:
+    """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
+    return None
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _dtype(name: str, stored: dict[str, StoredTensor]) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    kinds = sorted({tensor.dtype for tensor in stored.values()})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
+        )
+    return _STORED_DTYPES[kinds[0]]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    return device

@@ -1,0 +1,96 @@
+"""What every command of the project does alike: messages and progress on stderr, prompts, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Runs a command; its exit code, or 2 for bad input, 130 after Ctrl-C, 141 when stdout was closed."""
+    args = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever the locale says: text may be in any script
+    try:
+        return command(args)
+    except BrokenPipeError:
+        # The reader has gone, as `| head` does. Python would fail once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except (ValueError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+
+
+def say(line: str) -> None:
+    """One line on stderr; stdout carries only results."""
+    print(f"qwen_ref: {line}", file=sys.stderr, flush=True)
+
+
+def bundled_checkpoint() -> Path:
+    """The trained tiny checkpoint that comes with the project: in the package, or in the checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "weights"
+    return installed if installed.is_dir() else here.parents[1] / "weights"
+
+
+def read_prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt from a command's argument, from a file, or from stdin for "-" or neither.
+
+    One newline at the end of a file or of stdin is dropped: `echo` and editors add it.
+    Raises ValueError for what is not UTF-8.
+    """
+    if file is not None:
+        if argument is not None:
+            raise ValueError("the prompt is given twice: as an argument and with --file")
+        source, encoded = str(file), file.read_bytes()
+    elif argument is None or argument == "-":
+        if sys.stdin.isatty():
+            say("reading the prompt from the terminal; end it with Ctrl-D")
+        source, encoded = "stdin", sys.stdin.buffer.read()
+    else:
+        source, encoded = "the prompt", argument.encode("utf-8", "surrogateescape") + b"\n"
+    try:
+        return encoded.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{encoded[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"{source} is not UTF-8 ({where}); convert it first") from None
+
+
+class Progress:
+    """One line on stderr with bytes done and time left, redrawn in a terminal, else repeated every 10 s."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.stream = what, sys.stderr
+        self.interval = 0.1 if self.stream.isatty() else 10.0
+        self.start = self.shown = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown > self.start and self.stream.isatty():
+            print(file=self.stream, flush=True)
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.shown < self.interval:
+            return
+        self.shown = now
+        left = (now - self.start) * (total - done) / max(done, 1)
+        line = f"qwen_ref: {self.what} {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
+        if self.stream.isatty():
+            print(f"\r{line}", end="    ", file=self.stream, flush=True)
+        else:
+            print(line, file=self.stream, flush=True)

@@ -1,0 +1,209 @@
+"""The published config.json of first-generation Qwen, read and checked: what the architecture needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+# Spellings of the early 7B revisions. padded_vocab_size is not here: those files carry it beside vocab_size.
+_EARLY_SPELLINGS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+}
+
+# Keys that change what is computed, with the only value computed here. A file that lacks one means that
+# value.
+_SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
+    "model_type": ("qwen", "only first-generation Qwen is implemented"),
+    "no_bias": (True, "only the q, k, v projection may have a bias"),
+    "tie_word_embeddings": (False, "every first-generation Qwen has its own output head"),
+    "rotary_pct": (1.0, "every dimension of a head is rotated"),
+    "scale_attn_weights": (True, "scores are always divided by the square root of the head size"),
+    "apply_residual_connection_post_layernorm": (False, "residuals are taken before the norm"),
+    "activation": ("swiglu", "the MLP is SwiGLU"),
+    "hidden_act": ("silu", "the MLP is SwiGLU"),
+    "pos_emb": ("rotary", "positions enter by rotation only"),
+    "rope_scaling": (None, "the base is changed by rotary_emb_base and use_dynamic_ntk alone"),
+    "sliding_window": (None, "attention reaches every earlier position"),
+    "quantization_config": (None, "quantised checkpoints are not read; use the bfloat16 or float16 release"),
+}
+
+# Bounds that no Qwen comes near: beyond them a number is a mistake, and taking it seriously would exhaust the
+# memory.
+_LARGEST = {
+    "hidden_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "kv_channels": 2**16,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**28,
+    "seq_length": 2**30,
+}
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """The sizes and constants of one model, under their published names.
+
+    Raises ValueError, naming every field at fault, where values are of the wrong type, out of range or
+    contradict each other.
+
+    >>> QwenConfig.preset("72b").mlp_width
+    24576
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_channels: int  # the size of one head
+    intermediate_size: int  # as published: twice the width of the MLP, gate and up counted together
+    vocab_size: int  # rows of the embedding and of the head: the tokenizer's ids and some padding
+    seq_length: int  # the length trained on; dynamic NTK and LogN act beyond it
+    rotary_emb_base: float
+    layer_norm_epsilon: float
+    use_dynamic_ntk: bool
+    use_logn_attn: bool
+
+    @property
+    def mlp_width(self) -> int:
+        """The real width F of the SwiGLU MLP."""
+        return self.intermediate_size // 2
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> QwenConfig:
+        """Reads a published config.json. Nothing that it names (`auto_map`) is ever imported or executed.
+
+        Raises ValueError for a file that is missing or no JSON object, for missing keys, for another
+        `model_type` and for anything that this project does not compute, always by name.
+        """
+        raw = read_json_object(path)
+        try:
+            return cls(**_architecture(raw))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def preset(cls, size: str) -> QwenConfig:
+        """The published configuration of "1.8b", "7b", "14b" or "72b"."""
+        if size not in _PRESETS:
+            raise ValueError(f"no preset {size!r}; use one of {', '.join(_PRESETS)}")
+        return _PRESETS[size]
+
+    def __post_init__(self) -> None:
+        problems = [
+            problem for field in fields(self) if (problem := _value_problem(field.name, field.type, self))
+        ]
+        if not problems:
+            if self.num_attention_heads * self.kv_channels != self.hidden_size:
+                problems.append(
+                    f"num_attention_heads={self.num_attention_heads} times kv_channels={self.kv_channels} "
+                    f"must be hidden_size={self.hidden_size}"
+                )
+            if self.kv_channels % 2:
+                problems.append(
+                    f"kv_channels={self.kv_channels} must be even: rotation pairs the halves of a head"
+                )
+            if self.use_dynamic_ntk and self.kv_channels == 2:
+                problems.append(
+                    "kv_channels=2 is too small for use_dynamic_ntk, which divides by kv_channels - 2"
+                )
+            if self.intermediate_size % 2:
+                problems.append(
+                    f"intermediate_size={self.intermediate_size} must be even: it counts gate and up together"
+                )
+            if self.use_logn_attn and self.seq_length < 2:
+                problems.append(
+                    f"seq_length={self.seq_length} must be at least 2 for use_logn_attn: log(1) is 0"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def _value_problem(name: str, type_name: str, config: QwenConfig) -> str | None:
+    value = getattr(config, name)
+    if type_name == "bool":
+        return None if isinstance(value, bool) else f"{name}={value!r} must be true or false"
+    if type_name == "int":
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
+            return f"{name}={value!r} must be a whole number from 1 to {_LARGEST[name]}"
+        return None
+    low, high = (0.0, 1.0) if name == "layer_norm_epsilon" else (1.0, 1e12)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+        return f"{name}={value!r} must be a number above {low:g} and at most {high:g}"
+    return None
+
+
+def _architecture(raw: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments from a parsed config.json, early spellings resolved."""
+    model_type = raw.get("model_type", "qwen")
+    if model_type != "qwen":
+        raise ValueError(f'model_type is {model_type!r}; only first-generation Qwen, "qwen", is implemented')
+    problems = [
+        f"{key}={raw[key]!r} is not supported, only {json.dumps(value)}: {reason}"
+        for key, (value, reason) in _SUPPORTED_VALUES.items()
+        if key in raw and raw[key] != value
+    ]
+    kv_heads, heads = raw.get("num_key_value_heads"), raw.get("num_attention_heads", raw.get("n_head"))
+    if kv_heads is not None and kv_heads != heads:
+        problems.append(
+            f"num_key_value_heads={kv_heads!r} is not supported: every query head has its own keys"
+        )
+    values = {field.name: raw[field.name] for field in fields(QwenConfig) if field.name in raw}
+    for early, name in _EARLY_SPELLINGS.items():
+        if early in raw and values.setdefault(name, raw[early]) != raw[early]:
+            problems.append(f"{name}={values[name]!r} and its early spelling {early}={raw[early]!r} disagree")
+    if (
+        "padded_vocab_size" in raw
+    ):  # the rows that the tensors really have; vocab_size beside it may be unpadded
+        values["vocab_size"] = raw["padded_vocab_size"]
+    missing = [
+        field.name for field in fields(QwenConfig) if field.default is MISSING and field.name not in values
+    ]
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return values
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, where there is none."""
+    try:
+        parsed = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path}: holds a JSON {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def _published(
+    layers: int, heads: int, intermediate: int, vocab: int, seq_length: int, base: float, long: bool
+) -> QwenConfig:
+    return QwenConfig(
+        hidden_size=128 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        kv_channels=128,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        seq_length=seq_length,
+        rotary_emb_base=base,
+        layer_norm_epsilon=1e-6,
+        use_dynamic_ntk=not long,
+        use_logn_attn=not long,
+    )
+
+
+_PRESETS = {
+    "1.8b": _published(24, 16, 11008, 151936, 8192, 1e4, long=False),
+    "7b": _published(32, 32, 22016, 151936, 8192, 1e4, long=False),
+    "14b": _published(40, 40, 27392, 152064, 2048, 1e4, long=False),
+    "72b": _published(80, 64, 49152, 152064, 32768, 1e6, long=True),
+}

@@ -1,0 +1,504 @@
+"""The generation loop, and `python -m qwen_ref.generate`: a prompt and a checkpoint folder in, text out.
+
+Prefill puts the whole prompt through the model in one pass and keeps its keys and values; then every token
+costs one pass over a single position. torch is imported inside the functions, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qwen_ref.cli import Progress, bundled_checkpoint, read_prompt, run, say
+from qwen_ref.config import QwenConfig, read_json_object
+from qwen_ref.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from qwen_ref.model import Qwen
+
+
+class Step(NamedTuple):
+    """One generated token and its log-probability under the model, before any sampling parameter acts."""
+
+    token: int
+    logprob: float
+
+
+def generate(
+    model: Qwen,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+) -> Iterator[Step]:
+    """Yields the tokens that continue prompt_ids, one by one; a stop id is the last one yielded.
+
+    temperature 0 is greedy; qwen_ref.sampling explains the others. The same seed gives the same tokens.
+    Raises ValueError for an empty prompt, ids or parameters out of range, and a cache that does not fit.
+
+    >>> ids = tokenizer.encode("冰岛的首都是")
+    >>> tokenizer.decode(step.token for step in generate(model, ids, max_new_tokens=8))
+    '雷克雅未克（Reykjavik）'
+    """
+    sampling = (temperature, top_k, top_p, repetition_penalty)
+    rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids)
+    return (step for (step,) in rows if step is not None)
+
+
+def generate_batch(
+    model: Qwen,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+) -> Iterator[list[Step | None]]:
+    """Continues prompts of any lengths together; yields a step for every row, None for rows that have ended.
+
+    Row i is what `generate` yields for its prompt alone with seed + i: the batch changes its numbers by no
+    more than rounding. Raises what `generate` raises.
+    """
+    import torch
+
+    from qwen_ref.sampling import check_parameters
+
+    check_parameters(temperature, top_k, top_p, repetition_penalty)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
+    V = model.config.vocab_size
+    for row, prompt in enumerate(prompts):
+        outside = [token for token in prompt if not 0 <= token < V]
+        if outside:
+            raise ValueError(f"token id {outside[0]} of prompt {row} is outside the vocabulary, 0 to {V - 1}")
+    B, longest = len(prompts), max(map(len, prompts))
+    device = model.embed.weight.device
+    ids = torch.full((B, longest + max_new_tokens), -1, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt, dtype=torch.int64)
+    mask = (ids[:, :longest] >= 0).long()
+    cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
+    generators = [_generator(device, None if seed is None else seed + row) for row in range(B)]
+    ids, mask = ids.to(device), mask.to(device)
+
+    def steps() -> Iterator[list[Step | None]]:
+        ended = [False] * B
+        for n in range(longest, longest + max_new_tokens):
+            with torch.inference_mode():
+                if n == longest:
+                    states = model.hidden_states(ids[:, :n].clamp(min=0), attention_mask=mask, cache=cache)
+                else:
+                    states = model.hidden_states(ids[:, n - 1 : n], cache=cache)
+                logits = model.lm_head(states[:, -1])  # (B, V): of all positions, only the last one's
+                tokens, logprobs = _choose(
+                    logits, ids[:, :n], temperature, top_k, top_p, repetition_penalty, generators
+                )
+                ids[:, n] = tokens
+            rows: list[Step | None] = []
+            for row, step in enumerate(map(Step, tokens.tolist(), logprobs.tolist())):
+                rows.append(None if ended[row] else step)
+                ended[row] = ended[row] or step.token in stop_ids
+            yield rows
+            if all(ended):
+                return
+
+    return steps()
+
+
+def generate_uncached(
+    model: Qwen,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop_ids: Collection[int] = (),
+) -> Iterator[Step]:
+    """What `generate` yields, the obvious way: for every token, everything so far goes through the model
+    again.
+
+    It is the oracle of the cached loop, and what to read first. The cache that it makes anew each time only
+    states the prompt's length, which fixes dynamic NTK's base for the whole text.
+    """
+    import torch
+
+    ids = torch.tensor([prompt_ids], dtype=torch.int64, device=model.embed.weight.device)
+    generators = [_generator(ids.device, seed)]
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
+            logits = model(ids, cache=cache)[:, -1]
+            tokens, logprobs = _choose(logits, ids, temperature, top_k, top_p, repetition_penalty, generators)
+            ids = torch.cat((ids, tokens[:, None]), dim=1)
+        yield Step(int(tokens), float(logprobs))
+        if int(tokens) in stop_ids:
+            return
+
+
+def _choose(
+    logits: Tensor,
+    previous_ids: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    generators: list[Generator],
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B) drawn from logits (B, V), a generator a row, and their log-probabilities (B)."""
+    import torch
+
+    from qwen_ref.sampling import probabilities
+
+    probs = probabilities(logits, previous_ids, temperature, top_k, top_p, repetition_penalty)
+    if temperature == 0:
+        tokens = probs.argmax(dim=-1)
+    else:
+        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]
+        tokens = torch.cat(draws)
+    wide = logits.to(probs.dtype)
+    chosen = wide.gather(1, tokens[:, None])[:, 0]
+    return tokens, chosen - wide.logsumexp(dim=-1)
+
+
+def _generator(device: Any, seed: int | None) -> Generator:
+    import torch
+
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+class TextStream:
+    """The text of generated steps as it comes: whole characters, up to a stop id or a stop text, which are
+    left out.
+
+    Iterate over it for pieces of text. `steps` are the steps taken so far; `finish_reason` is "stop" or
+    "length" once the iteration has ended by itself, None before.
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        tokenizer: Tokenizer,
+        stop_ids: Collection[int] = (),
+        stop_texts: Collection[str] = (),
+    ) -> None:
+        self.steps: list[Step] = []
+        self.finish_reason: str | None = None
+        self._source = steps
+        self._stop_ids = stop_ids
+        self._decoder = StreamDecoder(tokenizer)
+        self._until = _UntilStop(stop_texts)
+
+    def __iter__(self) -> Iterator[str]:
+        reason = "length"
+        for step in self._source:
+            self.steps.append(step)
+            if step.token in self._stop_ids:
+                reason = "stop"
+                break
+            if text := self._until.push(self._decoder.push(step.token)):
+                yield text
+            if self._until.found:
+                self.finish_reason = "stop"
+                return
+        if text := self.flush():
+            yield text
+        self.finish_reason = "stop" if self._until.found else reason
+
+    def flush(self) -> str:
+        """What is still held back; for an iteration that is given up before its end."""
+        return self._until.push(self._decoder.flush()) + self._until.flush()
+
+
+class _UntilStop:
+    """Lets text through up to the first stop text; holds back what may be the beginning of one."""
+
+    def __init__(self, stop_texts: Collection[str]) -> None:
+        if "" in stop_texts:
+            raise ValueError("a stop text is empty: it would end every text at once")
+        self.found = False
+        self._stop_texts = stop_texts
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        self._held += text
+        starts = [start for stop in self._stop_texts if (start := self._held.find(stop)) >= 0]
+        if starts:
+            self.found = True
+            ready, self._held = self._held[: min(starts)], ""
+            return ready
+        keep = max((_overlap(self._held, stop) for stop in self._stop_texts), default=0)
+        cut = len(self._held) - keep
+        ready, self._held = self._held[:cut], self._held[cut:]
+        return ready
+
+    def flush(self) -> str:
+        ready, self._held = self._held, ""
+        return ready
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of text that stop begins with, short of the whole stop."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
+
+
+# The command
+
+
+class Defaults(NamedTuple):
+    """What a folder's generation_config.json says; what it leaves out has the value that changes nothing."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+
+
+def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
+    """The generation_config.json of a folder, which may lack one; ValueError for values of the wrong type."""
+    path = folder / "generation_config.json"
+    raw = read_json_object(path) if path.exists() else {}
+
+    def value(name: str, default: Any, *kinds: type) -> Any:
+        found = raw.get(name)
+        if found is None:
+            return default
+        if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
+            raise ValueError(
+                f"{path}: {name}={found!r} must be {' or '.join(kind.__name__ for kind in kinds)}"
+            )
+        return found
+
+    end_of_text = tokenizer.special_ids["<|endoftext|>"]
+    eos = value("eos_token_id", end_of_text, int, list)
+    words = [[token] for token in (eos if isinstance(eos, list) else [eos])] + value(
+        "stop_words_ids", [], list
+    )
+    if value("chat_format", "raw", str) == "chatml":
+        words += [[tokenizer.special_ids["<|im_start|>"]], [tokenizer.special_ids["<|im_end|>"]]]
+    if not all(
+        isinstance(word, list) and word and all(type(token) is int for token in word) for word in words
+    ):
+        raise ValueError(f"{path}: eos_token_id and stop_words_ids must hold token ids, not {words!r}")
+    return Defaults(
+        max_new_tokens=value("max_new_tokens", 64, int),
+        temperature=float(value("temperature", 1.0, int, float)) if value("do_sample", False, bool) else 0.0,
+        top_k=value("top_k", 0, int),
+        top_p=float(value("top_p", 1.0, int, float)),
+        repetition_penalty=float(value("repetition_penalty", 1.0, int, float)),
+        stop_ids=frozenset(word[0] for word in words if len(word) == 1),
+        # A stop word of several ids is text that can also be spelled with other ids: it is matched as text.
+        stop_texts=tuple(tokenizer.decode(word) for word in words if len(word) > 1),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen_ref.generate",
+        description="Continue a prompt with a first-generation Qwen checkpoint. "
+        "The text goes to stdout, everything else to stderr.",
+        epilog="Defaults come from the folder's generation_config.json; without one, decoding is greedy.",
+    )
+    add = parser.add_argument
+    add(
+        "prompt",
+        nargs="?",
+        help="the text to continue; - or nothing reads stdin (one newline at its end is dropped)",
+    )
+    add("--file", type=Path, help="read the prompt from this file (one newline at its end is dropped)")
+    add(
+        "--model",
+        type=Path,
+        help="checkpoint folder (default: the tiny trained one that comes with the project)",
+    )
+    add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens")
+    add("--temperature", type=float, metavar="T", help="0 is greedy; 1 samples the model's own distribution")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens; 0 is no limit")
+    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach probability P")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens seen before less likely")
+    add("--seed", type=int, help="the same seed gives the same text (default: a new one, printed)")
+    add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    add(
+        "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in the prompt"
+    )
+    add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
+    add("--json", action="store_true", help="print one JSON object at the end")
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> int:
+    folder = args.model or bundled_checkpoint()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; --model takes a checkpoint folder with config.json in it")
+    prompt = read_prompt(args.prompt, args.file)
+    config = QwenConfig.from_json(folder / "config.json")
+    tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(
+            f"{folder}: qwen.tiktoken has {tokenizer.n_vocab} ids, the model vocab_size={config.vocab_size}"
+        )
+    prompt_ids = tokenizer.encode(prompt, allowed_special="all" if args.allow_special else ())
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; give it as an argument, with --file or on stdin")
+    defaults = read_defaults(folder, tokenizer)
+    settings = {
+        name: getattr(defaults, name) if getattr(args, name) is None else getattr(args, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    }
+    settings["seed"] = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    stop_texts = (*defaults.stop_texts, *args.stop)
+
+    from qwen_ref.checkpoint import load_model
+
+    start = time.perf_counter()
+    with Progress("loading") as progress:
+        model = load_model(folder, args.dtype, args.device, progress=progress.update)
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{folder}: {parameters:,} parameters, {dtype} on {args.device}, {time.perf_counter() - start:.2f} s")
+    say(_describe(settings, sorted(defaults.stop_ids), stop_texts))
+    length = len(prompt_ids) + settings["max_new_tokens"]
+    if length > config.seq_length and not config.use_dynamic_ntk:
+        say(
+            f"note: {length} tokens exceed the {config.seq_length} that this model was trained on; "
+            "the text beyond them will be worse"
+        )
+
+    clock = _Clock()
+    steps = generate(model, prompt_ids, **settings, stop_ids=defaults.stop_ids)
+    stream = TextStream(clock.watch(steps), tokenizer, defaults.stop_ids, stop_texts)
+    text, code = _print_stream(stream, args, tokenizer)
+    if args.json:
+        report = {
+            "prompt": prompt,
+            "text": text,
+            "finish_reason": stream.finish_reason or "interrupted",
+            "tokens": [_token_report(step, tokenizer) for step in stream.steps],
+            "settings": {"dtype": dtype, "device": args.device, **settings, "stop": list(stop_texts)},
+            "prompt_tokens": len(prompt_ids),
+            "prefill_tokens_per_second": clock.prefill_rate(len(prompt_ids)),
+            "decode_tokens_per_second": clock.decode_rate(),
+        }
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+    say(clock.report(len(prompt_ids)))
+    return code
+
+
+def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:
+    """Prints as the options ask while the stream runs; the whole text and the exit code."""
+    text, printed, code = "", 0, 0
+    pieces = iter(stream)
+    while True:
+        try:
+            piece = next(pieces, None)
+        except KeyboardInterrupt:
+            piece, code = stream.flush(), 130
+        text += piece or ""
+        if args.logprobs and not args.json:
+            for step in stream.steps[printed:]:
+                token = _token_report(step, tokenizer)
+                print(
+                    f"{token['logprob']:.6f}\t{token['id']}\t{json.dumps(token['text'], ensure_ascii=False)}"
+                )
+            printed = len(stream.steps)
+        elif not args.json:
+            print(piece or "", end="")
+        sys.stdout.flush()
+        if piece is None or code:
+            break
+    if not args.json and not args.logprobs:
+        print(flush=True)
+    return text, code
+
+
+def _token_report(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"id": step.token, "text": tokenizer.decode([step.token]), "logprob": step.logprob}
+
+
+def _describe(settings: dict[str, Any], stop_ids: list[int], stop_texts: Sequence[str]) -> str:
+    s = settings
+    how = (
+        "greedy"
+        if s["temperature"] == 0
+        else "temperature {temperature:g}, top-k {top_k}, top-p {top_p:g}, seed {seed}"
+    )
+    parts = [how.format(**s), f"at most {s['max_new_tokens']} new tokens"]
+    if s["repetition_penalty"] != 1:
+        parts.append(f"repetition penalty {s['repetition_penalty']:g}")
+    parts.append(f"stop at {', '.join([*map(str, stop_ids), *map(repr, stop_texts)])}")
+    return "; ".join(parts)
+
+
+class _Clock:
+    """Times the steps of a generation: the first is the prefill, each later one a decoded token."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def watch(self, steps: Iterable[Step]) -> Iterator[Step]:
+        self.times = [time.perf_counter()]
+        for step in steps:
+            self.times.append(time.perf_counter())
+            yield step
+
+    def prefill_rate(self, prompt_tokens: int) -> float | None:
+        return prompt_tokens / (self.times[1] - self.times[0]) if len(self.times) > 1 else None
+
+    def decode_rate(self) -> float | None:
+        return (len(self.times) - 2) / (self.times[-1] - self.times[1]) if len(self.times) > 2 else None
+
+    def report(self, prompt_tokens: int) -> str:
+        prefill, decode = self.prefill_rate(prompt_tokens), self.decode_rate()
+        parts = [
+            f"prefill {prompt_tokens} tokens"
+            + (f", {prefill:,.1f} tokens/s" if prefill else ", not finished")
+        ]
+        if decode:
+            parts.append(f"decode {len(self.times) - 1} tokens, {decode:,.1f} tokens/s")
+        return "; ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run)."""
+    return run(_parser(), _generate, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""What first-generation Qwen computes, exactly: a decoder-only transformer, in the order in which data flows.
+
+What differs from Llama:
+- q, k and v come from one fused projection, with the only bias in the model; its rows are stacked [q; k; v].
+- Every query head has its own keys and values: no grouped-query attention.
+- The 72B's rotary embedding has base 1e6 ("extended base"): 24 of a head's 64 pairs of dimensions turn less
+  than once within 32k positions, where base 1e4 leaves 4.
+- The smaller models keep base 1e4 and raise it for prompts beyond the trained length (dynamic NTK), and scale
+  queries there by the logarithm of their position (LogN).
+- The embedding and the output head are two matrices, with more rows than the tokenizer has ids.
+
+What does not: pre-norm residual blocks, RMSNorm, split-half rotation, SwiGLU.
+
+One letter a dimension, here and in every shape comment:
+    B  batch         T  new positions      S  positions attended to: those cached and the T new ones
+    D  hidden size   H  heads              K  size of one head
+    F  MLP width     V  vocabulary
+
+Weights, activations and the cache have the model's dtype. RMSNorm and the rotation work inside in float32, or
+in float64 in a float64 model, where nothing drops below it: that model is the truth for the other dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ref.config import QwenConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019, equation 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(_inner_dtype(x.dtype))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight  # rounded before the weight is applied, as published
+
+
+def _inner_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# Where the tokens stand: computed once per forward pass, used by every layer.
+
+
+class Positions(NamedTuple):
+    """What attention must know of the positions of the T new tokens; rows differ only by padding."""
+
+    cos: Tensor  # (1 or B, T, 1, K)
+    sin: Tensor  # (1 or B, T, 1, K)
+    query_scale: Tensor | None  # (1 or B, T, 1, 1): LogN, in the models that use it
+    mask: Tensor | None  # (1 or B, 1, T, S), True: the query sees the key; None: plainly causal
+
+
+def ntk_alpha(prompt_length: int, seq_length: int) -> int:
+    """Dynamic NTK's α: 1 up to the trained length, then 2^ceil(log2(prompt_length / seq_length) + 1) − 1.
+
+    >>> [ntk_alpha(length, 8192) for length in (100, 8192, 8193, 16384, 16385)]
+    [1, 1, 3, 3, 7]
+    """
+    return max(2 ** math.ceil(math.log2(prompt_length / seq_length) + 1) - 1, 1)
+
+
+def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Radians per position of pair i of dimensions: base^(−2i/K) for i < K/2 → (prompts, K/2).
+
+    Su et al. 2021, section 3.2.2. With dynamic NTK the base is first multiplied by α^(K/(K−2)), which
+    stretches the slowest wavelength by α and leaves the fastest as it is; α belongs to a prompt, not to the
+    model.
+    """
+    K = config.kv_channels
+    exponents = torch.arange(0, K, 2, dtype=dtype) / K
+    rows = []
+    for length in prompt_lengths:
+        base = config.rotary_emb_base
+        if config.use_dynamic_ntk:
+            base *= ntk_alpha(length, config.seq_length) ** (K / (K - 2))
+        rows.append(1.0 / base**exponents)
+    return torch.stack(rows)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of dimensions (i, i + K/2) of x (B, T, H, K) by its angle."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def logn_scale(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
+    """log(p + 1) / log(seq_length) for 0-based positions p beyond the trained length, 1 within it."""
+    scale = torch.log(positions.double() + 1) / math.log(seq_length)
+    return scale.clamp(min=1.0).to(dtype)
+
+
+def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) -> Tensor:
+    """(1 or B, 1, T, S): a query sees its own key and those before it, but no padding of its row."""
+    queries = torch.arange(S - T, S, device=device)[:, None]
+    keys = torch.arange(S, device=device)
+    mask = (keys <= queries)[None, None]
+    if padding is not None:
+        # A padded query sees itself: the softmax over no key at all would be NaN.
+        mask = mask & (keys >= padding[:, None, None, None]) | (keys == queries)
+    return mask
+
+
+class KVCache:
+    """The keys and values of every position so far, allocated once for max_length, owned by the caller.
+
+    It also keeps what belongs to its sequences and not to the model: their padding on the left, and the
+    rotary frequencies that their prompts fixed. Generations with two caches cannot disturb each other.
+    """
+
+    def __init__(
+        self, layers: int, shape: tuple[int, int, int, int], prompt_length: int | None, like: Tensor
+    ) -> None:
+        self.keys = [like.new_empty(shape) for _ in range(layers)]  # (B, H, max_length, K) each
+        self.values = [like.new_empty(shape) for _ in range(layers)]
+        self.batch_size, _, self.max_length, _ = shape
+        self.length = 0  # positions filled
+        self.prompt_length = prompt_length  # None: that of the first call
+        self.padding: Tensor | None = None  # (B,), where any row is padded
+        self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes a layer's T new positions (B, H, T, K), returns all S; the model then moves `length`."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+# The layers
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √K) v for every head, causal (Vaswani et al. 2017, section 3.2.1)."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.head_size = config.kv_channels
+        self.qkv = nn.Linear(D, 3 * D, bias=True)
+        self.out = nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, 3, -1, self.head_size)  # (B, T, 3, H, K)
+        q, k, v = qkv.unbind(dim=2)  # (B, T, H, K) each
+        q = rotate(q, at.cos, at.sin)
+        k = rotate(k, at.cos, at.sin)
+        if at.query_scale is not None:
+            q = q * at.query_scale
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, S, K)
+        causal = at.mask is None and T > 1
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask, is_causal=causal)  # (B, H, T, K)
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·K) → (B, T, D)
+
+
+class MLP(nn.Module):
+    """down(up(x) · silu(gate(x))): SwiGLU (Shazeer 2020, equation 6)."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.mlp_width
+        self.gate = nn.Linear(D, width, bias=False)
+        self.up = nn.Linear(D, width, bias=False)
+        self.down = nn.Linear(width, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * F.silu(self.gate(x)))
+
+
+class Block(nn.Module):
+    """One layer: each half reads the normalised residual stream and adds to it."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), at, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Qwen(nn.Module):
+    """The whole model: token ids (B, T) → logits (B, T, V), position t scoring the token that follows t."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V), in the model's dtype: at every position, of the token that follows it.
+
+        input_ids: (B, T), int64.
+        attention_mask: (B, T), 1 for a token, 0 for padding, which stands on the left only. A padded row
+        gives what it gives alone; logits at padding mean nothing.
+        cache: the T positions are appended to those it holds. One shot, in chunks and token by token are the
+        same computation. It remembers the first call's mask. None is the forward pass of a textbook.
+        Raises ValueError for ids outside the vocabulary, wrong shapes, padding elsewhere and a full cache.
+        """
+        return self.lm_head(self.hidden_states(input_ids, attention_mask, cache))
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What lm_head reads, (B, T, D). Prefill wants no more than lm_head(states[:, -1]): V is large."""
+        self._check(input_ids, attention_mask, cache)
+        at = self._positions(input_ids, attention_mask, cache)
+        x = self.embed(input_ids)  # (B, T, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, at, cache, layer)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return self.norm(x)
+
+    def new_cache(
+        self, batch_size: int = 1, max_length: int = 2048, prompt_length: int | None = None
+    ) -> KVCache:
+        """An empty cache for batch_size rows of up to max_length positions.
+
+        prompt_length: for a prompt that comes in several calls, its length: dynamic NTK fixes the base by it,
+        and takes the first call for the whole prompt otherwise. Memory is 2 · layers · B · max_length · D
+        numbers, which the system gives page by page as they are written (on the CPU). Raises ValueError where
+        that does not fit.
+        """
+        if batch_size < 1 or max_length < 1 or (prompt_length is not None and prompt_length < 1):
+            raise ValueError(f"{batch_size=}, {max_length=} and {prompt_length=} must be at least 1")
+        shape = (batch_size, self.config.num_attention_heads, max_length, self.config.kv_channels)
+        try:
+            return KVCache(len(self.blocks), shape, prompt_length, like=self.embed.weight)
+        except RuntimeError:  # torch's allocators raise it, torch.OutOfMemoryError included
+            size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
+            raise ValueError(
+                f"a cache of {batch_size} × {max_length} positions takes {size / 1e9:,.1f} GB, more than "
+                f"{self.embed.weight.device} has left; lower max_length or the batch size"
+            ) from None
+
+    def _positions(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+    ) -> Positions:
+        T, past = input_ids.shape[1], cache.length if cache is not None else 0
+        device, dtype = input_ids.device, self.embed.weight.dtype
+        if cache is not None and past > 0:
+            padding, frequencies = cache.padding, cache.frequencies
+        else:
+            padding = _left_padding(attention_mask)
+            length = T if cache is None or cache.prompt_length is None else cache.prompt_length
+            lengths = [length] if padding is None else [length - pad for pad in padding.tolist()]
+            frequencies = rotary_frequencies(self.config, lengths, _inner_dtype(dtype)).to(device)
+            if cache is not None:
+                cache.padding, cache.frequencies = padding, frequencies
+
+        positions = torch.arange(past, past + T, device=device)[None]  # (1, T)
+        if padding is not None:  # every row counts from its first token
+            positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
+        angles = positions[:, :, None] * frequencies[:, None]  # (1 or B, T, K/2)
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (1 or B, T, 1, K)
+        query_scale = mask = None
+        if self.config.use_logn_attn:
+            query_scale = logn_scale(positions, self.config.seq_length, dtype)[:, :, None, None]
+        if padding is not None or (past > 0 and T > 1):
+            mask = causal_mask(T, past + T, padding, device)
+        return Positions(angles.cos(), angles.sin(), query_scale, mask)
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids must be int64 of shape (batch, at least one token), not {input_ids.dtype} "
+                f"{tuple(input_ids.shape)}"
+            )
+        low, high, V = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+        if low < 0 or high >= V:
+            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}; positions already cached are not repeated in it"
+            )
+        if cache is None:
+            return
+        B, T = input_ids.shape
+        if cache.batch_size != B:
+            raise ValueError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
+        if cache.length + T > cache.max_length:
+            raise ValueError(
+                f"{T} tokens do not fit behind the {cache.length} cached: the cache holds "
+                f"{cache.max_length}; make it with a larger max_length"
+            )
+        if cache.length > 0 and attention_mask is not None and not attention_mask.bool().all():
+            raise ValueError("padding can only come first: the cache remembers the first attention_mask")
+
+
+def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """How many positions of padding each row of (B, T) begins with → (B,); None where no row has any."""
+    if attention_mask is None or attention_mask.bool().all():
+        return None
+    real = attention_mask.bool()
+    if (real[:, :-1] & ~real[:, 1:]).any() or not real[:, -1].all():
+        raise ValueError(
+            "attention_mask must be 0 … 0 1 … 1 in every row: padding on the left, at least one token"
+        )
+    return (~real).sum(dim=1)

@@ -1,0 +1,84 @@
+"""From logits to probabilities: repetition penalty, temperature, top-k, top-p, in the published order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def probabilities(
+    logits: Tensor,
+    previous_ids: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """What a token is drawn from: logits (B, V) and the ids so far (B, N) → probabilities (B, V), float32 or
+    wider.
+
+    repetition_penalty: logits of ids seen before are divided by it where positive and multiplied where
+    negative (Keskar et al. 2019, section 4.1, with the sign taken into account); ids of -1 stand for nothing.
+    temperature: divides the logits; 0 is greedy, all on the largest.
+    top_k: only the k largest logits stay (more where the k-th is tied); 0 means all.
+    top_p: only the smallest set of likeliest tokens that reaches this probability stays (Holtzman et al.
+    2020, section 3.1), at least one.
+    Raises ValueError for parameters out of range, and for logits that are not finite: those are a fault
+    upstream.
+
+    >>> probabilities(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0]]), top_k=2, repetition_penalty=2.0)
+    tensor([[0.5000, 0.5000, 0.0000]])
+    """
+    check_parameters(temperature, top_k, top_p, repetition_penalty)
+    check_finite(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    V = logits.shape[-1]
+    if repetition_penalty != 1.0 and previous_ids.numel() > 0:
+        # Row V takes the ids of -1 and is dropped again. Repeated ids all write the same penalised value.
+        padded = torch.cat((logits, logits.new_zeros(len(logits), 1)), dim=-1)
+        ids = previous_ids.where(previous_ids >= 0, V)
+        seen = padded.gather(1, ids)
+        seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+        logits = padded.scatter(1, ids, seen)[:, :V]
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), V).to(logits.dtype)
+    logits = logits / temperature
+    if 0 < top_k < V:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ascending, order = logits.sort(dim=-1)
+        reached = ascending.softmax(dim=-1).cumsum(
+            dim=-1
+        )  # probability of each token and all less likely ones
+        cut = reached <= 1.0 - top_p
+        cut[:, -1] = False
+        logits = logits.masked_fill(cut.scatter(1, order, cut), -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+def check_parameters(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
+    """Raises ValueError where a sampling parameter is out of range."""
+    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature={temperature} must be 0 (greedy) or at least 1e-5, where logits do not overflow"
+        )
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (no limit) or a count of tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (no limit)")
+    if not 0 < repetition_penalty < float("inf"):
+        raise ValueError(
+            f"repetition_penalty={repetition_penalty} must be a positive number; 1 changes nothing"
+        )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises ValueError for NaN or infinite logits: sampled, they would pass for text."""
+    if torch.isfinite(logits).all():
+        return
+    nans, infinities = int(logits.isnan().sum()), int(logits.isinf().sum())
+    raise ValueError(
+        f"{nans} NaN and {infinities} infinite among {logits.numel()} logits ({logits.dtype}): nothing was "
+        "sampled. In float16 large activations overflow: use bfloat16 or float32; otherwise check the weights"
+    )

@@ -1,0 +1,267 @@
+"""Qwen's tokenizer by hand: text → NFC → pieces (every digit its own) → UTF-8 bytes, merged pair by pair →
+ids.
+
+    >>> tokenizer = Tokenizer.from_file("qwen.tiktoken")
+    >>> tokenizer.encode("It's 2024")
+    [2132, 594, 220, 17, 15, 17, 19]
+
+The pieces there are `It`, `'s`, ` `, `2`, `0`, `2`, `4`. A piece that is itself a token is taken whole; any
+other starts as single bytes, of which the adjacent pair with the lowest rank is merged first, until no pair
+is a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import operator
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from heapq import heapify, heappop, heappush
+from itertools import chain
+from pathlib import Path
+
+import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
+
+# The published split pattern. \p{N} without a "+" is what makes every digit a piece of its own.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The same pattern for text that is all ASCII, where the standard library's re finds the same pieces twice as
+# fast.
+_ASCII_PATTERN = (
+    PATTERN.replace(r"?\p{L}+", "?[A-Za-z]+")
+    .replace(r"|\p{N}|", "|[0-9]|")
+    .replace(r"\p{L}", "A-Za-z")
+    .replace(r"\p{N}", "0-9")
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+_CACHED_PIECES = 2**16  # pieces remembered; on ordinary text nine in ten that are no token recur
+_LONGEST_CACHED = 64  # characters; longer pieces hardly recur and would make the cache's memory unbounded
+
+
+class Tokenizer:
+    """Text to ids and back, with the vocabulary of one qwen.tiktoken file.
+
+    The special tokens' ids follow those of the file: n_vocab − 208 is <|endoftext|>, 151643 in the published
+    models.
+    """
+
+    def __init__(self, tokens: list[bytes], engine: str = "python") -> None:
+        """tokens: the regular tokens in the order of their ranks. engine: "python", or "tiktoken" for that
+        library's
+        encoder: the same ids, faster where little recurs."""
+        if engine not in ("python", "tiktoken"):
+            raise ValueError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
+        self.special_ids = {token: len(tokens) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.n_vocab = len(tokens) + len(SPECIAL_TOKENS)
+        self._n_regular = len(tokens)
+        self._bytes = tokens + [token.encode() for token in SPECIAL_TOKENS]
+        self._ranks = {token: rank for rank, token in enumerate(tokens)}
+        self._pattern = regex.compile(PATTERN)
+        self._ascii_pattern = re.compile(_ASCII_PATTERN, re.ASCII)
+        self._pieces = _PieceCache(self._ranks)
+        self._tiktoken = None
+        if engine == "tiktoken":
+            import tiktoken
+
+            self._tiktoken = tiktoken.Encoding(
+                "qwen", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens=self.special_ids
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path, engine: str = "python") -> Tokenizer:
+        """Reads a qwen.tiktoken file: per line a token's bytes in base64, a space, its rank.
+
+        Raises ValueError, naming the line, for bad base64 or ranks, for gaps, duplicates and missing single
+        bytes.
+        """
+        return cls(read_ranks(path), engine)
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
+        """Ids of text. allowed_special: "all", or the special tokens that are parsed where text spells them.
+
+        By default none are: `<|endoftext|>` in text becomes the ids of its characters, so that no input can
+        forge one. Unpaired surrogates, which UTF-8 cannot hold, become U+FFFD as published. Raises ValueError
+        for a name in allowed_special that is no special token.
+        """
+        text = unicodedata.normalize("NFC", text)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        allowed = self._allowed(allowed_special)
+        if self._tiktoken is not None:
+            try:
+                return self._tiktoken.encode(text, allowed_special=allowed, disallowed_special=())
+            except ValueError:  # its regex engine gives up on a run of a million spaces; ours does not
+                pass
+        if not allowed:
+            return self._encode_ordinary(text)
+        longest_first = sorted(allowed, key=len, reverse=True)
+        separator = regex.compile("|".join(map(regex.escape, longest_first)))
+        ids, start = [], 0
+        for match in separator.finditer(text):
+            ids += self._encode_ordinary(text[start : match.start()])
+            ids.append(self.special_ids[match.group()])
+            start = match.end()
+        return ids + self._encode_ordinary(text[start:])
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids: their bytes joined, then decoded; what is no valid UTF-8 becomes U+FFFD.
+
+        Raises ValueError for ids that no token has (the model's output has rows beyond them, as padding).
+        """
+        return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
+        """The exact bytes of ids."""
+        tokens = []
+        for token in ids:
+            token = operator.index(token)
+            if not 0 <= token < self.n_vocab:
+                raise ValueError(f"no token has id {token}; ids go from 0 to {self.n_vocab - 1}")
+            if not (skip_special_tokens and token >= self._n_regular):
+                tokens.append(self._bytes[token])
+        return b"".join(tokens)
+
+    def _allowed(self, allowed_special: Collection[str]) -> set[str]:
+        if isinstance(allowed_special, str):
+            if allowed_special != "all":
+                raise ValueError(
+                    f'allowed_special must be "all" or a collection of tokens, not {allowed_special!r}'
+                )
+            return set(SPECIAL_TOKENS)
+        unknown = set(allowed_special) - self.special_ids.keys()
+        if unknown:
+            raise ValueError(
+                f"no special token is named {', '.join(sorted(map(repr, unknown)))}; "
+                "there are <|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
+            )
+        return set(allowed_special)
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        pattern = self._ascii_pattern if text.isascii() else self._pattern
+        return list(chain.from_iterable(map(self._pieces.__getitem__, pattern.findall(text))))
+
+
+class _PieceCache(dict):
+    """piece → its ids. A dict, so that a known piece costs one lookup in C; an unknown one is encoded by
+    __missing__.
+
+    It is bounded: when it is full it starts again.
+    """
+
+    def __init__(self, ranks: dict[bytes, int]) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def __missing__(self, piece: str) -> list[int]:
+        encoded = piece.encode()
+        rank = self._ranks.get(encoded)
+        ids = [rank] if rank is not None else merge_pairs(encoded, self._ranks)
+        if len(piece) <= _LONGEST_CACHED:
+            if len(self) >= _CACHED_PIECES:
+                self.clear()
+            self[piece] = ids
+        return ids
+
+
+def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
+    """Byte-pair encoding of one piece: always merge the adjacent pair whose bytes have the lowest rank, the
+    leftmost of equals, until no pair is a token. O(n log n): the pairs wait in a heap.
+
+    A part is known by where it starts. A merge leaves entries of its neighbours behind in the heap, whose
+    pairs no longer exist; an entry counts only if two parts still make up its bytes.
+    """
+    n = len(piece)
+    end = list(range(1, n + 1))  # of the part that starts here; 0: no part starts here any more
+    before = list(range(-1, n - 1))  # where the part to the left of the one that starts here starts
+    heap = [(rank, i, i + 2) for i in range(n - 1) if (rank := ranks.get(piece[i : i + 2])) is not None]
+    heapify(heap)
+    while heap:
+        _, left, stop = heappop(heap)
+        right = end[left]
+        if right == 0 or right == n or end[right] != stop:
+            continue
+        end[left], end[right] = stop, 0
+        if stop < n:
+            before[stop] = left
+            if (rank := ranks.get(piece[left : end[stop]])) is not None:
+                heappush(heap, (rank, left, end[stop]))
+        if left > 0:
+            start = before[left]
+            if (rank := ranks.get(piece[start:stop])) is not None:
+                heappush(heap, (rank, start, stop))
+    ids, start = [], 0
+    while start < n:
+        ids.append(ranks[piece[start : end[start]]])
+        start = end[start]
+    return ids
+
+
+class StreamDecoder:
+    """Decodes token by token, never half a character: bytes wait until they are whole, or known to be
+    invalid.
+
+    The texts returned, joined, are exactly `decode` of all ids; a real U+FFFD passes at once like any
+    character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """What can be shown once token has come: often its text, sometimes nothing yet."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token], self._skip))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for half a character, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def read_ranks(path: str | Path) -> list[bytes]:
+    """The tokens of a qwen.tiktoken file in the order of their ranks, checked to be 0, 1, 2, …"""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if lines and lines[0].startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in the folder")
+    tokens: dict[int, bytes] = {}
+    line_of: dict[bytes, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank_digits = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_digits)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}, line {number}: not a token in base64, a space and its rank: {line[:60]!r}"
+            ) from None
+        if rank in tokens:
+            raise ValueError(f"{path}, line {number}: rank {rank} is given twice")
+        if token in line_of:
+            raise ValueError(f"{path}, line {number}: the token of line {line_of[token]} again, {token!r}")
+        if not token:
+            raise ValueError(f"{path}, line {number}: a token of no bytes")
+        tokens[rank], line_of[token] = token, number
+    gap = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
+    if gap is not None:
+        raise ValueError(
+            f"{path}: no token has rank {gap}; {len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
+        )
+    bytes_missing = [value for value in range(256) if bytes([value]) not in line_of]
+    if bytes_missing:
+        shown = ", ".join(f"0x{value:02x}" for value in bytes_missing[:8])
+        raise ValueError(
+            f"{path}: {len(bytes_missing)} of the 256 single bytes are no token: {shown} …; is it cut short?"
+        )
+    return [tokens[rank] for rank in range(len(tokens))]
