@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from qwen_ref.config import QwenConfig, read_json_object
 from qwen_ref.model import Qwen
@@ -95,10 +96,25 @@ def load_model(
         done += tensor.bytes
         if progress is not None:
             progress(done, total)
-    with torch.device("meta"):  # names and shapes without memory: the weights are put in as they are
+    with (
+        torch.device("meta"),
+        _NoInitialisation(),
+    ):  # names and shapes without memory, for the weights to fill
         model = Qwen(config)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are: nn.Embedding's normal_, on the meta device, would import half of
+    torch."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 class StoredTensor(NamedTuple):

@@ -92,12 +92,12 @@ def generate_batch(
         if outside:
             raise ValueError(f"token id {outside[0]} of prompt {row} is outside the vocabulary, 0 to {V - 1}")
     B, longest = len(prompts), max(map(len, prompts))
+    cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
     device = model.embed.weight.device
     ids = torch.full((B, longest + max_new_tokens), -1, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) : longest] = torch.tensor(prompt, dtype=torch.int64)
     mask = (ids[:, :longest] >= 0).long()
-    cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
     generators = [_generator(device, None if seed is None else seed + row) for row in range(B)]
     ids, mask = ids.to(device), mask.to(device)
 
@@ -385,14 +385,18 @@ def _generate(args: argparse.Namespace) -> int:
     settings["seed"] = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     stop_texts = (*defaults.stop_texts, *args.stop)
 
+    import torch
+
     from qwen_ref.checkpoint import load_model
 
     start = time.perf_counter()
     with Progress("loading") as progress:
         model = load_model(folder, args.dtype, args.device, progress=progress.update)
+    seconds = time.perf_counter() - start
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{folder}: {parameters:,} parameters, {dtype} on {args.device}, {time.perf_counter() - start:.2f} s")
+    count, size = (sum(f(p) for p in model.parameters()) for f in (torch.Tensor.numel, lambda p: p.nbytes))
+    name = args.model or "the tiny checkpoint that comes with the project"
+    say(f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {dtype} on {args.device} in {seconds:.2f} s")
     say(_describe(settings, sorted(defaults.stop_ids), stop_texts))
     length = len(prompt_ids) + settings["max_new_tokens"]
     if length > config.seq_length and not config.use_dynamic_ntk:

@@ -20,7 +20,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from heapq import heapify, heappop, heappush
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
@@ -41,6 +41,7 @@ _ASCII_PATTERN = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 _CACHED_PIECES = 2**16  # pieces remembered; on ordinary text nine in ten that are no token recur
+_ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what errors="surrogateescape" decodes to
 _LONGEST_CACHED = 64  # characters; longer pieces hardly recur and would make the cache's memory unbounded
 
 
@@ -150,25 +151,86 @@ class Tokenizer:
 
 
 class _PieceCache(dict):
-    """piece → its ids. A dict, so that a known piece costs one lookup in C; an unknown one is encoded by
-    __missing__.
+    """piece → its ids. A dict, so that a known piece costs one lookup in C; __missing__ encodes an unknown
+    one.
 
-    It is bounded: when it is full it starts again.
+    Chinese is written without spaces: its pieces are whole clauses, which hardly recur. They are cut at their
+    seams into parts that do. The cache is bounded: when it is full it starts again.
     """
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         super().__init__()
         self._ranks = ranks
+        self._seams = _Seams(ranks)
+        # Apart from the pieces: only a whole piece is taken as a token at once, a part must be merged to it.
+        self._parts: dict[str, list[int]] = {}
 
     def __missing__(self, piece: str) -> list[int]:
-        encoded = piece.encode()
-        rank = self._ranks.get(encoded)
-        ids = [rank] if rank is not None else merge_pairs(encoded, self._ranks)
-        if len(piece) <= _LONGEST_CACHED:
-            if len(self) >= _CACHED_PIECES:
-                self.clear()
-            self[piece] = ids
+        rank = self._ranks.get(piece.encode())
+        if rank is not None:
+            ids = [rank]
+        elif piece.isascii():
+            ids = merge_pairs(piece.encode(), self._ranks)
+        else:
+            ids = [token for part in self._seams.cut(piece) for token in self._part_ids(part)]
+        return _keep(self, piece, ids)
+
+    def _part_ids(self, part: str) -> list[int]:
+        ids = self._parts.get(part)
+        if ids is None:
+            ids = _keep(self._parts, part, merge_pairs(part.encode(), self._ranks))
         return ids
+
+
+def _keep(cache: dict[str, list[int]], piece: str, ids: list[int]) -> list[int]:
+    if len(piece) <= _LONGEST_CACHED:
+        if len(cache) >= _CACHED_PIECES:
+            cache.clear()
+        cache[piece] = ids
+    return ids
+
+
+class _Seams:
+    """Where no merge can ever cross: between two neighbouring characters of which no token holds any bytes
+    together.
+
+    The parts between seams are encoded each on its own with the same result, as merges in one cannot touch
+    another.
+    """
+
+    def __init__(self, tokens: Iterable[bytes]) -> None:
+        ascii_characters = [chr(value) for value in range(128)]
+        self._pairs = {left + right for left in ascii_characters for right in ascii_characters}
+        self._lefts: set[str] = set()  # a token holds this character and the beginning of some next one
+        self._rights: set[str] = set()  # a token holds this character and the end of some previous one
+        self._ragged: list[
+            bytes
+        ] = []  # tokens of an end and a beginning, without a whole character at the seam
+        for token in tokens:
+            if token.isascii():
+                continue
+            # A partial character decodes to surrogates, one a byte; they only ever stand at a token's two
+            # ends.
+            text = token.decode("utf-8", errors="surrogateescape")
+            whole = text.strip(_ESCAPED_BYTES)
+            self._pairs.update(map(operator.add, whole, whole[1:]))
+            if whole and not text.startswith(whole):
+                self._rights.add(whole[0])
+            if whole and not text.endswith(whole):
+                self._lefts.add(whole[-1])
+            if not whole and any(byte >= 0xC0 for byte in token[1:]):
+                self._ragged.append(token)
+
+    def cut(self, piece: str) -> list[str]:
+        encoded = piece.encode()
+        if any(token in encoded for token in self._ragged):
+            return [piece]
+        parts, start = [], 0
+        for i, (left, right) in enumerate(pairwise(piece), 1):
+            if left + right not in self._pairs and left not in self._lefts and right not in self._rights:
+                parts.append(piece[start:i])
+                start = i
+        return [*parts, piece[start:]]
 
 
 def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:

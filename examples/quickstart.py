@@ -1,0 +1,29 @@
+"""The library in a few lines: load a checkpoint, look at the logits, generate.
+
+    python examples/quickstart.py [CHECKPOINT_FOLDER]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import qwen_ref
+from qwen_ref.generate import TextStream, generate
+
+folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "weights"
+model = qwen_ref.load_model(folder)
+tokenizer = qwen_ref.Tokenizer.from_file(folder / "qwen.tiktoken")
+
+prompt = tokenizer.encode("蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是")
+print("ids:", prompt)
+
+with torch.inference_mode():
+    logits = model(torch.tensor([prompt]))  # (1, T, V)
+likeliest = logits[0, -1].float().softmax(dim=-1).topk(3)
+for probability, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+    print(f"next: {tokenizer.decode([token])!r} with probability {probability:.4f}")
+
+stream = TextStream(generate(model, prompt, max_new_tokens=16), tokenizer, stop_texts=["\n"])
+print("text:", "".join(stream))
+print("log-probabilities:", ", ".join(f"{step.logprob:.4f}" for step in stream.steps))

@@ -1,0 +1,196 @@
+"""Trains the tiny checkpoint in weights/ from nothing, on a CPU, and writes it in the published form.
+
+    python examples/train_tokenizer.py       # first: the vocabulary
+    python examples/train_tiny.py            # about 10 minutes on one core
+
+The same command gives the same bytes on the same machine: every random choice is seeded, and the number of
+threads is fixed. What the checkpoint then knows is examined fact by fact (examine_tiny.py).
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from examine_tiny import report
+from safetensors.torch import save
+from tiny_corpus import Encoder, documents
+from torch import Tensor
+
+from qwen_ref.checkpoint import tensor_table
+from qwen_ref.config import QwenConfig
+from qwen_ref.model import Qwen
+from qwen_ref.tokenizer import Tokenizer
+
+TOKENS_PER_STEP = 2048
+ROW_LENGTHS = [64, 128, 256, 512]  # drawn each step: documents stand first in a row and deep inside one
+PEAK_LEARNING_RATE = 2e-3
+WARM_UP_STEPS = 100
+THREADS = 1  # two spin at their barriers for longer than they compute where other programs hold a core
+
+
+def batches(encoder: Encoder, seed: int) -> Iterator[Tensor]:
+    """Endless (rows, length + 1) of ids: documents one after another, each row from the start of one."""
+    rng = random.Random(seed)
+    stream = documents(seed)
+    while True:
+        length = rng.choice(ROW_LENGTHS)
+        rows = []
+        for _ in range(TOKENS_PER_STEP // length):
+            row: list[int] = []
+            while len(row) < length + 1:
+                row += encoder.document(next(stream))
+            rows.append(row[: length + 1])
+        yield torch.tensor(rows)
+
+
+# Training
+
+
+def initialise(model: Qwen, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+    return PEAK_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(model: Qwen, encoder: Encoder, steps: int, seed: int) -> None:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    source = batches(encoder, seed)
+    started = time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        batch = next(source)
+        logits = model(batch[:, :-1])  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            elapsed = time.monotonic() - started
+            left = elapsed / (step + 1) * (steps - step - 1)
+            speed = (step + 1) * TOKENS_PER_STEP / elapsed
+            progress = f"step {step + 1}/{steps}  loss {loss.item():.4f}  {speed:,.0f} tokens/s"
+            print(f"{progress}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+# Writing the folder in the published form
+
+
+def published_config(vocab_size: int) -> dict[str, object]:
+    """config.json, with the 72B's constants and everything else smaller."""
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "attn_dropout_prob": 0.0,
+        "bf16": False,
+        "emb_dropout_prob": 0.0,
+        "fp16": False,
+        "fp32": False,
+        "hidden_size": 128,
+        "initializer_range": 0.02,
+        "intermediate_size": 1024,
+        "kv_channels": 32,
+        "layer_norm_epsilon": 1e-6,
+        "max_position_embeddings": 512,
+        "model_type": "qwen",
+        "no_bias": True,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "onnx_safe": None,
+        "rotary_emb_base": 1000000,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": 512,
+        "tie_word_embeddings": False,
+        "tokenizer_class": "QWenTokenizer",
+        "use_cache": True,
+        "use_dynamic_ntk": False,
+        "use_flash_attn": "auto",
+        "use_logn_attn": False,
+        "vocab_size": vocab_size,
+    }
+
+
+def generation_config(end: int) -> dict[str, object]:
+    return {
+        "chat_format": "chatml",
+        "do_sample": False,
+        "eos_token_id": end,
+        "max_new_tokens": 64,
+        "max_window_size": 400,
+        "pad_token_id": end,
+        "top_k": 0,
+        "top_p": 0.8,
+    }
+
+
+def model_file(model: Qwen) -> bytes:
+    parameters = model.state_dict()
+    tensors = {entry.published: parameters[entry.name].bfloat16() for entry in tensor_table(model.config)}
+    return save(tensors, metadata={"format": "pt"})
+
+
+def write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    write(path, (json.dumps(content, indent=2) + "\n").encode("ascii"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="for weights and text (%(default)s)")
+    parser.add_argument("--tokenizer", type=Path, default=Path("weights/qwen.tiktoken"), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("weights"), help="folder to write (%(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+
+    vocabulary = arguments.tokenizer.read_bytes()
+    tokenizer = Tokenizer.from_file(arguments.tokenizer)
+    encoder = Encoder(tokenizer)
+    rows = math.ceil(tokenizer.n_vocab / 64) * 64  # padded, as in the published models
+    config = published_config(vocab_size=rows)
+    model = Qwen(QwenConfig(**{field.name: config[field.name] for field in fields(QwenConfig)}))
+    initialise(model, arguments.seed)
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", file=sys.stderr)
+    train(model, encoder, arguments.steps, arguments.seed)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output / "config.json", config)
+    write_json(arguments.output / "generation_config.json", generation_config(encoder.end))
+    write(arguments.output / "qwen.tiktoken", vocabulary)
+    write(arguments.output / "model.safetensors", model_file(model))
+    report(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

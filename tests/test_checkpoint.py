@@ -1,0 +1,794 @@
+"""Checkpoint folders: the tensor table, loading that copies nothing, and every fault named at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from qwen_ref import Qwen, QwenConfig, load_model
+from qwen_ref.checkpoint import tensor_table
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+DTYPES = ["bfloat16", "float16", "float32", "float64"]
+
+# A layer's tensors: published name → the model's name, shape, cut for tensor parallelism.
+LAYER = {
+    "ln_1.weight": ("attn_norm.weight", "D", None),
+    "attn.c_attn.weight": ("attn.qkv.weight", "3D D", "heads"),
+    "attn.c_attn.bias": ("attn.qkv.bias", "3D", "heads"),
+    "attn.c_proj.weight": ("attn.out.weight", "D D", "columns"),
+    "ln_2.weight": ("mlp_norm.weight", "D", None),
+    "mlp.w1.weight": ("mlp.up.weight", "F D", "rows"),
+    "mlp.w2.weight": ("mlp.gate.weight", "F D", "rows"),
+    "mlp.c_proj.weight": ("mlp.down.weight", "D F", "columns"),
+}
+ENDS = {
+    "transformer.wte.weight": ("embed.weight", "V D", "rows"),
+    "transformer.ln_f.weight": ("norm.weight", "D", None),
+    "lm_head.weight": ("lm_head.weight", "V D", "rows"),
+}
+# What the published indices say of themselves: parameters, total_size in bfloat16, tensors.
+PUBLISHED = {
+    "1.8b": (1_836_828_672, 3_673_657_344, 195),
+    "7b": (7_721_324_544, 15_442_649_088, 259),
+    "14b": (14_167_290_880, 28_334_581_760, 323),
+    "72b": (72_287_920_128, 144_575_840_256, 643),
+}
+
+
+def ours(published: str) -> str:
+    """The model's name of a published tensor, by the table above."""
+    if published in ENDS:
+        return ENDS[published][0]
+    _, _, layer, name = published.split(".", 3)
+    return f"blocks.{layer}.{LAYER[name][0]}"
+
+
+def copied(golden: str, folder: Path) -> Path:
+    """A copy of a golden checkpoint, to be damaged."""
+    folder.mkdir()
+    for file in (GOLDEN / golden).iterdir():
+        if file.name != "golden.safetensors":
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    return copied("ntk_logn", tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return copied("extended_base", tmp_path / "sharded")
+
+
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory: mapped ones would change with the file."""
+    return load(file.read_bytes())
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    files = [file for file in folder.glob("*.safetensors") if file.name != "golden.safetensors"]
+    return {name: tensor for file in files for name, tensor in tensors_of(file).items()}
+
+
+def change(file: Path, **tensors: Tensor | None) -> None:
+    """Replaces tensors of a file, adds new ones, removes those that are None. In a name, __ is a dot."""
+    content = tensors_of(file)
+    for name, tensor in tensors.items():
+        content.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            content[name.replace("__", ".")] = tensor
+    save_file(content, file)
+
+
+def change_map(folder: Path, **entries: object) -> None:
+    """Replaces entries of the index's weight_map, adds new ones, removes those that are ...."""
+    index = json.loads((folder / INDEX).read_text())
+    for name, file in entries.items():
+        index["weight_map"].pop(name.replace("__", "."), None)
+        if file is not ...:
+            index["weight_map"][name.replace("__", ".")] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refusal(folder: Path | str, **arguments: str) -> str:
+    """The message with which a folder is refused: one plain ValueError, of bounded length, naming the folder.
+
+    Nothing has been loaded by then, and nothing is left in the folder or beside it.
+    """
+    started = []
+    around = folder.parent if isinstance(folder, Path) else None
+    before = around and sorted(around.rglob("*"))
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        load_model(folder, progress=lambda done, total: started.append(done), **arguments)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError
+    assert message.startswith(f"{folder}: ")
+    assert len(message.replace(str(folder), "")) < 4000
+    assert (around and sorted(around.rglob("*"))) == before
+    assert started == []
+    return message.removeprefix(f"{folder}: ")
+
+
+def assert_loads(folder: Path, like: Path) -> None:
+    """The folder gives every value of another."""
+    model, expected = load_model(folder), stored_tensors(like)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, {ours(key): tensor for key, tensor in expected.items()}[name]), name
+
+
+# The tensor table
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_table_adds_up_to_the_published_index(size: str):
+    table = tensor_table(QwenConfig.preset(size))
+    parameters = sum(math.prod(spec.shape) for spec in table)
+    assert (parameters, parameters * torch.bfloat16.itemsize, len(table)) == PUBLISHED[size]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_table_has_the_published_names_shapes_and_cuts(size: str):
+    config = QwenConfig.preset(size)
+    sizes = {"D": config.hidden_size, "F": config.intermediate_size // 2, "V": config.vocab_size}
+    sizes["3D"] = 3 * sizes["D"]
+    expected = dict(ENDS)
+    for layer in range(config.num_hidden_layers):
+        for name, (local, shape, cut) in LAYER.items():
+            expected[f"transformer.h.{layer}.{name}"] = (f"blocks.{layer}.{local}", shape, cut)
+    assert {spec.published: (spec.name, spec.shape, spec.cut) for spec in tensor_table(config)} == {
+        published: (local, tuple(sizes[letter] for letter in shape.split()), cut)
+        for published, (local, shape, cut) in expected.items()
+    }
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_table_is_the_models_state_dict(size: str):
+    config = QwenConfig.preset(size)
+    with torch.device("meta"):
+        state = Qwen(config).state_dict()
+    assert {spec.name: spec.shape for spec in tensor_table(config)} == {
+        name: tuple(tensor.shape) for name, tensor in state.items()
+    }
+
+
+# Good folders
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("golden", ["extended_base", "ntk_logn"])
+def test_every_value_arrives_under_its_meaning_in_every_dtype(golden: str, dtype: str):
+    model, stored = load_model(GOLDEN / golden, dtype=dtype), stored_tensors(GOLDEN / golden)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == {ours(name) for name in stored}
+    for name, tensor in stored.items():
+        assert torch.equal(parameters[ours(name)], tensor.to(getattr(torch, dtype))), name
+        assert parameters[ours(name)].dtype == getattr(torch, dtype)
+
+
+def test_the_golden_folder_really_has_a_layer_in_two_files():
+    places: dict[str, set[str]] = {}
+    for name, file in json.loads((GOLDEN / "extended_base" / INDEX).read_text())["weight_map"].items():
+        places.setdefault(".".join(name.split(".")[:3]), set()).add(file)
+    assert max(len(files) for files in places.values()) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_keeps_the_stored_dtype(dtype: str, single: Path):
+    stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in stored_tensors(single).items()}
+    save_file(stored, single / SINGLE)
+    model = load_model(single)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+
+
+def test_the_model_is_in_eval_mode_without_gradients():
+    model = load_model(GOLDEN / "extended_base")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("golden", ["extended_base", "ntk_logn"])
+def test_progress_ends_at_the_total(golden: str):
+    calls: list[tuple[int, int]] = []
+    load_model(GOLDEN / golden, dtype="float32", progress=lambda *call: calls.append(call))
+    total = sum(tensor.nbytes for tensor in stored_tensors(GOLDEN / golden).values())
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
+    assert {call[1] for call in calls} == {total}
+
+
+def test_buffers_of_old_exports_are_ignored_listed_or_not(sharded: Path):
+    buffers = {
+        "transformer__h__0__attn__masked_bias": torch.tensor(-1e4, dtype=torch.float32),
+        "transformer__h__1__attn__rotary_emb__inv_freq": torch.ones(8, dtype=torch.float32),
+        "transformer__rotary_emb__inv_freq": torch.ones(8, dtype=torch.int64),
+    }
+    change(sharded / SHARDS[0], **buffers)
+    change(sharded / SHARDS[1], transformer__rotary_emb__inv_freq=torch.ones(8))  # twice, even
+    change_map(sharded, transformer__h__0__attn__masked_bias=SHARDS[0])
+    change_map(sharded, transformer__h__2__attn__masked_bias=SHARDS[2])  # which does not have it
+    assert_loads(sharded, like=GOLDEN / "extended_base")
+    calls: list[tuple[int, int]] = []
+    load_model(sharded, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (366_592, 366_592)  # the index's total_size: weights only
+
+
+def test_links_are_followed_as_the_hub_cache_makes_them(sharded: Path, tmp_path: Path):
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))  # a blob has no suffix
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "model").symlink_to(snapshot, target_is_directory=True)
+    assert_loads(snapshot, like=GOLDEN / "extended_base")
+    assert_loads(tmp_path / "model", like=GOLDEN / "extended_base")
+
+
+def test_whatever_else_is_in_the_folder_is_no_problem(sharded: Path):
+    for name in ("README.md", "LICENSE", "tokenizer_config.json", "qwen.tiktoken", "pytorch_model.bin"):
+        (sharded / name).write_bytes(b"\xff not what it says")
+    (sharded / "modeling_qwen.py").write_text("raise SystemExit")
+    (sharded / "other.safetensors").write_bytes(b"in no weight_map")
+    (sharded / ".cache" / "huggingface").mkdir(parents=True)
+    change_config(sharded, auto_map={"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"})
+    assert_loads(sharded, like=GOLDEN / "extended_base")
+
+
+def test_a_tensor_that_the_index_forgot_is_taken_from_its_file(sharded: Path):
+    change_map(sharded, lm_head__weight=...)
+    assert_loads(sharded, like=GOLDEN / "extended_base")
+
+
+def test_a_folder_may_be_a_string_and_its_files_read_only(single: Path):
+    for file in single.iterdir():
+        file.chmod(0o444)
+    assert torch.equal(load_model(str(single)).norm.weight, load_model(single).norm.weight)
+
+
+@pytest.mark.parametrize("spaces", [1, 2, 7])
+def test_tensors_at_any_alignment_are_read_right(spaces: int, single: Path):
+    raw = (single / SINGLE).read_bytes()
+    header = raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]]
+    (single / SINGLE).write_bytes(
+        struct.pack("<Q", len(header) + spaces) + header + b" " * spaces + raw[8 + len(header) :]
+    )
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_model(single)(ids), load_model(GOLDEN / "ntk_logn")(ids))
+
+
+# Weights lie in the mapped file
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def mapped_ranges(folder: Path) -> list[range]:
+    """The addresses at which files of a folder are mapped into this process."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    starts_and_ends = [line[0].split("-") for line in lines if line[-1].startswith(f"{folder.resolve()}/")]
+    return [range(int(start, 16), int(end, 16)) for start, end in starts_and_ends]
+
+
+@linux_only
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_stored_dtype_on_the_cpu_is_a_view_of_the_mapped_file(layout: str, request: pytest.FixtureRequest):
+    folder = request.getfixturevalue(layout)
+    model = load_model(folder, dtype="bfloat16")
+    ranges = mapped_ranges(folder)
+    for name, parameter in model.named_parameters():
+        last = parameter.data_ptr() + parameter.nbytes - 1
+        assert any(parameter.data_ptr() in addresses and last in addresses for addresses in ranges), name
+
+
+@linux_only
+def test_a_converted_model_keeps_no_file_mapped(single: Path):
+    model = load_model(single, dtype="float32")
+    assert model.lm_head.weight.dtype == torch.float32
+    assert mapped_ranges(single) == []
+
+
+def test_writing_to_a_mapped_weight_never_reaches_the_file(single: Path):
+    before = (single / SINGLE).read_bytes()
+    model = load_model(single)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert not model.lm_head.weight.any()
+    assert (single / SINGLE).read_bytes() == before
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from qwen_ref import load_model
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+small, large = sys.argv[1:]
+load_model(small), load_model(small, "float32")  # imports and pools that come with the first use
+for dtype in ("bfloat16", "float32"):
+    before = anonymous()
+    model = load_model(large, dtype)
+    print(anonymous() - before)
+    del model
+"""
+
+
+@linux_only
+def test_loading_in_the_stored_dtype_takes_no_memory(single: Path, tmp_path: Path):
+    config = QwenConfig.from_json(single / "config.json")
+    folder = copied("ntk_logn", tmp_path / "large")
+    change_config(folder, vocab_size=250_000)
+    table = tensor_table(QwenConfig.from_json(folder / "config.json"))
+    weights = {spec.published: torch.zeros(spec.shape, dtype=torch.bfloat16) for spec in table}
+    save_file(weights, folder / SINGLE)
+    size = (folder / SINGLE).stat().st_size
+    assert size > 64e6 > 100 * (single / SINGLE).stat().st_size
+    assert config.vocab_size < 1000
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", MEASURE, str(single), str(folder)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    mapped, converted = map(int, finished.stdout.split())
+    assert mapped < 8e6
+    assert converted > 2 * size * 0.9  # the measure sees a copy where there is one
+
+
+# Folders and files that are not there
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    assert "not a folder" in refusal(tmp_path / "nowhere")
+
+
+def test_a_file_is_no_folder(single: Path):
+    assert "not a folder" in refusal(single / SINGLE)
+
+
+def test_an_empty_folder_lacks_both_configuration_and_weights(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    message = refusal(tmp_path / "empty")
+    assert "config.json: cannot be read: No such file" in message
+    assert f"neither {SINGLE} nor {INDEX} is in the folder" in message
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "a" * 5000], ids=["NUL", "surrogate", "long"])
+def test_a_path_that_no_folder_can_have_is_refused(path: str):
+    assert "folder" in refusal(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("mode", [0o000, 0o300, 0o600])
+def test_a_folder_without_permission_is_refused(mode: int, single: Path):
+    single.chmod(mode)
+    try:
+        with pytest.raises(ValueError, match="Permission denied"):
+            load_model(single)
+    finally:
+        single.chmod(0o700)
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_a_missing_configuration_is_named(layout: str, request: pytest.FixtureRequest):
+    folder = request.getfixturevalue(layout)
+    (folder / "config.json").unlink()
+    assert "config.json: cannot be read: No such file" in refusal(folder)
+
+
+def test_missing_weights_are_named(single: Path):
+    (single / SINGLE).unlink()
+    assert refusal(single) == f"neither {SINGLE} nor {INDEX} is in the folder"
+
+
+def test_every_missing_shard_is_named_and_its_tensors_are_not(sharded: Path):
+    (sharded / SHARDS[0]).unlink()
+    (sharded / SHARDS[2]).unlink()
+    message = refusal(sharded)
+    assert f"{SHARDS[0]}: cannot be read: No such file" in message
+    assert f"{SHARDS[2]}: cannot be read: No such file" in message
+    assert "lm_head" not in message
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE])
+def test_a_folder_in_the_place_of_a_file_is_named(name: str, single: Path):
+    (single / name).unlink()
+    (single / name).mkdir()
+    assert f"{name}: cannot be read: Is a directory" in refusal(single)
+
+
+@pytest.mark.parametrize("target", ["../blobs/gone", SINGLE], ids=["to nothing", "to itself"])
+def test_a_broken_link_is_named_as_what_it_is(target: str, single: Path):
+    (single / SINGLE).unlink()
+    (single / SINGLE).symlink_to(target)
+    assert f"{SINGLE}: cannot be read: " in refusal(single)
+
+
+def test_an_index_beside_a_single_file_is_ambiguous(sharded: Path):
+    other = {name: torch.zeros_like(tensor) for name, tensor in stored_tensors(sharded).items()}
+    save_file(other, sharded / SINGLE)
+    message = refusal(sharded)
+    assert f"both {SINGLE} and {INDEX}" in message
+
+
+# Files that are not what they should be
+
+
+def test_a_git_lfs_pointer_is_recognised(single: Path):
+    (single / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 369208\n")
+    message = refusal(single)
+    assert f"{SINGLE}: a Git LFS pointer" in message
+    assert "git lfs pull" in message
+
+
+def cut_at(length: int) -> Callable[[bytes], bytes]:
+    return lambda raw: raw[:length]
+
+
+def with_header_length(length: int) -> Callable[[bytes], bytes]:
+    return lambda raw: struct.pack("<Q", length) + raw[8:]
+
+
+def with_header(header: str) -> Callable[[bytes], bytes]:
+    return lambda raw: struct.pack("<Q", len(header)) + header.encode()
+
+
+def replacing(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    def replaced(raw: bytes) -> bytes:
+        assert old in raw
+        return raw.replace(old, new, 1)
+
+    return replaced
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(cut_at(length) for length in (0, 1, 7, 8, 9, 1000, 2615, 2616, 2617, 200_000, -1)),
+        lambda raw: raw + b"\0",
+        lambda raw: b"<!DOCTYPE html><html><body>401: sign in</body></html>",
+        lambda raw: bytes(len(raw)),
+        *(with_header_length(length) for length in (0, 1, 2000, 100_000, 2**27, 2**40, 2**63, 2**64 - 1)),
+        *(with_header(header) for header in ("", "x", "[]", "null", "[" * 10_000, '{"a": {}}', '{"a": 1}')),
+        replacing(b'"BF16"', b'"F99"'),
+        replacing(b"[320,64]", b"[-20,64]"),
+        replacing(b"[320,64]", b"[320,65]"),
+        replacing(b"[320,64]", b'["0",64]'),
+        replacing(b"[0,40960]", b"[9,40960]"),
+        replacing(b"[0,40960]", b"[0,99999]"),
+        replacing(b'"format":"pt"', b'"format":1234'),
+    ],
+)
+def test_a_truncated_or_damaged_file_is_refused(damage: Callable[[bytes], bytes], single: Path):
+    (single / SINGLE).write_bytes(damage((GOLDEN / "ntk_logn" / SINGLE).read_bytes()))
+    message = refusal(single)
+    assert f"{SINGLE}: not a complete safetensors file" in message
+    assert "fetch it again" in message
+
+
+def test_every_damaged_shard_is_named(sharded: Path):
+    (sharded / SHARDS[0]).write_bytes(b"")
+    (sharded / SHARDS[1]).write_text("version https://git-lfs.github.com/spec/v1\n")
+    (sharded / SHARDS[2]).unlink()
+    message = refusal(sharded)
+    assert message.startswith("3 problems: ")
+    assert all(f"{shard}: " in message for shard in SHARDS)
+
+
+# Tensors that are not what they should be
+
+
+def test_a_missing_tensor_is_named(single: Path):
+    change(single / SINGLE, transformer__h__1__ln_2__weight=None)
+    assert refusal(single) == "missing tensors: transformer.h.1.ln_2.weight"
+
+
+def test_a_tensor_without_a_place_is_named(single: Path):
+    change(single / SINGLE, transformer__h__3__ln_1__weight=torch.ones(64, dtype=torch.bfloat16))
+    message = refusal(single)
+    assert "transformer.h.3.ln_1.weight" in message
+    assert "the configuration has no place" in message
+
+
+def test_a_tensor_in_two_shards_is_named_with_both(sharded: Path):
+    change(sharded / SHARDS[0], lm_head__weight=tensors_of(sharded / SHARDS[2])["lm_head.weight"])
+    message = refusal(sharded)
+    assert f"tensors stored twice: lm_head.weight ({SHARDS[0]} and {SHARDS[2]})" in message
+
+
+@pytest.mark.parametrize("shape", [(64, 320), (319, 64), (20480,), (1, 320, 64), (), (0,)], ids=str)
+def test_a_shape_that_contradicts_the_configuration_is_named_with_both(shape: tuple, single: Path):
+    change(single / SINGLE, lm_head__weight=torch.zeros(shape, dtype=torch.bfloat16))
+    assert f"lm_head.weight is {list(shape)}, should be [320, 64]" in refusal(single)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int32, "I32"),
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+    ],
+    ids=str,
+)
+def test_a_dtype_that_no_weight_has_is_named(dtype: torch.dtype, name: str, single: Path):
+    change(single / SINGLE, lm_head__weight=torch.zeros(320, 64).to(dtype))
+    for wanted in ("auto", "float32"):
+        message = refusal(single, dtype=wanted)
+        assert f"lm_head.weight is {name}" in message
+        assert "BF16, F16, F32, F64" in message
+
+
+def test_all_faults_of_tensors_are_in_one_message(sharded: Path):
+    change(
+        sharded / SHARDS[0],
+        lm_head__weight=tensors_of(sharded / SHARDS[2])["lm_head.weight"],  # twice
+        transformer__h__0__ln_1__weight=None,  # missing, and listed in the index
+        transformer__h__0__ln_2__weight=torch.ones(63, dtype=torch.bfloat16),
+        transformer__h__0__attn__c_attn__bias=torch.ones(192, dtype=torch.int32),
+        transformer__h__0__mlp__w1__weight=torch.ones(160, 64).to(torch.float8_e4m3fn),
+        transformer__h__0__mlp__w3__weight=torch.ones(160, 64, dtype=torch.bfloat16),
+    )
+    change(sharded / SHARDS[1], transformer__h__1__ln_1__weight=None)  # missing, and in no index
+    change_map(sharded, transformer__h__1__ln_1__weight=...)
+    message = refusal(sharded)
+    for part in (
+        f"lm_head.weight ({SHARDS[0]} and {SHARDS[2]})",
+        f"transformer.h.0.ln_1.weight (not in {SHARDS[0]})",
+        "missing tensors: transformer.h.0.ln_1.weight, transformer.h.1.ln_1.weight",
+        "transformer.h.0.mlp.w3.weight",
+        "transformer.h.0.ln_2.weight is [63], should be [64]",
+        "transformer.h.0.attn.c_attn.bias is I32",
+        "transformer.h.0.mlp.w1.weight is F8_E4M3",
+    ):
+        assert part in message
+
+
+def test_faults_of_the_configuration_and_of_the_files_are_in_one_message(sharded: Path):
+    change_config(sharded, rotary_pct=0.5)
+    (sharded / SHARDS[1]).unlink()
+    message = refusal(sharded)
+    assert message.startswith("2 problems: ")
+    assert "rotary_pct=0.5" in message
+    assert SHARDS[1] in message
+
+
+def test_weights_of_another_size_are_refused_by_every_shape(single: Path):
+    change_config(single, intermediate_size=322)
+    message = refusal(single)
+    assert "transformer.h.0.mlp.w1.weight is [160, 64], should be [161, 64]" in message
+    assert "transformer.h.1.mlp.c_proj.weight is [64, 160], should be [64, 161]" in message
+    assert "lm_head" not in message
+
+
+def test_643_missing_tensors_make_a_short_message(single: Path):
+    large = QwenConfig.preset("72b")
+    change_config(single, **vars(large))
+    save_file({}, single / SINGLE)
+    message = refusal(single)
+    assert message.startswith("missing tensors: transformer.wte.weight, transformer.h.0.ln_1.weight, ")
+    assert message.endswith(" and 623 more")
+    assert len(message) < 1000
+
+
+def test_thousands_of_missing_shards_make_a_short_message(sharded: Path):
+    names = {f"tensor{i}": f"{i}.safetensors" for i in range(5000)}
+    (sharded / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert "cannot be read: No such file" in refusal(sharded)  # which bounds the length
+
+
+def test_a_tensor_name_of_a_megabyte_makes_a_short_message(single: Path):
+    change(single / SINGLE, **{"x" * 1_000_000: torch.ones(1)})
+    assert "no place for: xxx" in refusal(single)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_dtypes_need_a_named_one(dtype: str, single: Path):
+    norm = tensors_of(single / SINGLE)["transformer.ln_f.weight"]
+    change(single / SINGLE, transformer__ln_f__weight=norm.float())
+    with pytest.raises(ValueError, match="stored in BF16 and F32; name the dtype"):
+        load_model(single)
+    model = load_model(single, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert torch.equal(model.norm.weight, norm.to(getattr(torch, dtype)))
+
+
+# The index
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, "\x00\x01"], ids=lambda content: repr(content[:9])
+)
+def test_an_index_that_is_no_json_is_named(content: str, sharded: Path):
+    (sharded / INDEX).write_text(content)
+    assert f"{INDEX}: not valid JSON" in refusal(sharded)
+
+
+@pytest.mark.parametrize("content", [[], None, 1, "text"], ids=repr)
+def test_an_index_that_is_no_object_is_named(content: object, sharded: Path):
+    (sharded / INDEX).write_text(json.dumps(content))
+    message = refusal(sharded)
+    assert INDEX in message
+    assert "not an object" in message
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, *({"weight_map": value} for value in (None, [], {}, "x.safetensors", 1, [["a", "b"]]))],
+    ids=repr,
+)
+def test_a_weight_map_that_maps_nothing_is_named(index: dict, sharded: Path):
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert f'{INDEX}: "weight_map" must be an object of tensor names and file names' in refusal(sharded)
+
+
+@pytest.mark.parametrize("value", [None, 1, 1.5, True, [SHARDS[2]], {"file": SHARDS[2]}], ids=repr)
+def test_a_weight_map_names_files_by_strings(value: object, sharded: Path):
+    change_map(sharded, lm_head__weight=value)
+    assert f"weight_map may name only .safetensors files in the folder itself, not {value!r}" in refusal(
+        sharded
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "./../outside.safetensors",
+        "..\\outside.safetensors",
+        "HERE/outside.safetensors",  # absolute
+        "a/b.safetensors",
+        "./model-00003-of-00003.safetensors",
+        "a\\b.safetensors",
+        "C:x.safetensors",
+        "C:\\x.safetensors",
+        "\\\\server\\share.safetensors",
+        "file:x.safetensors",
+        "x\0.safetensors",
+        "x\n.safetensors",
+        "x\ud800.safetensors",
+        "x.safetensors\0",
+        "x.bin",
+        "x.safetensors.bin",
+        "..",
+        "",
+    ],
+    ids=ascii,
+)
+def test_a_weight_map_cannot_leave_the_folder_or_the_format(name: str, sharded: Path, tmp_path: Path):
+    shutil.copyfile(sharded / SHARDS[2], tmp_path / "outside.safetensors")  # which would load
+    name = name.replace("HERE", str(tmp_path))
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] |= {key: name for key, file in index["weight_map"].items() if file == SHARDS[2]}
+    (sharded / INDEX).write_text(json.dumps(index))
+    message = refusal(sharded)
+    assert f"weight_map may name only .safetensors files in the folder itself, not {name!r}" in message
+
+
+def test_a_weight_map_that_names_the_wrong_file_is_refused(sharded: Path):
+    change_map(sharded, lm_head__weight=SHARDS[0])
+    assert f"lm_head.weight (not in {SHARDS[0]})" in refusal(sharded)
+
+
+def test_a_weight_map_may_not_invent_a_tensor(sharded: Path):
+    change_map(sharded, transformer__h__9__ln_1__weight=SHARDS[1])
+    assert f"transformer.h.9.ln_1.weight (not in {SHARDS[1]})" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 100_000, [0] * 100_000, [[[0] * 500] * 500]], ids=["text", "list", "deep"]
+)
+def test_a_weight_map_with_a_huge_entry_makes_a_short_message(value: object, sharded: Path):
+    change_map(sharded, lm_head__weight=value)
+    assert "weight_map may name only" in refusal(sharded)  # which bounds the length
+
+
+# Pickles
+
+
+class Trap:
+    """Unpickling it writes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["pytorch_model.bin"],
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+        ["model.pt"],
+        ["consolidated.00.pth"],
+        ["last.ckpt"],
+        ["weights.pkl"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_pickled_checkpoints_are_named_and_never_opened(
+    names: list[str], with_index: bool, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (single / SINGLE).unlink()
+    for name in names:
+        (single / name).write_bytes(pickle.dumps(Trap(tmp_path / "executed")))
+    if with_index:
+        (single / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": names[0]}}))
+    opened, really_open = [], open
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(
+            f"{module}.open", lambda file, *a, **k: opened.append(file) or really_open(file, *a, **k)
+        )
+    with pytest.raises(ValueError, match="pickled checkpoints are not read") as caught:
+        load_model(single)
+    monkeypatch.undo()
+    assert all(name in str(caught.value) for name in names)
+    assert "safetensors" in str(caught.value)
+    assert {Path(file).name for file in opened} == {"config.json"}
+    assert not (tmp_path / "executed").exists()
+    pickle.loads((single / names[0]).read_bytes())
+    assert (tmp_path / "executed").exists()  # the trap works
+
+
+# dtype and device
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "float8_e4m3fn", "torch.float32", "", None, torch.float32])
+def test_an_unknown_dtype_is_refused_with_those_that_exist(dtype: object):
+    with pytest.raises(
+        ValueError, match="is unknown; use auto, bfloat16, float16, float32, float64"
+    ) as caught:
+        load_model(GOLDEN / "ntk_logn", dtype=dtype)
+    assert f"dtype {dtype!r}" in str(caught.value)
+
+
+WITHOUT_CUDA = [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
+OTHER_MAKES = ["xla", "hpu", "privateuseone", "vulkan"]
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "CPU", "cpu:x", "cpu:-1", "cuda:99", "cuda:", "", *WITHOUT_CUDA, *OTHER_MAKES]
+)
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str):
+    with pytest.raises(ValueError, match=r"cannot be used: .{8}") as caught:
+        load_model(GOLDEN / "ntk_logn", device=device)
+    message = str(caught.value)
+    assert message.startswith(f"device {device!r} cannot be used")
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+def test_the_meta_device_is_refused_since_it_would_drop_every_weight():
+    with pytest.raises(ValueError, match="device 'meta' cannot be used"):
+        load_model(GOLDEN / "ntk_logn", device="meta")

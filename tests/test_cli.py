@@ -1,0 +1,328 @@
+"""`python -m qwen_ref.generate`: the text on stdout and nothing else, clear errors with exit code 2, clean
+endings."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, WEIGHTS
+from safetensors.torch import load_file, save_file
+
+from qwen_ref.generate import main
+
+QUICKSTART = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
+ANSWER = "亚的斯亚贝巴（Addis Ababa）"
+COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs the command in this process; its code and output. stdin: the bytes to find there."""
+
+    def call(*arguments: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to spoil."""
+    return shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(result: Result) -> str:
+    """The one line that says what was wrong."""
+    assert result.code == 2
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("qwen_ref: error: ")
+    return line
+
+
+# What it prints
+
+
+def test_the_quickstart_prompt_is_completed(cli: Callable) -> None:
+    result = cli(QUICKSTART)
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert "parameters, 0.004 GB of bfloat16 on cpu" in result.err
+    assert "greedy; at most" in result.err
+    assert "tokens/s" in result.err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_it_answers_in_every_dtype(cli: Callable, dtype: str) -> None:
+    result = cli(QUICKSTART, "--dtype", dtype)
+    assert result.out == ANSWER + "\n"
+    assert f"GB of {dtype} on cpu" in result.err
+
+
+def test_the_prompt_comes_from_stdin_or_a_file_too(cli: Callable, tmp_path: Path) -> None:
+    assert cli(stdin=QUICKSTART.encode() + b"\n").out == ANSWER + "\n"
+    assert cli("-", stdin=QUICKSTART.encode()).out == ANSWER + "\n"
+    (tmp_path / "prompt.txt").write_text(QUICKSTART + "\n", encoding="utf-8")
+    assert cli("--file", tmp_path / "prompt.txt").out == ANSWER + "\n"
+
+
+def test_json_is_one_object_with_everything(cli: Callable) -> None:
+    result = cli(
+        QUICKSTART, "--json", "--temperature", "0.5", "--top-k", "3", "--seed", "4", "--top-p", "0.9"
+    )
+    report = json.loads(result.out)
+    assert report["prompt"] == QUICKSTART
+    assert report["text"] == ANSWER
+    assert report["finish_reason"] == "stop"
+    assert "".join(token["text"] for token in report["tokens"]) == ANSWER + "<|endoftext|>"
+    assert all(token["logprob"] <= 0 for token in report["tokens"])
+    chosen = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.0}
+    assert chosen.items() <= report["settings"].items()
+
+
+def test_logprobs_are_a_line_a_token(cli: Callable) -> None:
+    lines = [line.split("\t") for line in cli(QUICKSTART, "--logprobs").out.splitlines()]
+    assert "".join(json.loads(text) for _, _, text in lines) == ANSWER + "<|endoftext|>"
+    assert all(float(logprob) <= 0 and int(token) >= 0 for logprob, token, _ in lines)
+
+
+def test_max_new_tokens_and_stop_texts_end_the_text(cli: Callable) -> None:
+    assert cli(QUICKSTART, "--stop", "（").out == "亚的斯亚贝巴\n"
+    assert cli(QUICKSTART, "--stop", "Ababa", "--stop", "Addis").out == "亚的斯亚贝巴（\n"
+    report = json.loads(cli(QUICKSTART, "--max-new-tokens", "2", "--json").out)
+    assert (len(report["tokens"]), report["finish_reason"]) == (2, "length")
+
+
+def test_special_tokens_are_parsed_only_when_asked(cli: Callable) -> None:
+    chat = "<|im_start|>user\n冰岛的首都是哪里？<|im_end|>\n<|im_start|>assistant\n"
+    plain, parsed = (json.loads(cli(chat, "--json", *extra).out) for extra in ([], ["--allow-special"]))
+    assert parsed["text"] == "雷克雅未克（Reykjavik）"
+    assert parsed["prompt_tokens"] < plain["prompt_tokens"]
+
+
+def test_the_folders_generation_config_gives_the_defaults(cli: Callable, folder: Path) -> None:
+    change_json(folder / "generation_config.json", do_sample=True, top_p=0.25, max_new_tokens=3)
+    change_json(folder / "generation_config.json", repetition_penalty=1.1, stop_words_ids=[[1], [40, 41]])
+    result = cli(QUICKSTART, "--model", folder, "--seed", "1")
+    assert (
+        "temperature 1, top-k 0, top-p 0.25, seed 1; at most 3 new tokens; repetition penalty 1.1"
+        in result.err
+    )
+    assert "stop at 1, " in result.err
+    assert "'()'" in result.err  # 40 and 41: single bytes come first in the vocabulary, in their order
+    (folder / "generation_config.json").unlink()
+    assert "greedy; at most 64 new tokens; stop at 2" in cli(QUICKSTART, "--model", folder).err
+
+
+def test_a_new_seed_is_printed_so_that_the_text_can_be_had_again(cli: Callable) -> None:
+    result = cli("冰岛", "--temperature", "3", "--max-new-tokens", "12")
+    seed = result.err.split("seed ")[1].split(";")[0]
+    again = cli("冰岛", "--temperature", "3", "--max-new-tokens", "12", "--seed", seed)
+    assert again.out == result.out
+
+
+def test_a_text_longer_than_the_trained_length_is_noted(cli: Callable) -> None:
+    assert (
+        "exceed the 512 that this model was trained on" in cli("冰岛的首都是", "--max-new-tokens", "600").err
+    )
+
+
+def test_a_locale_without_chinese_changes_nothing() -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(COMMAND, input=QUICKSTART.encode(), capture_output=True, env=environment)
+    assert (done.returncode, done.stdout.decode()) == (0, ANSWER + "\n")
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from qwen_ref.generate import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in ("--model", "--max-new-tokens", "--repetition-penalty", "--allow-special", "--logprobs"):
+        assert option in done.stdout
+
+
+# How it ends
+
+
+@pytest.fixture
+def endless(folder: Path) -> Path:
+    """A checkpoint that never stops by itself."""
+    change_json(folder / "generation_config.json", eos_token_id=0, chat_format="raw", max_new_tokens=100_000)
+    return folder
+
+
+def test_ctrl_c_ends_it_with_what_was_generated(endless: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "冰岛的首都是", "--model", str(endless)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        first = process.stdout.read(3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (first + out).decode().startswith("雷")
+    assert out.endswith(b"\n")
+    assert b"Traceback" not in err
+    assert b"decode" in err
+
+
+def test_a_closed_stdout_ends_it_quietly(endless: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "冰岛的首都是", "--model", str(endless)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.read(3)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 141
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
+
+
+def test_an_interrupt_while_loading_is_no_traceback(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen_ref.checkpoint.load_model", interrupted)
+    assert cli(QUICKSTART) == (130, "", "qwen_ref: interrupted\n")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "the prompt is empty"),
+        (["x", "--file", "y"], "given twice"),
+        (["--file", "missing.txt"], "No such file"),
+        (["x", "--model", "missing"], "missing: not a folder"),
+        (["x", "--model", str(GOLDEN / "long")], "qwen.tiktoken: cannot be read: No such file"),
+        (["x", "--dtype", "int8"], "dtype 'int8' is unknown; use auto, bfloat16, float16, float32, float64"),
+        (["x", "--device", "tpu9"], "device 'tpu9' cannot be used"),
+        (["x", "--temperature", "-1"], "temperature=-1.0 must be 0"),
+        (["x", "--temperature", "nan"], "temperature=nan must be 0"),
+        (["x", "--top-k", "-1"], "top_k=-1 must be 0"),
+        (["x", "--top-p", "1.5"], "top_p=1.5 must be above 0"),
+        (["x", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be a positive number"),
+        (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["x", "--max-new-tokens", "9999999999999"], "GB, more than cpu has left"),
+        (["x", "--seed", "-1"], "seed=-1 must be from 0"),
+        (["x", "--stop", ""], "a stop text is empty"),
+        (["caf\udce9"], "the prompt is not UTF-8 (byte 0xe9 at offset 3)"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_code_2(cli: Callable, arguments: list[str], message: str) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert message in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_with_its_place(cli: Callable, tmp_path: Path) -> None:
+    assert "stdin is not UTF-8 (byte 0xff at offset 2)" in refused(cli(stdin=b"ab\xff"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "latin.txt is not UTF-8 (byte 0xe9 at offset 3)" in refused(cli("--file", tmp_path / "latin.txt"))
+
+
+def test_an_unknown_option_is_code_2() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["x", "--frequency"])
+    assert ended.value.code == 2
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(cli: Callable, folder: Path) -> None:
+    lines = (folder / "qwen.tiktoken").read_bytes().splitlines()
+    more = [b"%s %d" % (base64.b64encode(b"word%d" % n), len(lines) + n) for n in range(999)]
+    (folder / "qwen.tiktoken").write_bytes(b"\n".join(lines + more))
+    assert "qwen.tiktoken has" in refused(cli("x", "--model", folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": "many"}, "top_k='many' must be int"),
+        ({"top_p": True}, "top_p=True must be int or float"),
+        ({"eos_token_id": "<|endoftext|>"}, "eos_token_id='<|endoftext|>' must be int or list"),
+        ({"stop_words_ids": [151643]}, "stop_words_ids must hold token ids"),
+        ({"stop_words_ids": [[1, 999_999]]}, "no token has id 999999"),
+        ({"do_sample": 1}, "do_sample=1 must be bool"),
+    ],
+)
+def test_a_wrong_generation_config_is_named(cli: Callable, folder: Path, changes: dict, message: str) -> None:
+    change_json(folder / "generation_config.json", **changes)
+    assert message in refused(cli("x", "--model", folder))
+
+
+def test_a_spoiled_folder_is_one_line_with_all_its_problems(cli: Callable, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.ln_f.weight"]
+    tensors["transformer.h.0.mlp.w1.weight"] = tensors["transformer.h.0.mlp.w1.weight"][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    line = refused(cli("x", "--model", folder))
+    assert "missing tensors: transformer.ln_f.weight" in line
+    assert "transformer.h.0.mlp.w1.weight is" in line
+
+
+def test_nan_weights_are_named_and_nothing_is_printed(cli: Callable, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"] = torch.full_like(tensors["transformer.ln_f.weight"], float("nan"))
+    save_file(tensors, folder / "model.safetensors")
+    result = cli("x", "--model", folder)
+    assert (result.code, result.out) == (2, "")
+    assert "NaN" in result.err.splitlines()[-1]
+
+
+# The package
+
+
+def test_it_works_from_a_wheel_outside_the_checkout(tmp_path: Path) -> None:
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run([sys.executable, *build, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", format="zip")
+    assert (tmp_path / "site" / "qwen_ref" / "weights" / "model.safetensors").exists()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    where = "import qwen_ref, sys; print(qwen_ref.__file__, file=sys.stderr); "
+    where += "from qwen_ref.generate import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", where, QUICKSTART],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.stdout == ANSWER + "\n"
+    assert str(tmp_path) in done.stderr

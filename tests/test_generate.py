@@ -1,0 +1,186 @@
+"""The loop: cached equals uncached, a batch equals its rows, seeds repeat, stops cut exactly where they
+should."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import GOLDEN
+from golden_cases import model
+
+from qwen_ref import Tokenizer, load_model
+from qwen_ref.generate import Step, TextStream, generate, generate_batch, generate_uncached
+from qwen_ref.tokenizer import SPECIAL_TOKENS
+
+FOLDERS = ("extended_base", "ntk_logn")
+SAMPLED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 11}
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(320, (length,)).tolist()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("parameters", [{}, {"repetition_penalty": 1.3}, SAMPLED], ids=str)
+def test_the_cached_loop_gives_what_the_obvious_one_gives(folder: str, parameters: dict) -> None:
+    qwen, ids = model(folder, "float64"), prompt(40)
+    cached = list(generate(qwen, ids, max_new_tokens=30, **parameters))
+    obvious = list(generate_uncached(qwen, ids, max_new_tokens=30, **parameters))
+    assert [step.token for step in cached] == [step.token for step in obvious]
+    for one, other in zip(cached, obvious, strict=True):
+        assert math.isclose(one.logprob, other.logprob, rel_tol=1e-11)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("parameters", [{}, SAMPLED], ids=str)
+def test_a_row_of_a_batch_is_what_its_prompt_gives_alone(folder: str, parameters: dict) -> None:
+    qwen, prompts = model(folder, "float64"), [prompt(length) for length in (3, 40, 70)]
+    seed = parameters.get("seed")
+    alone = [
+        list(
+            generate(qwen, ids, max_new_tokens=12, **{**parameters, **({"seed": seed + row} if seed else {})})
+        )
+        for row, ids in enumerate(prompts)
+    ]
+    together = list(zip(*generate_batch(qwen, prompts, max_new_tokens=12, **parameters), strict=True))
+    for row, steps in enumerate(together):
+        assert [step.token for step in steps] == [step.token for step in alone[row]]
+        for one, other in zip(steps, alone[row], strict=True):
+            assert math.isclose(one.logprob, other.logprob, rel_tol=1e-11)
+
+
+def test_rows_of_a_batch_end_by_themselves() -> None:
+    qwen, prompts = model("extended_base", "float32"), [prompt(5), prompt(9)]
+    free = list(zip(*generate_batch(qwen, prompts, max_new_tokens=12), strict=True))
+    stop = free[0][3].token
+    ends = [next((n for n, step in enumerate(row) if step.token == stop), 11) for row in free]
+    rows = list(generate_batch(qwen, prompts, max_new_tokens=12, stop_ids=[stop]))
+    assert len(rows) == max(ends) + 1
+    for row, end in enumerate(ends):
+        assert [steps[row] for steps in rows] == [*free[row][: end + 1], *[None] * (len(rows) - end - 1)]
+
+
+def test_the_same_seed_repeats_and_another_does_not() -> None:
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+
+    def sampled(seed: int | None) -> list[Step]:
+        return list(generate(qwen, ids, max_new_tokens=20, temperature=2.0, seed=seed))
+
+    assert sampled(5) == sampled(5)
+    assert sampled(5) != sampled(6)
+    assert sampled(None) != sampled(None)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+    with torch.inference_mode():
+        expected = qwen(torch.tensor([ids]))[0, -1].softmax(dim=-1)
+    first = [next(generate(qwen, ids, 1, temperature=1.0, seed=seed)).token for seed in range(2000)]
+    counts = torch.bincount(torch.tensor(first), minlength=320) / 2000
+    # The total variation distance of 2,000 draws from their own distribution of 320 values is about 0.14
+    # (measured for torch.multinomial itself); a greedy or a uniform draw has more than 0.3.
+    assert (counts - expected).abs().sum() / 2 < 0.2
+
+
+def test_log_probabilities_are_the_models_own_whatever_is_sampled() -> None:
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+    step = next(generate(qwen, ids, 1, **SAMPLED))
+    with torch.inference_mode():
+        expected = qwen(torch.tensor([ids]))[0, -1].log_softmax(dim=-1)[step.token]
+    assert math.isclose(step.logprob, float(expected), rel_tol=1e-5)
+
+
+def test_logits_are_only_computed_where_a_token_is_drawn() -> None:
+    qwen, seen = model("extended_base", "float32"), []
+    hook = qwen.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    list(generate(qwen, prompt(50), max_new_tokens=3))
+    hook.remove()
+    assert seen == [(1, 320)] * 3
+
+
+def test_a_stop_id_is_the_last_token() -> None:
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+    free = [step.token for step in generate(qwen, ids, max_new_tokens=20)]
+    stop = free[5]
+    stopped = [step.token for step in generate(qwen, ids, max_new_tokens=20, stop_ids={stop})]
+    assert stopped == free[: free.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "parameters", "message"),
+    [
+        ([], {}, "no tokens"),
+        ([1, 320], {}, "token id 320 of prompt 0 is outside the vocabulary, 0 to 319"),
+        ([-1], {}, "token id -1"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([1], {"max_new_tokens": 10**12}, "a cache of 1 × 1000000000000 positions takes"),
+        ([1], {"temperature": -1.0}, "temperature=-1.0"),
+        ([1], {"top_p": 2.0}, "top_p=2.0"),
+        ([1], {"seed": -1}, "seed=-1"),
+        ([1], {"seed": 2**63}, "seed="),
+    ],
+)
+def test_bad_input_is_refused_at_once(ids: list[int], parameters: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model("extended_base", "float32"), ids, **parameters)  # before the first step is asked for
+
+
+def test_a_model_that_gives_nan_is_named_not_sampled() -> None:
+    qwen = load_model(GOLDEN / "extended_base", "float32")
+    qwen.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="320 NaN and 0 infinite among 320 logits"):
+        next(generate(qwen, [1, 2, 3]))
+
+
+# Text
+
+BYTES = Tokenizer([bytes([value]) for value in range(256)])
+END = BYTES.special_ids[SPECIAL_TOKENS[0]]
+
+
+def stream(text: str | bytes, *stops: str, end: bool = False) -> tuple[list[str], str | None, int]:
+    """The pieces, the reason and the number of steps taken, for a text that comes byte by byte."""
+    encoded = text.encode() if isinstance(text, str) else text
+    steps = [Step(value, -1.0) for value in encoded] + [Step(END, -1.0)] * end
+    texts = TextStream(steps, BYTES, stop_ids={END}, stop_texts=stops)
+    return list(texts), texts.finish_reason, len(texts.steps)
+
+
+def test_text_streams_by_whole_characters() -> None:
+    assert stream("aé中😀") == (["a", "é", "中", "😀"], "length", 10)
+
+
+def test_half_a_character_at_the_end_and_a_real_replacement_character_are_shown() -> None:
+    assert stream("a\ufffd".encode() + "中".encode()[:2]) == (["a", "\ufffd", "\ufffd"], "length", 6)
+
+
+def test_a_stop_id_ends_the_text_and_is_not_shown() -> None:
+    assert stream("ab", end=True) == (["a", "b"], "stop", 3)
+
+
+def test_a_stop_text_is_cut_and_what_came_before_is_kept() -> None:
+    pieces, reason, steps = stream("Answer: 42\nQuestion: next", "\nQuestion")
+    assert ("".join(pieces), reason, steps) == ("Answer: 42", "stop", len("Answer: 42\nQuestion"))
+
+
+def test_what_only_began_like_a_stop_text_is_shown_after_all() -> None:
+    assert "".join(stream("a\n\nb\n\n\n", "\n\n\nQ")[0]) == "a\n\nb\n\n\n"
+    assert "".join(stream("aaab", "aab")[0]) == "a"
+
+
+def test_the_first_of_several_stop_texts_counts() -> None:
+    assert "".join(stream("one two three", "three", "two")[0]) == "one "
+
+
+def test_a_stop_text_inside_one_token_keeps_the_beginning_of_that_token() -> None:
+    words = Tokenizer([*(bytes([value]) for value in range(256)), b"end. New"])
+    texts = TextStream([Step(256, -1.0), Step(65, -1.0)], words, stop_texts=[" New"])
+    assert list(texts) == ["end."]
+    assert (texts.finish_reason, len(texts.steps)) == ("stop", 1)
+
+
+def test_an_empty_stop_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="a stop text is empty"):
+        stream("abc", "")

@@ -1,0 +1,116 @@
+"""Probabilities are those of the published sampling chain; what is not finite is never sampled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file
+
+from qwen_ref.sampling import probabilities
+
+CASES = json.loads((GOLDEN / "sampling" / "sampling.json").read_text())
+TENSORS = load_file(GOLDEN / "sampling" / "sampling.safetensors")
+NOTHING_BEFORE = torch.zeros((1, 0), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["case"]))
+def test_golden_probabilities(case: dict) -> None:
+    number, parameters = case["case"], {name: case[name] for name in case if name != "case"}
+    found = probabilities(TENSORS[f"{number}.logits"], TENSORS[f"{number}.input_ids"], **parameters)
+    expected = TENSORS[f"{number}.probs"]
+    assert torch.equal(found > 0, expected > 0)
+    # A softmax of 64 float32 values: a few units in the last place of 1.
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_parameters_act_in_the_published_order() -> None:
+    logits = torch.tensor([[3.0, 2.9, 1.0]])
+    # The penalty comes before top-k: it takes token 0 from the first place.
+    penalised = probabilities(logits, torch.tensor([[0]]), top_k=1, repetition_penalty=2.0)
+    assert penalised.tolist() == [[0.0, 1.0, 0.0]]
+    # Temperature comes before top-p: at 10, no token alone reaches one half.
+    assert (probabilities(logits, NOTHING_BEFORE, temperature=10.0, top_p=0.5) > 0).sum() == 2
+    assert (probabilities(logits, NOTHING_BEFORE, temperature=0.01, top_p=0.5) > 0).sum() == 1
+
+
+def test_temperature_0_puts_everything_on_the_largest_logit() -> None:
+    assert probabilities(torch.tensor([[1.0, 5.0, 4.9]]), NOTHING_BEFORE, temperature=0.0).tolist() == [
+        [0, 1, 0]
+    ]
+
+
+def test_negative_logits_are_multiplied_and_repeats_count_once() -> None:
+    logits = torch.tensor([[-1.0, 2.0, 0.5]])
+    found = probabilities(logits, torch.tensor([[0, 0, 1, 1, 1]]), repetition_penalty=2.0)
+    assert torch.allclose(found, torch.tensor([[-2.0, 1.0, 0.5]]).softmax(dim=-1))
+
+
+def test_ids_of_minus_one_stand_for_nothing() -> None:
+    logits = torch.randn(2, 9)
+    previous = torch.tensor([[-1, -1, 3], [4, 8, 8]])
+    found = probabilities(logits, previous, repetition_penalty=1.7)
+    alone = probabilities(logits[:1], torch.tensor([[3]]), repetition_penalty=1.7)
+    assert torch.equal(found[:1], alone)
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, kept in [
+        (0.01, 1),
+        (0.49, 1),
+        (0.51, 2),
+        (0.79, 2),
+        (0.81, 3),
+        (0.94, 3),
+        (0.96, 4),
+        (1.0, 4),
+    ]:
+        assert (probabilities(logits, NOTHING_BEFORE, top_p=top_p) > 0).sum() == kept, top_p
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    logits = torch.randn(1, 5)
+    assert torch.equal(probabilities(logits, NOTHING_BEFORE, top_k=99), logits.softmax(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sampling_works_in_float32_and_in_float64_for_float64(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 50)
+    narrow = probabilities(logits.to(dtype), NOTHING_BEFORE)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, logits.to(dtype).float().softmax(dim=-1))
+    assert probabilities(logits.double(), NOTHING_BEFORE).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_named_and_never_sampled(bad: float, temperature: float) -> None:
+    logits = torch.tensor([[0.0, bad, 1.0]], dtype=torch.float16)
+    count = "1 NaN and 0 infinite" if bad != bad else "0 NaN and 1 infinite"
+    with pytest.raises(ValueError, match=f"{count} among 3 logits .torch.float16.: nothing was sampled"):
+        probabilities(logits, NOTHING_BEFORE, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"temperature": -1.0},
+        {"temperature": 1e-9},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+    ],
+    ids=str,
+)
+def test_parameters_out_of_range_are_refused_by_name(parameters: dict) -> None:
+    (name,) = parameters
+    with pytest.raises(ValueError, match=f"{name}="):
+        probabilities(torch.zeros(1, 3), NOTHING_BEFORE, **parameters)
