@@ -384,7 +384,7 @@ def test_a_path_that_no_folder_can_have_is_refused(path: str):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("mode", [0o000, 0o300, 0o600])
+@pytest.mark.parametrize("mode", [0o000, 0o600])
 def test_a_folder_without_permission_is_refused(mode: int, single: Path):
     single.chmod(mode)
     try:

@@ -70,8 +70,8 @@ def published(ranks: dict[bytes, int]) -> Encode:
 
 @pytest.fixture(scope="module")
 def splits() -> tuple[Tokenizer, Encode]:
-    """A vocabulary of bytes and pairs of bytes, ours and tiktoken's. It shows where pieces end, which the real
-    one often hides: two bytes that are a token stay single only where a piece ends between them."""
+    """A vocabulary of bytes and pairs of bytes, ours and tiktoken's. It shows where pieces end, which the
+    real one often hides: two bytes that are a token stay single only where a piece ends between them."""
     # Of the pairs that join two characters beyond ASCII a few are enough: each costs our encoder time.
     joined = list(product(range(0x80, 0xC0), (0xC2, 0xE3, 0xE4, 0xF0)))
     pairs = [pair for pair in product(range(256), repeat=2) if pair[0] < 0x80 or pair[1] < 0xC0]
@@ -271,6 +271,18 @@ def test_random_texts_encode_as_tiktoken_does_with_every_special_token(
     texts = [text for text in random_texts(15000, seed=3) if "<" in text or "|" in text]
     assert len(texts) > 1500
     assert [text for text in texts if either.encode(text, "all") != published(text, "all")] == []
+
+
+def test_texts_glued_from_random_tokens_encode_as_tiktoken_does(
+    tokenizer: Tokenizer, published: Encode, tokens: list[bytes]
+) -> None:
+    generator = random.Random(17)
+    foreign = [token for token in tokens if not token.isascii()]
+    broken = [token for token in foreign if "\ufffd" in token.decode("utf-8", "replace")]
+    for _ in range(6000):
+        pools = generator.choices((foreign, broken, tokens), weights=(6, 2, 1), k=generator.randint(2, 12))
+        text = b"".join(map(generator.choice, pools)).decode("utf-8", "ignore")
+        assert tokenizer.encode(text) == published(text), text
 
 
 def test_both_engines_agree_on_random_texts(tokenizer: Tokenizer, tiktoken_tokenizer: Tokenizer) -> None:
@@ -694,7 +706,7 @@ def test_the_remembered_pieces_stay_bounded_and_change_no_result(
     tokenizer = Tokenizer(tokens)
     for text in random_texts(2000, seed=12):
         assert tokenizer.encode(text) == published(text)
-        assert len(tokenizer._pieces) <= 7
+        assert max(len(tokenizer._pieces), len(tokenizer._pieces._parts)) <= 7
 
 
 def test_a_hundred_thousand_distinct_pieces_do_not_all_stay_in_memory() -> None:
@@ -709,8 +721,8 @@ def test_a_hundred_thousand_distinct_pieces_do_not_all_stay_in_memory() -> None:
 
 def test_a_long_piece_is_not_remembered(tokens: list[bytes]) -> None:
     tokenizer = Tokenizer(tokens)
-    tokenizer.encode("q" * 10**4)
-    assert sum(map(len, tokenizer._pieces)) < 100
+    tokenizer.encode("q" * 10**4 + "1" + "й" * 10**4)
+    assert sum(map(len, (*tokenizer._pieces, *tokenizer._pieces._parts))) < 100
 
 
 def test_changing_the_returned_ids_changes_no_later_result(either: Tokenizer) -> None:
