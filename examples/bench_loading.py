@@ -50,7 +50,9 @@ def main() -> None:
         model = load_model(folder)
         elapsed, added = time.perf_counter() - start, anonymous_memory() - before
         size = sum(parameter.nbytes for parameter in model.parameters())
-        print(f"loaded {size / 1e9:.2f} GB of bfloat16 in {elapsed:.2f} s, {added / 1e6:.1f} MB of it anonymous")
+        print(
+            f"loaded {size / 1e9:.2f} GB of bfloat16 in {elapsed:.2f} s, {added / 1e6:.1f} MB of it anonymous"
+        )
     finally:
         shutil.rmtree(folder)
 

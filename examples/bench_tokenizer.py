@@ -3,9 +3,8 @@
     python examples/bench_tokenizer.py [FILE ...]
 
 Without files the text is made of what every machine has: Python's own source, and Chinese drawn from the
-vocabulary,
-common tokens more often, as clauses that hardly recur: the hardest case for a cache. Each figure is the best
-of five runs, in which the two take turns.
+vocabulary, common tokens more often, as clauses that hardly recur: the hardest case for a memory of pieces.
+Each figure is the best of five runs, in which the two take turns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The library in a few lines: load a checkpoint, look at the logits, generate.
 
-    python examples/quickstart.py [CHECKPOINT_FOLDER]
+python examples/quickstart.py [CHECKPOINT_FOLDER]
 """
 
 import sys

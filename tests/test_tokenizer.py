@@ -702,27 +702,28 @@ def test_a_million_spaces_encode_though_tiktoken_gives_up(
 def test_the_remembered_pieces_stay_bounded_and_change_no_result(
     tokens: list[bytes], published: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_ref.tokenizer._CACHED_PIECES", 7)
+    monkeypatch.setattr("qwen_ref.tokenizer._REMEMBERED", 7)
     tokenizer = Tokenizer(tokens)
     for text in random_texts(2000, seed=12):
         assert tokenizer.encode(text) == published(text)
-        assert max(len(tokenizer._pieces), len(tokenizer._pieces._parts)) <= 7
+        assert max(len(tokenizer._pieces), len(tokenizer._parts)) <= 7
 
 
-def test_a_hundred_thousand_distinct_pieces_do_not_all_stay_in_memory() -> None:
+def test_more_distinct_pieces_than_are_remembered_do_not_all_stay_in_memory() -> None:
     tokenizer = Tokenizer([*BYTES, b"ab", b"cd", b"abcd"])
-    words = [" " + "".join(letters) for letters in product("abcdefghij", repeat=5)]
+    words = [" " + "".join(letters) for letters in product("abcdefghijk", repeat=5)]
+    assert len(words) > 2**17
     first = tokenizer.encode("".join(words))
-    assert len(words) == 10**5
-    assert len(tokenizer._pieces) <= 2**16
+    assert len(tokenizer._pieces) <= 2**17
     assert tokenizer.encode("".join(words)) == first
-    assert first == [i for word in words for i in slow_merge(word.encode(), tokenizer._ranks)]
+    for word in words[::100]:
+        assert tokenizer.encode(word) == slow_merge(word.encode(), tokenizer._ranks)
 
 
 def test_a_long_piece_is_not_remembered(tokens: list[bytes]) -> None:
     tokenizer = Tokenizer(tokens)
     tokenizer.encode("q" * 10**4 + "1" + "й" * 10**4)
-    assert sum(map(len, (*tokenizer._pieces, *tokenizer._pieces._parts))) < 100
+    assert sum(map(len, (*tokenizer._pieces, *tokenizer._parts))) < 100
 
 
 def test_changing_the_returned_ids_changes_no_later_result(either: Tokenizer) -> None:

@@ -3,8 +3,7 @@
     model = qwen_ref.load_model("Qwen-1_8B")
     tokenizer = qwen_ref.Tokenizer.from_file("Qwen-1_8B/qwen.tiktoken")
 
-Generation is in qwen_ref.generate, which is imported by its own name so that `python -m qwen_ref.generate` is
-clean.
+Generation is in qwen_ref.generate, imported by its own name: `python -m qwen_ref.generate` then stays clean.
 """
 
 from importlib import import_module

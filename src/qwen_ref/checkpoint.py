@@ -8,6 +8,7 @@ weight is read, and reported at once.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qwen_ref.config import QwenConfig, read_json_object
+from qwen_ref.config import QwenConfig, read_json_object, shown
 from qwen_ref.model import Qwen
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,14 +35,15 @@ _MOST_NAMED = 20  # tensors named per kind of problem; the rest are counted
 
 
 class TensorSpec(NamedTuple):
-    """One tensor: its name in the checkpoint and in the model, its shape, its cut for tensor parallelism."""
+    """One tensor: its name in the checkpoint and in the model, its shape, its cut for tensor parallelism.
+
+    cut: "rows", "columns", "heads" (rows of q, of k and of v, each by heads), or None: whole on every rank.
+    """
 
     published: str
     name: str
     shape: tuple[int, ...]
-    cut: (
-        str | None
-    )  # "rows", "columns", "heads" (the rows of q, of k and of v, each by heads); None: whole everywhere
+    cut: str | None
 
 
 def tensor_table(config: QwenConfig) -> list[TensorSpec]:
@@ -78,11 +80,10 @@ def load_model(
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
-    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in. On
-    the CPU,
-    weights that have that dtype already are used where they lie in the mapped file: nothing is read until it
-    is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
-    progress is called with the bytes done and the bytes in all.
+    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
+    On the CPU, weights that have that dtype already are used where they lie in the mapped file: nothing is
+    read until it is needed, the system may drop the pages again, and a checkpoint larger than memory still
+    runs. progress is called with the bytes done and the bytes in all.
     Raises ValueError with everything that is wrong with the folder.
     """
     target = _device(device)
@@ -96,18 +97,14 @@ def load_model(
         done += tensor.bytes
         if progress is not None:
             progress(done, total)
-    with (
-        torch.device("meta"),
-        _NoInitialisation(),
-    ):  # names and shapes without memory, for the weights to fill
+    with torch.device("meta"), _NoInitialisation():  # names and shapes, no memory: the weights fill them
         model = Qwen(config)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they are: nn.Embedding's normal_, on the meta device, would import half of
-    torch."""
+    """Leaves new parameters as they are: nn.Embedding's normal_ on the meta device imports half of torch."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -137,8 +134,10 @@ class StoredTensor(NamedTuple):
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, StoredTensor]]:
     """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for paths that no folder can have
         raise ValueError(f"{folder}: not a folder; --model takes a checkpoint folder with config.json in it")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ValueError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []
     config = None
     try:
@@ -146,18 +145,22 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, StoredTen
     except ValueError as error:
         problems.append(str(error))
     weight_map, files = _weight_files(folder, problems)
-    found = _read_headers(folder, files, weight_map, problems)
+    found, unread = _read_headers(folder, files, weight_map, problems)
     if config is not None and files:
-        _compare(tensor_table(config), found, problems, complete=not problems)
+        _compare(tensor_table(config), found, problems, complete=not unread)
     if problems or config is None:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise ValueError(f"{folder}: {count}{'; '.join(problems)}")
+        raise ValueError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
     return config, found
 
 
 def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
     """The index's map from tensor to file (empty without an index) and the files to open."""
-    if (folder / INDEX_NAME).exists():
+    indexed, single = (os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME))
+    if indexed and single:
+        problems.append(f"both {SINGLE_NAME} and {INDEX_NAME} are there; remove the one that is not meant")
+        return {}, []
+    if indexed:
         try:
             weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
         except ValueError as error:
@@ -172,11 +175,11 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], li
         if refused:
             problems.append(
                 f"{INDEX_NAME}: weight_map may name only .safetensors files in the folder itself, "
-                f"not {_some(repr(file) for file in refused)}"
+                f"not {_some(map(shown, refused))}"
             )
             return {}, []
         return weight_map, files
-    if (folder / SINGLE_NAME).exists():
+    if single:
         return {}, [SINGLE_NAME]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
     if pickles:
@@ -190,16 +193,17 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], li
 
 
 def _is_plain_safetensors_name(file: str) -> bool:
-    return file.endswith(".safetensors") and not any(separator in file for separator in "/\\:\0")
+    return file.endswith(".safetensors") and file.isprintable() and not set(file) & set("/\\:")
 
 
 def _read_headers(
     folder: Path, files: list[str], weight_map: dict[str, str], problems: list[str]
-) -> dict[str, StoredTensor]:
+) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Every tensor by its published name, and the files that could not be read."""
     found: dict[str, StoredTensor] = {}
     place: dict[str, str] = {}
     duplicates = []
-    opened = set()
+    unread = set()
     for file in files:
         problem = unusable_file(folder / file)
         if problem is None:
@@ -214,21 +218,21 @@ def _read_headers(
                     header = handle.get_slice(name)
                     found[name] = StoredTensor(handle, name, tuple(header.get_shape()), header.get_dtype())
                     place[name] = file
-                opened.add(file)
             except (SafetensorError, OSError) as error:
                 problem = f"not a complete safetensors file ({error}); fetch it again"
         if problem is not None:
             problems.append(f"{file}: {problem}")
+            unread.add(file)
     if duplicates:
         problems.append(f"tensors stored twice: {_some(duplicates)}")
     misplaced = [
         f"{name} (not in {file})"
         for name, file in weight_map.items()
-        if file in opened and place.get(name) != file and not name.endswith(_IGNORED_SUFFIXES)
+        if file not in unread and place.get(name) != file and not name.endswith(_IGNORED_SUFFIXES)
     ]
     if misplaced:
         problems.append(f"{INDEX_NAME} and the files disagree: {_some(misplaced)}")
-    return found
+    return found, unread
 
 
 def _compare(
@@ -269,10 +273,11 @@ def unusable_file(path: Path) -> str | None:
     return None
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> str:
+    """The first items, none of them endless, and how many more there are."""
+    items = [item if len(item) <= longest else f"{item[:longest]}…" for item in items]
+    rest = len(items) - _MOST_NAMED
+    return separator.join(items[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _dtype(name: str, stored: dict[str, StoredTensor]) -> torch.dtype:
@@ -292,7 +297,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an assertion: torch built without CUDA
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:  # an assertion: torch built without CUDA
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: it holds no values")
     return device

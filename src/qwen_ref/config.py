@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+import reprlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ _EARLY_SPELLINGS = {
     "ffn_hidden_size": "intermediate_size",
 }
 
-# Keys that change what is computed, with the only value computed here. A file that lacks one means that
-# value.
+# Keys that change what is computed, with the only value computed here: what a file that lacks one means.
 _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "model_type": ("qwen", "only first-generation Qwen is implemented"),
     "no_bias": (True, "only the q, k, v projection may have a bias"),
@@ -32,8 +32,7 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised checkpoints are not read; use the bfloat16 or float16 release"),
 }
 
-# Bounds that no Qwen comes near: beyond them a number is a mistake, and taking it seriously would exhaust the
-# memory.
+# Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
 _LARGEST = {
     "hidden_size": 2**20,
     "num_hidden_layers": 10_000,
@@ -82,7 +81,11 @@ class QwenConfig:
         """
         raw = read_json_object(path)
         try:
-            return cls(**_architecture(raw))
+            values, problems = _architecture(raw)
+            problems += _value_problems(values)
+            if problems:
+                raise ValueError("; ".join(problems))
+            return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -94,9 +97,7 @@ class QwenConfig:
         return _PRESETS[size]
 
     def __post_init__(self) -> None:
-        problems = [
-            problem for field in fields(self) if (problem := _value_problem(field.name, field.type, self))
-        ]
+        problems = _value_problems(vars(self))
         if not problems:
             if self.num_attention_heads * self.kv_channels != self.hidden_size:
                 problems.append(
@@ -123,59 +124,75 @@ class QwenConfig:
             raise ValueError("; ".join(problems))
 
 
-def _value_problem(name: str, type_name: str, config: QwenConfig) -> str | None:
-    value = getattr(config, name)
-    if type_name == "bool":
-        return None if isinstance(value, bool) else f"{name}={value!r} must be true or false"
-    if type_name == "int":
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
-            return f"{name}={value!r} must be a whole number from 1 to {_LARGEST[name]}"
-        return None
-    low, high = (0.0, 1.0) if name == "layer_norm_epsilon" else (1.0, 1e12)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-        return f"{name}={value!r} must be a number above {low:g} and at most {high:g}"
-    return None
+def _value_problems(values: dict[str, Any]) -> list[str]:
+    """What is wrong with each value by itself, for any of QwenConfig's fields."""
+    problems = []
+    for field in fields(QwenConfig):
+        if field.name not in values:
+            continue
+        name, value = field.name, values[field.name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field.type == "bool":
+            right, wanted = isinstance(value, bool), "true or false"
+        elif field.type == "int":
+            right = number and isinstance(value, int) and 1 <= value <= _LARGEST[name]
+            wanted = f"a whole number from 1 to {_LARGEST[name]}"
+        else:
+            low, high = (0.0, 1.0) if name == "layer_norm_epsilon" else (1.0, 1e12)
+            right, wanted = number and low < value <= high, f"a number above {low:g} and at most {high:g}"
+        if not right:
+            problems.append(f"{name}={shown(value)} must be {wanted}")
+    return problems
 
 
-def _architecture(raw: dict[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments from a parsed config.json, early spellings resolved."""
+def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """QwenConfig's fields from a parsed config.json, early spellings resolved, and what is not supported."""
     model_type = raw.get("model_type", "qwen")
     if model_type != "qwen":
-        raise ValueError(f'model_type is {model_type!r}; only first-generation Qwen, "qwen", is implemented')
+        raise ValueError(
+            f'model_type is {shown(model_type)}; only first-generation Qwen, "qwen", is implemented'
+        )
     problems = [
-        f"{key}={raw[key]!r} is not supported, only {json.dumps(value)}: {reason}"
+        f"{key}={shown(raw[key])} is not supported, only {json.dumps(value)}: {reason}"
         for key, (value, reason) in _SUPPORTED_VALUES.items()
         if key in raw and raw[key] != value
     ]
     kv_heads, heads = raw.get("num_key_value_heads"), raw.get("num_attention_heads", raw.get("n_head"))
     if kv_heads is not None and kv_heads != heads:
         problems.append(
-            f"num_key_value_heads={kv_heads!r} is not supported: every query head has its own keys"
+            f"num_key_value_heads={shown(kv_heads)} is not supported: every query head has its own keys"
         )
     values = {field.name: raw[field.name] for field in fields(QwenConfig) if field.name in raw}
     for early, name in _EARLY_SPELLINGS.items():
         if early in raw and values.setdefault(name, raw[early]) != raw[early]:
-            problems.append(f"{name}={values[name]!r} and its early spelling {early}={raw[early]!r} disagree")
-    if (
-        "padded_vocab_size" in raw
-    ):  # the rows that the tensors really have; vocab_size beside it may be unpadded
+            problems.append(
+                f"{name}={shown(values[name])} and its early spelling {early}={shown(raw[early])} disagree"
+            )
+    if "padded_vocab_size" in raw:  # the rows that the tensors really have
         values["vocab_size"] = raw["padded_vocab_size"]
-    missing = [
-        field.name for field in fields(QwenConfig) if field.default is MISSING and field.name not in values
-    ]
+    missing = [field.name for field in fields(QwenConfig) if field.name not in values]
     if missing:
         problems.append(f"missing {', '.join(missing)}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return values
+    return values, problems
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+
+def shown(value: object) -> str:
+    """repr(value), cut short and shallow: a message must stay readable whatever a file holds."""
+    return _short.repr(value)
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, naming the file, where there is none."""
     try:
-        parsed = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    try:
+        parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(parsed, dict):

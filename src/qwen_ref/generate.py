@@ -136,8 +136,7 @@ def generate_uncached(
     seed: int | None = None,
     stop_ids: Collection[int] = (),
 ) -> Iterator[Step]:
-    """What `generate` yields, the obvious way: for every token, everything so far goes through the model
-    again.
+    """What `generate` yields, the obvious way: for every token, the whole text goes through the model again.
 
     It is the oracle of the cached loop, and what to read first. The cache that it makes anew each time only
     states the prompt's length, which fixes dynamic NTK's base for the whole text.
@@ -194,11 +193,10 @@ def _generator(device: Any, seed: int | None) -> Generator:
 
 
 class TextStream:
-    """The text of generated steps as it comes: whole characters, up to a stop id or a stop text, which are
-    left out.
+    """The text of generated steps as it comes, in whole characters, up to a stop id or a stop text.
 
-    Iterate over it for pieces of text. `steps` are the steps taken so far; `finish_reason` is "stop" or
-    "length" once the iteration has ended by itself, None before.
+    Iterate over it for pieces of text; what stopped it is left out. `steps` are the steps taken so far;
+    `finish_reason` is "stop" or "length" once the iteration has ended by itself, None before.
     """
 
     def __init__(
@@ -427,26 +425,31 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:
     """Prints as the options ask while the stream runs; the whole text and the exit code."""
-    text, printed, code = "", 0, 0
-    pieces = iter(stream)
-    while True:
-        try:
-            piece = next(pieces, None)
-        except KeyboardInterrupt:
-            piece, code = stream.flush(), 130
-        text += piece or ""
-        if args.logprobs and not args.json:
-            for step in stream.steps[printed:]:
-                token = _token_report(step, tokenizer)
-                print(
-                    f"{token['logprob']:.6f}\t{token['id']}\t{json.dumps(token['text'], ensure_ascii=False)}"
-                )
-            printed = len(stream.steps)
-        elif not args.json:
-            print(piece or "", end="")
-        sys.stdout.flush()
-        if piece is None or code:
-            break
+    text, code = "", 0
+    characters = steps = 0  # printed
+
+    def show() -> None:
+        nonlocal characters, steps
+        # What is to be printed counts as printed before it is: Ctrl-C in between must not print it twice.
+        new_text, characters = text[characters:], len(text)
+        new_steps, steps = stream.steps[steps:], len(stream.steps)
+        if args.json:
+            return
+        if not args.logprobs:
+            print(new_text, end="", flush=True)
+            return
+        for step in new_steps:
+            token = _token_report(step, tokenizer)
+            quoted = json.dumps(token["text"], ensure_ascii=False)
+            print(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}", flush=True)
+
+    try:
+        for piece in stream:
+            text += piece
+            show()
+    except KeyboardInterrupt:
+        text, code = text + stream.flush(), 130
+    show()
     if not args.json and not args.logprobs:
         print(flush=True)
     return text, code

@@ -14,8 +14,7 @@ def probabilities(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
 ) -> Tensor:
-    """What a token is drawn from: logits (B, V) and the ids so far (B, N) → probabilities (B, V), float32 or
-    wider.
+    """Logits (B, V) and the ids so far (B, N) → the probabilities (B, V) to draw from, float32 or wider.
 
     repetition_penalty: logits of ids seen before are divided by it where positive and multiplied where
     negative (Keskar et al. 2019, section 4.1, with the sign taken into account); ids of -1 stand for nothing.
@@ -23,8 +22,7 @@ def probabilities(
     top_k: only the k largest logits stay (more where the k-th is tied); 0 means all.
     top_p: only the smallest set of likeliest tokens that reaches this probability stays (Holtzman et al.
     2020, section 3.1), at least one.
-    Raises ValueError for parameters out of range, and for logits that are not finite: those are a fault
-    upstream.
+    Raises ValueError for parameters out of range and for logits that are not finite: a fault upstream.
 
     >>> probabilities(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0]]), top_k=2, repetition_penalty=2.0)
     tensor([[0.5000, 0.5000, 0.0000]])
@@ -48,9 +46,7 @@ def probabilities(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         ascending, order = logits.sort(dim=-1)
-        reached = ascending.softmax(dim=-1).cumsum(
-            dim=-1
-        )  # probability of each token and all less likely ones
+        reached = ascending.softmax(dim=-1).cumsum(dim=-1)  # of each token and all that are less likely
         cut = reached <= 1.0 - top_p
         cut[:, -1] = False
         logits = logits.masked_fill(cut.scatter(1, order, cut), -torch.inf)

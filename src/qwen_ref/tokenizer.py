@@ -1,5 +1,4 @@
-"""Qwen's tokenizer by hand: text → NFC → pieces (every digit its own) → UTF-8 bytes, merged pair by pair →
-ids.
+"""Qwen's tokenizer by hand: text → NFC → pieces, every digit its own → UTF-8 bytes, merged in pairs → ids.
 
     >>> tokenizer = Tokenizer.from_file("qwen.tiktoken")
     >>> tokenizer.encode("It's 2024")
@@ -18,10 +17,12 @@ import codecs
 import operator
 import re
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
@@ -30,32 +31,24 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The same pattern for text that is all ASCII, where the standard library's re finds the same pieces twice as
-# fast.
-_ASCII_PATTERN = (
-    PATTERN.replace(r"?\p{L}+", "?[A-Za-z]+")
-    .replace(r"|\p{N}|", "|[0-9]|")
-    .replace(r"\p{L}", "A-Za-z")
-    .replace(r"\p{N}", "0-9")
-)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-_CACHED_PIECES = 2**16  # pieces remembered; on ordinary text nine in ten that are no token recur
+_REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
+_LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would make the memory unbounded
+_BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 _ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what errors="surrogateescape" decodes to
-_LONGEST_CACHED = 64  # characters; longer pieces hardly recur and would make the cache's memory unbounded
 
 
 class Tokenizer:
     """Text to ids and back, with the vocabulary of one qwen.tiktoken file.
 
-    The special tokens' ids follow those of the file: n_vocab − 208 is <|endoftext|>, 151643 in the published
-    models.
+    The special tokens' ids follow those of the file: in the published models <|endoftext|> is 151643.
     """
 
     def __init__(self, tokens: list[bytes], engine: str = "python") -> None:
-        """tokens: the regular tokens in the order of their ranks. engine: "python", or "tiktoken" for that
-        library's
-        encoder: the same ids, faster where little recurs."""
+        """tokens: the regular ones in the order of their ranks. engine: "python", or "tiktoken" for that
+        library's encoder: the same ids, sooner.
+        """
         if engine not in ("python", "tiktoken"):
             raise ValueError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
         self.special_ids = {token: len(tokens) + i for i, token in enumerate(SPECIAL_TOKENS)}
@@ -63,9 +56,8 @@ class Tokenizer:
         self._n_regular = len(tokens)
         self._bytes = tokens + [token.encode() for token in SPECIAL_TOKENS]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._pattern = regex.compile(PATTERN)
-        self._ascii_pattern = re.compile(_ASCII_PATTERN, re.ASCII)
-        self._pieces = _PieceCache(self._ranks)
+        self._pieces = _Memo(self._encode_piece)
+        self._parts = _Memo(self._merge)
         self._tiktoken = None
         if engine == "tiktoken":
             import tiktoken
@@ -78,8 +70,7 @@ class Tokenizer:
     def from_file(cls, path: str | Path, engine: str = "python") -> Tokenizer:
         """Reads a qwen.tiktoken file: per line a token's bytes in base64, a space, its rank.
 
-        Raises ValueError, naming the line, for bad base64 or ranks, for gaps, duplicates and missing single
-        bytes.
+        Raises ValueError, naming the line, for bad base64, for gaps and duplicates, for missing single bytes.
         """
         return cls(read_ranks(path), engine)
 
@@ -146,56 +137,77 @@ class Tokenizer:
         return set(allowed_special)
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        pattern = self._ascii_pattern if text.isascii() else self._pattern
-        return list(chain.from_iterable(map(self._pieces.__getitem__, pattern.findall(text))))
+        return list(chain.from_iterable(map(self._pieces.__getitem__, split(text))))
 
-
-class _PieceCache(dict):
-    """piece → its ids. A dict, so that a known piece costs one lookup in C; __missing__ encodes an unknown
-    one.
-
-    Chinese is written without spaces: its pieces are whole clauses, which hardly recur. They are cut at their
-    seams into parts that do. The cache is bounded: when it is full it starts again.
-    """
-
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        super().__init__()
-        self._ranks = ranks
-        self._seams = _Seams(ranks)
-        # Apart from the pieces: only a whole piece is taken as a token at once, a part must be merged to it.
-        self._parts: dict[str, list[int]] = {}
-
-    def __missing__(self, piece: str) -> list[int]:
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
         rank = self._ranks.get(piece.encode())
         if rank is not None:
-            ids = [rank]
-        elif piece.isascii():
-            ids = merge_pairs(piece.encode(), self._ranks)
-        else:
-            ids = [token for part in self._seams.cut(piece) for token in self._part_ids(part)]
-        return _keep(self, piece, ids)
+            return (rank,)
+        if piece.isascii():
+            return self._merge(piece)
+        # Chinese is written without spaces: its pieces are clauses, which hardly recur, but their parts do.
+        # A part is never looked up as a token at once: only a whole piece is.
+        return tuple(chain.from_iterable(map(self._parts.__getitem__, self._seams.cut(piece))))
 
-    def _part_ids(self, part: str) -> list[int]:
-        ids = self._parts.get(part)
-        if ids is None:
-            ids = _keep(self._parts, part, merge_pairs(part.encode(), self._ranks))
-        return ids
+    def _merge(self, part: str) -> tuple[int, ...]:
+        return tuple(merge_pairs(part.encode(), self._ranks))
+
+    @cached_property
+    def _seams(self) -> _Seams:  # made when the first text needs it: it takes a look at every token
+        return _Seams(self._ranks)
 
 
-def _keep(cache: dict[str, list[int]], piece: str, ids: list[int]) -> list[int]:
-    if len(piece) <= _LONGEST_CACHED:
-        if len(cache) >= _CACHED_PIECES:
-            cache.clear()
-        cache[piece] = ids
-    return ids
+def split(text: str) -> list[str]:
+    """The pieces of PATTERN.
+
+    >>> split("It's 2024")
+    ['It', "'s", ' ', '2', '0', '2', '4']
+    """
+    pattern = regex.compile(PATTERN) if _BEYOND_BMP.search(text) else _bmp_pattern()
+    return pattern.findall(text)
+
+
+@cache
+def _bmp_pattern() -> re.Pattern[str]:
+    """PATTERN for the standard library's re, which finds the same pieces in half the time that regex takes.
+
+    re knows neither \\p{L} nor \\p{N}, and its \\s has four characters more. They are spelled out as regex
+    has them, up to U+FFFF: re is slow with sets that go beyond.
+    """
+    plane = "".join(map(chr, range(0x10000)))
+
+    def members(of: str) -> str:
+        return "".join(
+            f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in regex.findall(f"{of}+", plane)
+        )
+
+    L, N, S = members(r"\p{L}"), members(r"\p{N}"), members(r"\s")
+    return re.compile(
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{L}{N}]?[{L}]+|[{N}]| ?[^{S}{L}{N}]+[\r\n]*"
+        rf"|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+"
+    )
+
+
+class _Memo(dict):
+    """function(text), remembered; what is known costs one lookup. When it is full, it starts again."""
+
+    def __init__(self, function: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __missing__(self, text: str) -> Any:
+        result = self._function(text)
+        if len(text) <= _LONGEST_REMEMBERED:
+            if len(self) >= _REMEMBERED:
+                self.clear()
+            self[text] = result
+        return result
 
 
 class _Seams:
-    """Where no merge can ever cross: between two neighbouring characters of which no token holds any bytes
-    together.
+    """Where no merge can ever cross: between two characters of which no token holds any bytes together.
 
-    The parts between seams are encoded each on its own with the same result, as merges in one cannot touch
-    another.
+    What lies between two seams is encoded by itself with the same result: no merge in it touches another.
     """
 
     def __init__(self, tokens: Iterable[bytes]) -> None:
@@ -203,14 +215,11 @@ class _Seams:
         self._pairs = {left + right for left in ascii_characters for right in ascii_characters}
         self._lefts: set[str] = set()  # a token holds this character and the beginning of some next one
         self._rights: set[str] = set()  # a token holds this character and the end of some previous one
-        self._ragged: list[
-            bytes
-        ] = []  # tokens of an end and a beginning, without a whole character at the seam
+        ragged: list[bytes] = []  # tokens of the end of one character and the beginning of the next
         for token in tokens:
             if token.isascii():
                 continue
-            # A partial character decodes to surrogates, one a byte; they only ever stand at a token's two
-            # ends.
+            # Parts of characters decode to surrogates, one a byte; they only stand at a token's two ends.
             text = token.decode("utf-8", errors="surrogateescape")
             whole = text.strip(_ESCAPED_BYTES)
             self._pairs.update(map(operator.add, whole, whole[1:]))
@@ -219,23 +228,27 @@ class _Seams:
             if whole and not text.endswith(whole):
                 self._lefts.add(whole[-1])
             if not whole and any(byte >= 0xC0 for byte in token[1:]):
-                self._ragged.append(token)
+                ragged.append(token)
+        self._ragged = re.compile(b"|".join(map(re.escape, ragged))) if ragged else None
 
-    def cut(self, piece: str) -> list[str]:
-        encoded = piece.encode()
-        if any(token in encoded for token in self._ragged):
-            return [piece]
-        parts, start = [], 0
-        for i, (left, right) in enumerate(pairwise(piece), 1):
-            if left + right not in self._pairs and left not in self._lefts and right not in self._rights:
-                parts.append(piece[start:i])
-                start = i
-        return [*parts, piece[start:]]
+    def cut(self, piece: str) -> Iterator[str]:
+        """The parts of a piece."""
+        if self._ragged and self._ragged.search(piece.encode()):
+            yield piece
+            return
+        lefts, rights = self._lefts, self._rights
+        start = 0
+        inside_a_token = map(self._pairs.__contains__, map(operator.add, piece, piece[1:]))
+        for position, inside in enumerate(inside_a_token, 1):
+            if not inside and piece[position - 1] not in lefts and piece[position] not in rights:
+                yield piece[start:position]
+                start = position
+        yield piece[start:]
 
 
 def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Byte-pair encoding of one piece: always merge the adjacent pair whose bytes have the lowest rank, the
-    leftmost of equals, until no pair is a token. O(n log n): the pairs wait in a heap.
+    """Byte-pair encoding of one piece: merge the adjacent pair whose bytes have the lowest rank, the leftmost
+    of equals, again and again until no pair is a token. O(n log n): the pairs wait in a heap.
 
     A part is known by where it starts. A merge leaves entries of its neighbours behind in the heap, whose
     pairs no longer exist; an entry counts only if two parts still make up its bytes.
@@ -267,8 +280,7 @@ def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 
 class StreamDecoder:
-    """Decodes token by token, never half a character: bytes wait until they are whole, or known to be
-    invalid.
+    """Decodes token by token, never half a character: bytes wait until they are whole or known to be invalid.
 
     The texts returned, joined, are exactly `decode` of all ids; a real U+FFFD passes at once like any
     character.
