@@ -1,8 +1,6 @@
-"""Fetches the published vocabulary, qwen.tiktoken, into .vocab/: taken out of a pinned wheel and checked by
-its hash.
+"""Fetches the published vocabulary, qwen.tiktoken, into .vocab/, out of a pinned wheel; its hash is checked.
 
-The wheel is Alibaba's own dashscope SDK. It is downloaded without its dependencies, and never installed or
-run.
+The wheel is Alibaba's own dashscope SDK. It is downloaded without its dependencies, never installed or run.
 """
 
 import hashlib

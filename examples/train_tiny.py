@@ -4,7 +4,7 @@
     python examples/train_tiny.py            # about 10 minutes on one core
 
 The same command gives the same bytes on the same machine: every random choice is seeded, and the number of
-threads is fixed. What the checkpoint then knows is examined fact by fact (examine_tiny.py).
+threads is fixed. examine_tiny.py then asks the checkpoint for every fact.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from examine_tiny import report
 from safetensors.torch import save
 from tiny_corpus import Encoder, documents
 from torch import Tensor
@@ -189,7 +188,6 @@ def main() -> None:
     write_json(arguments.output / "generation_config.json", generation_config(encoder.end))
     write(arguments.output / "qwen.tiktoken", vocabulary)
     write(arguments.output / "model.safetensors", model_file(model))
-    report(arguments.output)
 
 
 if __name__ == "__main__":

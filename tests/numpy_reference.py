@@ -1,5 +1,6 @@
-"""First-generation Qwen in float64 NumPy, written from the published formulas alone, without seeing model.py,
-to be the second opinion.
+"""First-generation Qwen in float64 NumPy: a second opinion, from the published formulas alone.
+
+Whoever wrote it had not seen model.py.
 
 One sequence, all positions at once, no cache, no batch: a line is a formula, and nothing drops below float64.
 

@@ -1,5 +1,4 @@
-"""`python -m qwen_ref.generate`: the text on stdout and nothing else, clear errors with exit code 2, clean
-endings."""
+"""`python -m qwen_ref.generate`: only text on stdout, clear errors with exit code 2, clean endings."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ import torch
 from conftest import GOLDEN, ROOT, WEIGHTS
 from safetensors.torch import load_file, save_file
 
+from qwen_ref import cli as shared
 from qwen_ref.generate import main
 
 QUICKSTART = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
@@ -326,3 +326,34 @@ def test_it_works_from_a_wheel_outside_the_checkout(tmp_path: Path) -> None:
     )
     assert done.stdout == ANSWER + "\n"
     assert str(tmp_path) in done.stderr
+
+
+# Progress
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_bytes_and_the_time_left(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr, now = io.StringIO(), 0.0
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(shared.time, "monotonic", lambda: now)
+    with shared.Progress("loading") as progress:
+        for now in (0.05, 11.0, 22.0):
+            progress.update(done=int(now * 1e8), total=4_400_000_000)
+    first = "qwen_ref: loading 1.10 of 4.40 GB, 33 s left"
+    second = "qwen_ref: loading 2.20 of 4.40 GB, 22 s left"
+    expected = f"\r{first}    \r{second}    \n" if terminal else f"{first}\n{second}\n"
+    assert stderr.getvalue() == expected
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_asked_for_the_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO("冰岛\n".encode())))
+    assert shared.read_prompt(None, None) == "冰岛"
+    assert capsys.readouterr().err == "qwen_ref: reading the prompt from the terminal; end it with Ctrl-D\n"

@@ -1,5 +1,4 @@
-"""The loop: cached equals uncached, a batch equals its rows, seeds repeat, stops cut exactly where they
-should."""
+"""The loop: cached equals uncached, a batch equals its rows, seeds repeat, stops cut where they should."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The model's own promises: one shot, chunks and single tokens agree; rows of a batch and sequences are
-independent."""
+"""The model's own promises: one shot = chunks = single tokens; rows and sequences are independent."""
 
 from __future__ import annotations
 
@@ -18,9 +17,8 @@ from qwen_ref import KVCache, Qwen, QwenConfig, load_model
 from qwen_ref.generate import generate
 from qwen_ref.model import logn_scale, ntk_alpha, rotary_frequencies
 
-# Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what one
-# forward pass itself loses to rounding (README's parity table), which two orders lose independently: √2 of
-# it, 2 allowed.
+# Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
+# pass loses to rounding (README's parity table); two orders lose it independently: √2 of it, 2 allowed.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-2, "float16": 4e-3}
 
 FOLDERS = ("extended_base", "ntk_logn")
@@ -102,8 +100,7 @@ def test_what_was_decoded_scores_the_same_in_one_prefill(folder: str, dtype: str
     )
     rescored = wide.gather(1, ids[0, len(prompt) :, None])[:, 0]
     decoded = torch.tensor([step.logprob for step in steps], dtype=torch.float64)
-    # Log-probabilities of some -5 to -8 that logits of size 1 to 4 make: an absolute error of the logits'
-    # own.
+    # Log-probabilities of -5 to -8, from logits of size 1 to 4: the absolute error is that of the logits.
     assert (rescored.double() - decoded).abs().max() <= 10 * TOLERANCE[dtype]
 
 

@@ -1,5 +1,4 @@
-"""A second implementation, in NumPy from the published formulas alone, agrees with the float64 model to
-1e-12."""
+"""A second implementation, NumPy from the published formulas alone, agrees with float64 to 1e-12."""
 
 from __future__ import annotations
 

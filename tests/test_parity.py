@@ -1,10 +1,8 @@
-"""The published code's outputs are reproduced: logits, padded batches, greedy ids and every stage of every
-layer.
+"""The published code's outputs are reproduced: logits, padded batches, greedy ids, all stages of all layers.
 
 Tolerances. Both implementations round; neither is exact. What a dtype costs is measured by the recording
 itself: its error against float64. Ours may be a tenth larger over all cases of a model and dtype, and three
-tenths in any one case, whose fewer values scatter more. Measured here, the first ratio lies between 1.000 and
-1.007.
+tenths in any one case, whose fewer values scatter more. The first ratio was measured as 1.000 to 1.007.
 
 A case of one position is a single vector: its error scatters by half up or down with the order in which a
 matrix kernel adds (float32 on prefill_1: 2.1e-7 to 7.0e-7 over eight orders, 2.6e-7 recorded). So the median
@@ -72,8 +70,7 @@ def test_logits_are_as_near_the_truth_as_those_of_the_published_code(folder: str
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_float64_model_is_nearer_to_the_recording_than_float32_rounding(folder: str) -> None:
-    # 1e-5 is the most that float32 angles cost at 3,000 positions; a wrong formula costs 1e-3 and more
-    # (below).
+    # 1e-5 is the most that float32 angles cost at 3,000 positions; a wrong formula costs 1e-3 and more.
     for case in cases(folder):
         exact = truth(folder, case)
         assert exact.dtype == torch.float64
@@ -100,8 +97,7 @@ STAGES = {  # published module name → ours
 
 
 def stages(qwen: Qwen, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """Every recorded stage under its published name: module outputs by hooks, q and k after rotation by a
-    wrapper."""
+    """Every recorded stage by its published name: module outputs by hooks, rotated q and k by a wrapper."""
     captured: dict[str, Tensor] = {}
     published = {ours: theirs for theirs, ours in STAGES.items()}
     hooks = []
