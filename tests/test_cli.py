@@ -227,30 +227,54 @@ def test_an_interrupt_while_loading_is_no_traceback(cli: Callable, monkeypatch: 
         (["x", "--top-p", "1.5"], "top_p=1.5 must be above 0"),
         (["x", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be a positive number"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
-        (["x", "--max-new-tokens", "9999999999999"], "GB, more than cpu has left"),
         (["x", "--seed", "-1"], "seed=-1 must be from 0"),
-        (["x", "--stop", ""], "a stop text is empty"),
-        (["caf\udce9"], "the prompt is not UTF-8 (byte 0xe9 at offset 3)"),
+        (["x", "--seed", str(2**63)], "must be from 0"),
+        (["x", "--stop", ""], "--stop is empty"),
+        (["x", "--stop", "caf\udce9"], "--stop: it is not UTF-8 (byte 0xe9 at offset 3)"),
+        (["caf\udce9"], "prompt: it is not UTF-8 (byte 0xe9 at offset 3)"),
+        (["x", "y"], "unrecognized arguments: y; --help lists the options"),
+        (["x", "--top-k", "1.5"], "--top-k: invalid int value: '1.5'"),
+        (["x", "--frequency"], "unrecognized arguments: --frequency"),
+        (["x", "--model", "a\x1b[31m\udcff"], "a\\x1b[31m\\udcff: not a folder"),
     ],
 )
 def test_bad_arguments_are_one_line_and_code_2(cli: Callable, arguments: list[str], message: str) -> None:
-    result = cli(*arguments)
-    assert result.code == 2
-    assert result.out == ""
-    assert message in result.err.splitlines()[-1]
-    assert "Traceback" not in result.err
+    assert message in refused(cli(*arguments))
+
+
+@pytest.mark.parametrize("count", [10**13, 10**30])
+def test_more_tokens_than_memory_are_refused(cli: Callable, count: int) -> None:
+    result = cli("x", "--max-new-tokens", count)
+    assert (result.code, result.out) == (2, "")
+    assert "GB, more than cpu has left; lower max_length" in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "2>/dev/full"])
+def test_a_closed_stream_is_no_traceback(closed: str) -> None:
+    arguments = "-" if closed == "<&-" else "冰岛的首都是"
+    command = f'"{sys.executable}" -m qwen_ref.generate {arguments} {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, encoding="utf-8", timeout=60)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if closed == "<&-" else 0)
+    assert done.stdout.startswith("雷克雅未克") == closed.startswith("2")
+    if closed == "<&-":
+        assert "stdin is closed" in done.stderr
+
+
+def test_an_ascii_locale_reads_arguments_as_the_bytes_they_are() -> None:
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["冰岛的首都是", "--stop", "（"], ["--help"], ["x", "--model", "冰岛"]):
+        command = [*COMMAND, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=60)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (2 if "冰岛" in arguments else 0)
+        assert "冰岛的首都是" not in arguments or done.stdout == "雷克雅未克\n"
 
 
 def test_a_prompt_that_is_not_utf8_is_refused_with_its_place(cli: Callable, tmp_path: Path) -> None:
     assert "stdin is not UTF-8 (byte 0xff at offset 2)" in refused(cli(stdin=b"ab\xff"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "latin.txt is not UTF-8 (byte 0xe9 at offset 3)" in refused(cli("--file", tmp_path / "latin.txt"))
-
-
-def test_an_unknown_option_is_code_2() -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["x", "--frequency"])
-    assert ended.value.code == 2
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(cli: Callable, folder: Path) -> None:
@@ -266,14 +290,40 @@ def test_a_vocabulary_larger_than_the_model_is_refused(cli: Callable, folder: Pa
         ({"top_k": "many"}, "top_k='many' must be int"),
         ({"top_p": True}, "top_p=True must be int or float"),
         ({"eos_token_id": "<|endoftext|>"}, "eos_token_id='<|endoftext|>' must be int or list"),
-        ({"stop_words_ids": [151643]}, "stop_words_ids must hold token ids"),
-        ({"stop_words_ids": [[1, 999_999]]}, "no token has id 999999"),
+        ({"stop_words_ids": [1643]}, "stop_words_ids must hold ids from 0 to 2707, not 1643"),
+        ({"stop_words_ids": [[1, 999_999]]}, "must hold ids from 0 to 2707, not [1, 999999]"),
+        ({"stop_words_ids": [[0xE5, 0xA4]]}, "'utf-8' codec can't decode"),
+        ({"eos_token_id": -1}, "must hold ids from 0 to 2707, not [-1]"),
         ({"do_sample": 1}, "do_sample=1 must be bool"),
+        ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"repetition_penalty": 10**400}, "int too large"),
+        ({"chat_format": "x" * 10**5, "top_k": "x" * 10**5}, "top_k='xxx"),
     ],
 )
 def test_a_wrong_generation_config_is_named(cli: Callable, folder: Path, changes: dict, message: str) -> None:
     change_json(folder / "generation_config.json", **changes)
-    assert message in refused(cli("x", "--model", folder))
+    line = refused(cli("x", "--model", folder))
+    assert message in line
+    assert "generation_config.json: " in line
+    assert len(line) < 500
+
+
+def test_a_generation_config_that_is_a_broken_link_is_named(cli: Callable, folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to("gone")
+    assert "generation_config.json: cannot be read" in refused(cli("x", "--model", folder))
+
+
+def test_rows_beyond_the_tokenizer_are_shown_as_what_they_are_not(cli: Callable) -> None:
+    arguments = ("hi", "--temperature", 1000, "--top-p", 1, "--max-new-tokens", 400, "--seed", 1, "--json")
+    result = cli(*arguments)
+    assert result.code == 0
+    report = json.loads(result.out)
+    beyond = [token for token in report["tokens"] if token["id"] > 2707]
+    assert beyond
+    assert {token["text"] for token in beyond} == {"\ufffd"}
+    assert report["text"].count("\ufffd") >= len(beyond)
 
 
 def test_a_spoiled_folder_is_one_line_with_all_its_problems(cli: Callable, folder: Path) -> None:

@@ -111,8 +111,11 @@ def test_a_stop_id_is_the_last_token() -> None:
     ("ids", "parameters", "message"),
     [
         ([], {}, "no tokens"),
-        ([1, 320], {}, "token id 320 of prompt 0 is outside the vocabulary, 0 to 319"),
+        ([1, 320], {}, "token id 320 is outside the vocabulary, 0 to 319"),
         ([-1], {}, "token id -1"),
+        ([1.0], {}, "a prompt must be a list of token ids: 'float' object"),
+        ("1", {}, "a prompt must be a list of token ids: 'str' object"),
+        (None, {}, "a prompt must be a list of token ids"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ([1], {"max_new_tokens": 10**12}, "a cache of 1 × 1000000000000 positions takes"),
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
@@ -121,9 +124,20 @@ def test_a_stop_id_is_the_last_token() -> None:
         ([1], {"seed": 2**63}, "seed="),
     ],
 )
-def test_bad_input_is_refused_at_once(ids: list[int], parameters: dict, message: str) -> None:
+def test_bad_input_is_refused_at_once(ids: object, parameters: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(model("extended_base", "float32"), ids, **parameters)  # before the first step is asked for
+    if "positions" not in message:
+        with pytest.raises(ValueError, match=message):
+            next(generate_uncached(model("extended_base", "float32"), ids, **parameters))
+
+
+def test_ids_may_come_as_any_integers_and_stops_as_any_collection() -> None:
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+    plain = list(generate(qwen, ids, max_new_tokens=4))
+    for same in (tuple(ids), torch.tensor(ids), torch.tensor(ids).numpy(), iter(ids)):
+        assert list(generate(qwen, same, max_new_tokens=4)) == plain
+    assert list(generate(qwen, ids, max_new_tokens=4, stop_ids=iter([plain[1].token]))) == plain[:2]
 
 
 def test_a_model_that_gives_nan_is_named_not_sampled() -> None:

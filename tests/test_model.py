@@ -202,6 +202,8 @@ def test_unusable_ids_are_refused(ids: Tensor, message: str) -> None:
     [
         ([[1, 1, 0], [1, 1, 1]], "padding on the left"),
         ([[1, 0, 1], [1, 1, 1]], "padding on the left"),
+        ([[0, 2, 1], [1, 1, 1]], "padding on the left"),
+        ([[1.0, 0.3, 1.0], [1.0, 1.0, 1.0]], "padding on the left"),
         ([[0, 0, 0], [1, 1, 1]], "at least one token"),
         ([[1, 1, 1]], "must have the shape of input_ids"),
     ],
@@ -226,9 +228,16 @@ def test_a_cache_refuses_what_it_has_no_place_for() -> None:
     assert cache.length == 8
 
 
-@pytest.mark.parametrize("sizes", [(0, 8), (1, 0), (-1, 8), (1, 8, 0)])
-def test_a_cache_of_nothing_is_refused(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1"):
+def test_a_prompt_no_longer_than_its_padding_is_refused() -> None:
+    qwen = model("ntk_logn", "float32")
+    cache = qwen.new_cache(1, 8, prompt_length=2)
+    with pytest.raises(ValueError, match="prompt_length=2 must be longer than every row's padding"):
+        qwen(text("ntk_logn", 4), attention_mask=torch.tensor([[0, 0, 1, 1]]), cache=cache)
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (1, 0), (-1, 8), (1, 8, 0), (1, 8, 9), (1, 8, 10**400)])
+def test_a_cache_of_impossible_sizes_is_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must be (at least 1|from 1 to max_length=8)"):
         model("extended_base", "float32").new_cache(*sizes)
 
 

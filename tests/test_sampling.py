@@ -114,3 +114,38 @@ def test_parameters_out_of_range_are_refused_by_name(parameters: dict) -> None:
     (name,) = parameters
     with pytest.raises(ValueError, match=f"{name}="):
         probabilities(torch.zeros(1, 3), NOTHING_BEFORE, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("logits", "parameters"),
+    [
+        (1.0, {"repetition_penalty": 1e-39}),
+        (-1.0, {"repetition_penalty": 1e39}),
+        (3e38, {"temperature": 0.5}),
+        (4e33, {"temperature": 1e-5}),
+    ],
+    ids=str,
+)
+def test_parameters_that_make_logits_overflow_are_refused(logits: float, parameters: dict) -> None:
+    with pytest.raises(ValueError, match="logits overflow with repetition_penalty="):
+        probabilities(torch.full((1, 3), logits), torch.tensor([[1]]), **parameters)
+
+
+@pytest.mark.parametrize(
+    ("logits", "ids"),
+    [
+        ((3,), (1, 0)),
+        ((1, 2, 3), (1, 0)),
+        ((2, 3), (1, 4)),
+        ((1, 3), (4,)),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(logits: tuple, ids: tuple) -> None:
+    with pytest.raises(ValueError, match=r"logits must be \(B, V\) and previous_ids \(B, N\), not"):
+        probabilities(torch.zeros(logits), torch.zeros(ids, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("ids", [[[3]], [[-2]], [[0.0]]])
+def test_previous_ids_that_no_token_has_are_refused(ids: list) -> None:
+    with pytest.raises(ValueError, match="previous_ids must be int64 ids from 0 to 2, or -1"):
+        probabilities(torch.zeros(1, 3), torch.tensor(ids))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qwen_ref.config import QwenConfig, read_json_object, shown
+from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_json_object, shown
 from qwen_ref.model import Qwen
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -205,7 +205,7 @@ def _read_headers(
     duplicates = []
     unread = set()
     for file in files:
-        problem = unusable_file(folder / file)
+        problem = _unusable_file(folder / file)
         if problem is None:
             try:
                 handle = safe_open(folder / file, framework="pt")
@@ -261,16 +261,14 @@ def _compare(
         problems.append(f"weights must be {', '.join(_STORED_DTYPES)}: {_some(typed)}")
 
 
-def unusable_file(path: Path) -> str | None:
+def _unusable_file(path: Path) -> str | None:
     """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
     try:
         with path.open("rb") as file:
             start = file.read(40)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
-    return None
+    return GIT_LFS_PROBLEM if start.startswith(GIT_LFS_START) else None
 
 
 def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> str:

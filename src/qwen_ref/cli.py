@@ -7,20 +7,44 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option as every other mistake is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
+def utf8(argument: str) -> str:
+    """The text of a command line's argument, whatever the locale made of its bytes."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(_not_utf8("it", error)) from None
+
+
+def _not_utf8(source: str, error: UnicodeDecodeError) -> str:
+    where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    return f"{source} is not UTF-8 ({where}); convert it first"
 
 
 def run(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     command: Callable[[argparse.Namespace], int],
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Runs a command; its exit code, or 2 for bad input, 130 after Ctrl-C, 141 when stdout was closed."""
-    args = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever the locale says: text may be in any script
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # Whatever the locale says, text may be in any script; a path may even be in none.
+        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        return command(args)
+        return command(parser.parse_args(arguments))
     except BrokenPipeError:
         # The reader has gone, as `| head` does. Python would fail once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -29,13 +53,15 @@ def run(
         say("interrupted")
         return 130
     except (ValueError, OSError) as error:
-        say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {error}")
         return 2
 
 
 def say(line: str) -> None:
-    """One line on stderr; stdout carries only results."""
-    print(f"qwen_ref: {line}", file=sys.stderr, flush=True)
+    """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
+    printable = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
+    with suppress(OSError):  # a full disk behind stderr must not cost the result on stdout
+        print(f"qwen_ref: {printable}", file=sys.stderr, flush=True)
 
 
 def bundled_checkpoint() -> Path:
@@ -46,7 +72,7 @@ def bundled_checkpoint() -> Path:
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt from a command's argument, from a file, or from stdin for "-" or neither.
+    """The prompt from a command's argument (see utf8), from a file, or from stdin for "-" or neither.
 
     One newline at the end of a file or of stdin is dropped: `echo` and editors add it.
     Raises ValueError for what is not UTF-8.
@@ -56,16 +82,17 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
             raise ValueError("the prompt is given twice: as an argument and with --file")
         source, encoded = str(file), file.read_bytes()
     elif argument is None or argument == "-":
+        if sys.stdin is None:
+            raise ValueError("stdin is closed; give the prompt as an argument or with --file")
         if sys.stdin.isatty():
             say("reading the prompt from the terminal; end it with Ctrl-D")
         source, encoded = "stdin", sys.stdin.buffer.read()
     else:
-        source, encoded = "the prompt", argument.encode("utf-8", "surrogateescape") + b"\n"
+        return argument
     try:
         return encoded.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        where = f"byte 0x{encoded[error.start]:02x} at offset {error.start}"
-        raise ValueError(f"{source} is not UTF-8 ({where}); convert it first") from None
+        raise ValueError(_not_utf8(source, error)) from None
 
 
 class Progress:

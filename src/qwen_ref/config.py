@@ -185,12 +185,24 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, naming the file, where there is none."""
+GIT_LFS_START = b"version https://git-lfs"
+GIT_LFS_PROBLEM = "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file; ValueError, naming it, where it cannot be had."""
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    if content.startswith(GIT_LFS_START):
+        raise ValueError(f"{path}: {GIT_LFS_PROBLEM}")
+    return content
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, where there is none."""
+    content = read_bytes(path)
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
+import os
 import random
 import sys
 import time
@@ -15,8 +17,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Progress, bundled_checkpoint, read_prompt, run, say
-from qwen_ref.config import QwenConfig, read_json_object
+from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
+from qwen_ref.config import QwenConfig, read_json_object, shown
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -75,22 +77,11 @@ def generate_batch(
     """
     import torch
 
-    from qwen_ref.sampling import check_parameters
-
-    check_parameters(temperature, top_k, top_p, repetition_penalty)
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError(
-            "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
-    V = model.config.vocab_size
-    for row, prompt in enumerate(prompts):
-        outside = [token for token in prompt if not 0 <= token < V]
-        if outside:
-            raise ValueError(f"token id {outside[0]} of prompt {row} is outside the vocabulary, 0 to {V - 1}")
+    check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    prompts = [_checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
+    if not prompts:
+        raise ValueError("there is no prompt to continue")
+    stop_ids = frozenset(stop_ids)
     B, longest = len(prompts), max(map(len, prompts))
     cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
     device = model.embed.weight.device
@@ -143,7 +134,9 @@ def generate_uncached(
     """
     import torch
 
-    ids = torch.tensor([prompt_ids], dtype=torch.int64, device=model.embed.weight.device)
+    check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    prompt_ids = _checked_ids(prompt_ids, model.config.vocab_size)
+    ids = torch.tensor([prompt_ids], device=model.embed.weight.device)
     generators = [_generator(ids.device, seed)]
     for _ in range(max_new_tokens):
         with torch.inference_mode():
@@ -154,6 +147,39 @@ def generate_uncached(
         yield Step(int(tokens), float(logprobs))
         if int(tokens) in stop_ids:
             return
+
+
+def check_settings(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None = None,
+) -> None:
+    """Raises ValueError where a setting of the loop is out of range."""
+    from qwen_ref.sampling import check_parameters
+
+    check_parameters(temperature, top_k, top_p, repetition_penalty)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
+
+
+def _checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(f"a prompt must be a list of token ids: {error}") from None
+    if not ids:
+        raise ValueError(
+            "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
+        )
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(f"token id {outside[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
+    return ids
 
 
 def _choose(
@@ -209,7 +235,8 @@ class TextStream:
         self.steps: list[Step] = []
         self.finish_reason: str | None = None
         self._source = steps
-        self._stop_ids = stop_ids
+        self._stop_ids = frozenset(stop_ids)
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._until = _UntilStop(stop_texts)
 
@@ -220,7 +247,7 @@ class TextStream:
             if step.token in self._stop_ids:
                 reason = "stop"
                 break
-            if text := self._until.push(self._decoder.push(step.token)):
+            if text := self._until.push(self._decoded(step.token)):
                 yield text
             if self._until.found:
                 self.finish_reason = "stop"
@@ -228,6 +255,12 @@ class TextStream:
         if text := self.flush():
             yield text
         self.finish_reason = "stop" if self._until.found else reason
+
+    def _decoded(self, token: int) -> str:
+        # The model has more rows than the tokenizer has ids: noise at a high temperature may draw one.
+        return (
+            self._decoder.push(token) if token < self._tokenizer.n_vocab else self._decoder.flush() + "\ufffd"
+        )
 
     def flush(self) -> str:
         """What is still held back; for an iteration that is given up before its end."""
@@ -238,10 +271,10 @@ class _UntilStop:
     """Lets text through up to the first stop text; holds back what may be the beginning of one."""
 
     def __init__(self, stop_texts: Collection[str]) -> None:
-        if "" in stop_texts:
-            raise ValueError("a stop text is empty: it would end every text at once")
         self.found = False
-        self._stop_texts = stop_texts
+        self._stop_texts = tuple(stop_texts)
+        if "" in self._stop_texts:
+            raise ValueError("a stop text is empty: it would end every text at once")
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -282,32 +315,36 @@ class Defaults(NamedTuple):
 
 
 def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
-    """The generation_config.json of a folder, which may lack one; ValueError for values of the wrong type."""
+    """The generation_config.json of a folder, which may lack one; ValueError, naming it, for wrong values."""
     path = folder / "generation_config.json"
-    raw = read_json_object(path) if path.exists() else {}
+    raw = read_json_object(path) if os.path.lexists(path) else {}
+    try:
+        return _defaults(raw, tokenizer)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
+
+def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
     def value(name: str, default: Any, *kinds: type) -> Any:
         found = raw.get(name)
         if found is None:
             return default
         if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
-            raise ValueError(
-                f"{path}: {name}={found!r} must be {' or '.join(kind.__name__ for kind in kinds)}"
-            )
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}={shown(found)} must be {wanted}")
         return found
 
-    end_of_text = tokenizer.special_ids["<|endoftext|>"]
-    eos = value("eos_token_id", end_of_text, int, list)
-    words = [[token] for token in (eos if isinstance(eos, list) else [eos])] + value(
-        "stop_words_ids", [], list
-    )
+    eos = value("eos_token_id", tokenizer.special_ids["<|endoftext|>"], int, list)
+    words = [[token] for token in (eos if isinstance(eos, list) else [eos])]
+    words += value("stop_words_ids", [], list)
     if value("chat_format", "raw", str) == "chatml":
         words += [[tokenizer.special_ids["<|im_start|>"]], [tokenizer.special_ids["<|im_end|>"]]]
-    if not all(
-        isinstance(word, list) and word and all(type(token) is int for token in word) for word in words
-    ):
-        raise ValueError(f"{path}: eos_token_id and stop_words_ids must hold token ids, not {words!r}")
-    return Defaults(
+    for word in words:
+        ids = isinstance(word, list) and word and all(type(token) is int for token in word)
+        if not ids or min(word) < 0 or max(word) >= tokenizer.n_vocab:
+            allowed = f"ids from 0 to {tokenizer.n_vocab - 1}"
+            raise ValueError(f"eos_token_id and stop_words_ids must hold {allowed}, not {shown(word)}")
+    defaults = Defaults(
         max_new_tokens=value("max_new_tokens", 64, int),
         temperature=float(value("temperature", 1.0, int, float)) if value("do_sample", False, bool) else 0.0,
         top_k=value("top_k", 0, int),
@@ -315,12 +352,14 @@ def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
         repetition_penalty=float(value("repetition_penalty", 1.0, int, float)),
         stop_ids=frozenset(word[0] for word in words if len(word) == 1),
         # A stop word of several ids is text that can also be spelled with other ids: it is matched as text.
-        stop_texts=tuple(tokenizer.decode(word) for word in words if len(word) > 1),
+        stop_texts=tuple(tokenizer.decode_bytes(word).decode("utf-8") for word in words if len(word) > 1),
     )
+    check_settings(*defaults[:5])
+    return defaults
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m qwen_ref.generate",
         description="Continue a prompt with a first-generation Qwen checkpoint. "
         "The text goes to stdout, everything else to stderr.",
@@ -329,6 +368,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "prompt",
+        type=utf8,
         nargs="?",
         help="the text to continue; - or nothing reads stdin (one newline at its end is dropped)",
     )
@@ -348,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     add(
         "--stop",
+        type=utf8,
         action="append",
         default=[],
         metavar="TEXT",
@@ -381,7 +422,10 @@ def _generate(args: argparse.Namespace) -> int:
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     settings["seed"] = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    check_settings(**settings)
     stop_texts = (*defaults.stop_texts, *args.stop)
+    if "" in stop_texts:
+        raise ValueError("--stop is empty: it would end every text at once")
 
     import torch
 
@@ -456,7 +500,8 @@ def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Token
 
 
 def _token_report(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"id": step.token, "text": tokenizer.decode([step.token]), "logprob": step.logprob}
+    text = tokenizer.decode([step.token]) if step.token < tokenizer.n_vocab else "\ufffd"
+    return {"id": step.token, "text": text, "logprob": step.logprob}
 
 
 def _describe(settings: dict[str, Any], stop_ids: list[int], stop_texts: Sequence[str]) -> str:
@@ -469,7 +514,10 @@ def _describe(settings: dict[str, Any], stop_ids: list[int], stop_texts: Sequenc
     parts = [how.format(**s), f"at most {s['max_new_tokens']} new tokens"]
     if s["repetition_penalty"] != 1:
         parts.append(f"repetition penalty {s['repetition_penalty']:g}")
-    parts.append(f"stop at {', '.join([*map(str, stop_ids), *map(repr, stop_texts)])}")
+    stops = [*map(str, stop_ids), *map(repr, stop_texts)]
+    parts.append(
+        f"stop at {', '.join(stops[:8])}" + (f" and {len(stops) - 8} more" if len(stops) > 8 else "")
+    )
     return "; ".join(parts)
 
 

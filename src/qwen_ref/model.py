@@ -246,12 +246,14 @@ class Qwen(nn.Module):
         numbers, which the system gives page by page as they are written (on the CPU). Raises ValueError where
         that does not fit.
         """
-        if batch_size < 1 or max_length < 1 or (prompt_length is not None and prompt_length < 1):
-            raise ValueError(f"{batch_size=}, {max_length=} and {prompt_length=} must be at least 1")
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(f"{batch_size=} and {max_length=} must be at least 1")
+        if prompt_length is not None and not 1 <= prompt_length <= max_length:
+            raise ValueError(f"{prompt_length=} must be from 1 to {max_length=}")
         shape = (batch_size, self.config.num_attention_heads, max_length, self.config.kv_channels)
         try:
             return KVCache(len(self.blocks), shape, prompt_length, like=self.embed.weight)
-        except RuntimeError:  # torch's allocators raise it, torch.OutOfMemoryError included
+        except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one; TypeError: beyond 64 bits
             size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
             raise ValueError(
                 f"a cache of {batch_size} × {max_length} positions takes {size / 1e9:,.1f} GB, more than "
@@ -269,6 +271,8 @@ class Qwen(nn.Module):
             padding = _left_padding(attention_mask)
             length = T if cache is None or cache.prompt_length is None else cache.prompt_length
             lengths = [length] if padding is None else [length - pad for pad in padding.tolist()]
+            if min(lengths) < 1:
+                raise ValueError(f"prompt_length={length} must be longer than every row's padding")
             frequencies = rotary_frequencies(self.config, lengths, _inner_dtype(dtype)).to(device)
             if cache is not None:
                 cache.padding, cache.frequencies = padding, frequencies
@@ -309,17 +313,19 @@ class Qwen(nn.Module):
                 f"{T} tokens do not fit behind the {cache.length} cached: the cache holds "
                 f"{cache.max_length}; make it with a larger max_length"
             )
-        if cache.length > 0 and attention_mask is not None and not attention_mask.bool().all():
+        if cache.length > 0 and attention_mask is not None and not (attention_mask == 1).all():
             raise ValueError("padding can only come first: the cache remembers the first attention_mask")
 
 
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
     """How many positions of padding each row of (B, T) begins with → (B,); None where no row has any."""
-    if attention_mask is None or attention_mask.bool().all():
+    if attention_mask is None:
         return None
-    real = attention_mask.bool()
-    if (real[:, :-1] & ~real[:, 1:]).any() or not real[:, -1].all():
+    T = attention_mask.shape[1]
+    padding = (attention_mask == 0).sum(dim=1)
+    real = torch.arange(T, device=padding.device) >= padding[:, None]  # (B, T)
+    if not (attention_mask == real).all() or (padding == T).any():
         raise ValueError(
             "attention_mask must be 0 … 0 1 … 1 in every row: padding on the left, at least one token"
         )
-    return (~real).sum(dim=1)
+    return padding if padding.any() else None

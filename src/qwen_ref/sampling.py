@@ -28,6 +28,7 @@ def probabilities(
     tensor([[0.5000, 0.5000, 0.0000]])
     """
     check_parameters(temperature, top_k, top_p, repetition_penalty)
+    _check_shapes(logits, previous_ids)
     check_finite(logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V = logits.shape[-1]
@@ -41,6 +42,11 @@ def probabilities(
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), V).to(logits.dtype)
     logits = logits / temperature
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"logits overflow with repetition_penalty={repetition_penalty} and temperature={temperature}; "
+            "bring them nearer to 1"
+        )
     if 0 < top_k < V:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -67,6 +73,19 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
         raise ValueError(
             f"repetition_penalty={repetition_penalty} must be a positive number; 1 changes nothing"
         )
+
+
+def _check_shapes(logits: Tensor, previous_ids: Tensor) -> None:
+    if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits):
+        raise ValueError(
+            f"logits must be (B, V) and previous_ids (B, N), not {tuple(logits.shape)} and "
+            f"{tuple(previous_ids.shape)}"
+        )
+    if previous_ids.numel() == 0:
+        return
+    V = logits.shape[-1]
+    if previous_ids.dtype != torch.int64 or previous_ids.min() < -1 or previous_ids.max() >= V:
+        raise ValueError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
 
 
 def check_finite(logits: Tensor) -> None:

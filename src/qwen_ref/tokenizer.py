@@ -26,6 +26,8 @@ from typing import Any
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
+from qwen_ref.config import read_bytes
+
 # The published split pattern. \p{N} without a "+" is what makes every digit a piece of its own.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -302,12 +304,7 @@ class StreamDecoder:
 
 def read_ranks(path: str | Path) -> list[bytes]:
     """The tokens of a qwen.tiktoken file in the order of their ranks, checked to be 0, 1, 2, …"""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    if lines and lines[0].startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in the folder")
+    lines = read_bytes(path).splitlines()
     tokens: dict[int, bytes] = {}
     line_of: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
