@@ -46,7 +46,7 @@ def main() -> None:
     try:
         write_checkpoint(folder, config)
         before, start = anonymous_memory(), time.perf_counter()
-        model = load_model(folder)
+        model = load_model(folder, "auto")
         elapsed, added = time.perf_counter() - start, anonymous_memory() - before
         size = sum(parameter.nbytes for parameter in model.parameters())
         print(

@@ -12,7 +12,7 @@ import qwen_ref
 from qwen_ref.generate import TextStream, generate
 
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "weights"
-model = qwen_ref.load_model(folder)
+model = qwen_ref.load_model(folder, "auto")
 tokenizer = qwen_ref.Tokenizer.from_file(folder / "qwen.tiktoken")
 
 prompt = tokenizer.encode("蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是")

@@ -135,7 +135,7 @@ def refusal(folder: Path | str, **arguments: str) -> str:
 
 def assert_loads(folder: Path, like: Path) -> None:
     """The folder gives every value of another."""
-    model, expected = load_model(folder), stored_tensors(like)
+    model, expected = load_model(folder, "auto"), stored_tensors(like)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, {ours(key): tensor for key, tensor in expected.items()}[name]), name
 
@@ -200,13 +200,13 @@ def test_the_golden_folder_really_has_a_layer_in_two_files():
 def test_auto_keeps_the_stored_dtype(dtype: str, single: Path):
     stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in stored_tensors(single).items()}
     save_file(stored, single / SINGLE)
-    model = load_model(single)
+    model = load_model(single, "auto")
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
 
 
 def test_the_model_is_in_eval_mode_without_gradients():
-    model = load_model(GOLDEN / "extended_base")
+    model = load_model(GOLDEN / "extended_base", "auto")
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -233,7 +233,7 @@ def test_buffers_of_old_exports_are_ignored_listed_or_not(sharded: Path):
     change_map(sharded, transformer__h__2__attn__masked_bias=SHARDS[2])  # which does not have it
     assert_loads(sharded, like=GOLDEN / "extended_base")
     calls: list[tuple[int, int]] = []
-    load_model(sharded, progress=lambda *call: calls.append(call))
+    load_model(sharded, "auto", progress=lambda *call: calls.append(call))
     assert calls[-1] == (366_592, 366_592)  # the index's total_size: weights only
 
 
@@ -267,7 +267,7 @@ def test_a_tensor_that_the_index_forgot_is_taken_from_its_file(sharded: Path):
 def test_a_folder_may_be_a_string_and_its_files_read_only(single: Path):
     for file in single.iterdir():
         file.chmod(0o444)
-    assert torch.equal(load_model(str(single)).norm.weight, load_model(single).norm.weight)
+    assert torch.equal(load_model(str(single), "auto").norm.weight, load_model(single, "auto").norm.weight)
 
 
 @pytest.mark.parametrize("spaces", [1, 2, 7])
@@ -278,7 +278,7 @@ def test_tensors_at_any_alignment_are_read_right(spaces: int, single: Path):
         struct.pack("<Q", len(header) + spaces) + header + b" " * spaces + raw[8 + len(header) :]
     )
     ids = torch.arange(20)[None]
-    assert torch.equal(load_model(single)(ids), load_model(GOLDEN / "ntk_logn")(ids))
+    assert torch.equal(load_model(single, "auto")(ids), load_model(GOLDEN / "ntk_logn", "auto")(ids))
 
 
 # Weights lie in the mapped file
@@ -313,7 +313,7 @@ def test_a_converted_model_keeps_no_file_mapped(single: Path):
 
 def test_writing_to_a_mapped_weight_never_reaches_the_file(single: Path):
     before = (single / SINGLE).read_bytes()
-    model = load_model(single)
+    model = load_model(single, "auto")
     for parameter in model.parameters():
         parameter.zero_()
     assert not model.lm_head.weight.any()
@@ -330,7 +330,7 @@ def anonymous():
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 small, large = sys.argv[1:]
-load_model(small), load_model(small, "float32")  # imports and pools that come with the first use
+load_model(small, "auto"), load_model(small, "float32")  # imports and pools that come with the first use
 for dtype in ("bfloat16", "float32"):
     before = anonymous()
     model = load_model(large, dtype)
@@ -389,7 +389,7 @@ def test_a_folder_without_permission_is_refused(mode: int, single: Path):
     single.chmod(mode)
     try:
         with pytest.raises(ValueError, match="Permission denied"):
-            load_model(single)
+            load_model(single, "auto")
     finally:
         single.chmod(0o700)
 
@@ -615,7 +615,7 @@ def test_mixed_dtypes_need_a_named_one(dtype: str, single: Path):
     norm = tensors_of(single / SINGLE)["transformer.ln_f.weight"]
     change(single / SINGLE, transformer__ln_f__weight=norm.float())
     with pytest.raises(ValueError, match="stored in BF16 and F32; name the dtype"):
-        load_model(single)
+        load_model(single, "auto")
     model = load_model(single, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert torch.equal(model.norm.weight, norm.to(getattr(torch, dtype)))
@@ -751,7 +751,7 @@ def test_pickled_checkpoints_are_named_and_never_opened(
             f"{module}.open", lambda file, *a, **k: opened.append(file) or really_open(file, *a, **k)
         )
     with pytest.raises(ValueError, match="pickled checkpoints are not read") as caught:
-        load_model(single)
+        load_model(single, "auto")
     monkeypatch.undo()
     assert all(name in str(caught.value) for name in names)
     assert "safetensors" in str(caught.value)
@@ -782,7 +782,7 @@ OTHER_MAKES = ["xla", "hpu", "privateuseone", "vulkan"]
 )
 def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str):
     with pytest.raises(ValueError, match=r"cannot be used: .{8}") as caught:
-        load_model(GOLDEN / "ntk_logn", device=device)
+        load_model(GOLDEN / "ntk_logn", "auto", device=device)
     message = str(caught.value)
     assert message.startswith(f"device {device!r} cannot be used")
     assert "\n" not in message
@@ -791,4 +791,4 @@ def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device: str):
 
 def test_the_meta_device_is_refused_since_it_would_drop_every_weight():
     with pytest.raises(ValueError, match="device 'meta' cannot be used"):
-        load_model(GOLDEN / "ntk_logn", device="meta")
+        load_model(GOLDEN / "ntk_logn", "auto", device="meta")

@@ -59,7 +59,7 @@ def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(monkeypatch: pyt
     from examine_tiny import examine, examples_by_form
     from tiny_corpus import Encoder
 
-    model, encoder = load_model(WEIGHTS), Encoder(Tokenizer.from_file(WEIGHTS / "qwen.tiktoken"))
+    model, encoder = load_model(WEIGHTS, "auto"), Encoder(Tokenizer.from_file(WEIGHTS / "qwen.tiktoken"))
     forms = examples_by_form(encoder, seed=1)
     assert sum(map(len, forms.values())) > 4000
     for form, examples in forms.items():

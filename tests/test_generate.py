@@ -161,6 +161,12 @@ def stream(text: str | bytes, *stops: str, end: bool = False) -> tuple[list[str]
     return list(texts), texts.finish_reason, len(texts.steps)
 
 
+def test_an_id_that_no_token_has_is_shown_as_no_character() -> None:
+    half, *_ = "é".encode()
+    steps = [Step(token, -1.0) for token in (65, half, BYTES.n_vocab, 66)]
+    assert "".join(TextStream(steps, BYTES)) == "A\ufffd\ufffdB"
+
+
 def test_text_streams_by_whole_characters() -> None:
     assert stream("aé中😀") == (["a", "é", "中", "😀"], "length", 10)
 

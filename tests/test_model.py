@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_ref import KVCache, Qwen, QwenConfig, load_model
 from qwen_ref.generate import generate
-from qwen_ref.model import logn_scale, ntk_alpha, rotary_frequencies
+from qwen_ref.model import causal_mask, logn_scale, ntk_alpha, rotary_frequencies
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
 # pass loses to rounding (README's parity table); two orders lose it independently: √2 of it, 2 allowed.
@@ -78,6 +78,11 @@ def test_a_padded_row_gives_what_it_gives_alone_also_when_decoding(folder: str, 
             own = qwen.new_cache(1, length + 6)
             alone = torch.cat((qwen(rows[row][None], cache=own), qwen(more[row : row + 1], cache=own)), dim=1)
             assert relative_rms(batch[row, total - length :], alone[0]) <= TOLERANCE[dtype]
+
+
+def test_every_query_sees_a_key_also_at_padding() -> None:
+    # torch's kernels differ in what the softmax over no key gives: NaN would spread from there to every row.
+    assert causal_mask(4, 6, torch.tensor([0, 3, 5]), torch.device("cpu")).any(dim=-1).all()
 
 
 def test_without_padding_a_mask_of_ones_changes_no_bit() -> None:

@@ -285,6 +285,16 @@ def test_texts_glued_from_random_tokens_encode_as_tiktoken_does(
         assert tokenizer.encode(text) == published(text), text
 
 
+def test_every_code_point_assigned_or_not_is_a_letter_where_it_is_one_for_tiktoken(
+    tokenizer: Tokenizer, published: Encode
+) -> None:
+    # Behind a letter or a number 's is a piece; behind anything else the apostrophe belongs to it.
+    planes = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE1000))]
+    for start in range(0, len(planes), 4096):
+        text = "".join(f"{c}'s\n" for c in planes[start : start + 4096])
+        assert tokenizer.encode(text) == published(text), hex(ord(planes[start]))
+
+
 def test_both_engines_agree_on_random_texts(tokenizer: Tokenizer, tiktoken_tokenizer: Tokenizer) -> None:
     texts = list(random_texts(4000, seed=4))
     assert [text for text in texts if tokenizer.encode(text) != tiktoken_tokenizer.encode(text)] == []

@@ -74,7 +74,7 @@ def tensor_table(config: QwenConfig) -> list[TensorSpec]:
 
 def load_model(
     folder: str | Path,
-    dtype: str = "auto",
+    dtype: str = "float32",
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Qwen:

@@ -51,8 +51,8 @@ def generate(
     Raises ValueError for an empty prompt, ids or parameters out of range, and a cache that does not fit.
 
     >>> ids = tokenizer.encode("冰岛的首都是")
-    >>> tokenizer.decode(step.token for step in generate(model, ids, max_new_tokens=8))
-    '雷克雅未克（Reykjavik）'
+    >>> tokenizer.decode(step.token for step in generate(model, ids, max_new_tokens=5))
+    '雷克雅未克（R'
     """
     sampling = (temperature, top_k, top_p, repetition_penalty)
     rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids)

@@ -1,15 +1,16 @@
 """What first-generation Qwen computes, exactly: a decoder-only transformer, in the order in which data flows.
 
-What differs from Llama:
+What differs from Llama 2:
 - q, k and v come from one fused projection, with the only bias in the model; its rows are stacked [q; k; v].
-- Every query head has its own keys and values: no grouped-query attention.
+- Every query head has its own keys and values at every size; Llama 2 70B groups them.
+- Dimensions i and i + K/2 of a head turn together; Meta's code pairs neighbours, Hugging Face's does as here.
 - The 72B's rotary embedding has base 1e6 ("extended base"): 24 of a head's 64 pairs of dimensions turn less
   than once within 32k positions, where base 1e4 leaves 4.
 - The smaller models keep base 1e4 and raise it for prompts beyond the trained length (dynamic NTK), and scale
   queries there by the logarithm of their position (LogN).
-- The embedding and the output head are two matrices, with more rows than the tokenizer has ids.
+- The embedding and the output head have more rows than the tokenizer has ids.
 
-What does not: pre-norm residual blocks, RMSNorm, split-half rotation, SwiGLU.
+What does not: pre-norm residual blocks, RMSNorm, SwiGLU, an output head of its own.
 
 One letter a dimension, here and in every shape comment:
     B  batch         T  new positions      S  positions attended to: those cached and the T new ones
@@ -34,7 +35,7 @@ from qwen_ref.config import QwenConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (Zhang and Sennrich 2019, equation 4)."""
+    """x / √(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019, equation 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) ->
     mask = (keys <= queries)[None, None]
     if padding is not None:
         # A padded query sees itself: the softmax over no key at all would be NaN.
-        mask = mask & (keys >= padding[:, None, None, None]) | (keys == queries)
+        mask = (mask & (keys >= padding[:, None, None, None])) | (keys == queries)
     return mask
 
 
@@ -164,6 +165,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, K)
+        # The flag counts from the first key: right for a whole prompt. One new token sees every key.
         causal = at.mask is None and T > 1
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask, is_causal=causal)  # (B, H, T, K)
         return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·K) → (B, T, D)

@@ -33,7 +33,7 @@ def probabilities(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V = logits.shape[-1]
     if repetition_penalty != 1.0 and previous_ids.numel() > 0:
-        # Row V takes the ids of -1 and is dropped again. Repeated ids all write the same penalised value.
+        # Column V takes the ids of -1 and is dropped again. Repeated ids all write the same penalised value.
         padded = torch.cat((logits, logits.new_zeros(len(logits), 1)), dim=-1)
         ids = previous_ids.where(previous_ids >= 0, V)
         seen = padded.gather(1, ids)
