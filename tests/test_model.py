@@ -18,7 +18,7 @@ from qwen_ref.generate import generate
 from qwen_ref.model import causal_mask, logn_scale, ntk_alpha, rotary_frequencies
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
-# pass loses to rounding (README's parity table); two orders lose it independently: √2 of it, 2 allowed.
+# pass loses to rounding (README's parity table), which two orders lose independently: √2 of it; 3 allowed.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-2, "float16": 4e-3}
 
 FOLDERS = ("extended_base", "ntk_logn")
