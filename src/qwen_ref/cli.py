@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,8 +59,10 @@ def run(
 def say(line: str) -> None:
     """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
     printable = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
-    with suppress(OSError):  # a full disk behind stderr must not cost the result on stdout
+    try:
         print(f"qwen_ref: {printable}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk behind stderr must not cost the result on stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def bundled_checkpoint() -> Path:
