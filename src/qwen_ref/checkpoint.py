@@ -7,6 +7,8 @@ weight is read, and reported at once.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -15,10 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_json_object, shown
+from qwen_ref.launch import group_size, join, own_device
 from qwen_ref.model import Qwen
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -44,6 +48,25 @@ class TensorSpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     cut: str | None
+
+    def shape_of_rank(self, ranks: int) -> tuple[int, ...]:
+        """The shape of each rank's part."""
+        if self.cut is None:
+            return self.shape
+        if self.cut == "columns":
+            return (self.shape[0], self.shape[1] // ranks)
+        return (self.shape[0] // ranks, *self.shape[1:])
+
+    def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
+        """A rank's part of the tensor, as a view.
+
+        That of "heads" is (3, rows, …): its rows stand in three places, one in each third.
+        """
+        if self.cut is None or ranks == 1:
+            return whole
+        if self.cut == "heads":
+            return whole.unflatten(0, (3, -1)).chunk(ranks, dim=1)[rank]
+        return whole.chunk(ranks, dim=1 if self.cut == "columns" else 0)[rank]
 
 
 def tensor_table(config: QwenConfig) -> list[TensorSpec]:
@@ -76,31 +99,79 @@ def load_model(
     folder: str | Path,
     dtype: str = "float32",
     device: str = "cpu",
+    group: str | ProcessGroup | None = None,
+    *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
     dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
-    On the CPU, weights that have that dtype already are used where they lie in the mapped file: nothing is
-    read until it is needed, the system may drop the pages again, and a checkpoint larger than memory still
-    runs. progress is called with the bytes done and the bytes in all.
-    Raises ValueError with everything that is wrong with the folder.
+    device: "cpu", "cuda", …; with several ranks, "cuda" is for each the one with its number on its machine.
+    group: the ranks that share the model. None is this process alone; "world" is torch.distributed's default
+    process group, started from torchrun's variables if need be. Each rank reads only its own part.
+    progress is called with the bytes done and the bytes in all, of this rank.
+
+    On the CPU, weights that have the wanted dtype are used where they lie in the mapped file: nothing is read
+    until it is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
+    Only what is cut by columns is copied: a rank's part of a row is too short to compute with in place.
+    Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
+    MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises
+    ConnectionError where a rank is gone.
     """
-    target = _device(device)
-    config, stored = open_checkpoint(folder)
-    wanted = _dtype(dtype, stored)
-    total, done = sum(tensor.bytes for tensor in stored.values()), 0
-    state: dict[str, Tensor] = {}
-    for spec in tensor_table(config):
-        tensor = stored[spec.published]
-        state[spec.name] = tensor.read().to(device=target, dtype=wanted)
-        done += tensor.bytes
-        if progress is not None:
-            progress(done, total)
+    size = group_size(group)
+    check_cut(folder, size)
+    ranks = join(group, device)
+    with ranks.together():
+        target = _device(own_device(device, size))
+        config, stored = open_checkpoint(folder)
+        wanted = _dtype(dtype, stored)
+        marks = _marks(config, wanted, stored) if size > 1 else {}
+    ranks.require_same(str(folder), marks)
+
+    table = tensor_table(config)
+    total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
     with torch.device("meta"), _NoInitialisation():  # names and shapes, no memory: the weights fill them
-        model = Qwen(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+        model = Qwen(config, ranks)
+    for _, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):  # layer by layer
+        with ranks.together():  # a rank that is slow or fails is so by one layer at most
+            for spec in specs:
+                part = spec.part(stored[spec.published].read(), ranks.rank, size)
+                part = part.to(device=target, dtype=wanted)
+                if spec.cut == "columns":
+                    part = part.contiguous()
+                elif spec.cut == "heads" and (part.ndim == 2 or part.is_contiguous()):
+                    part = part.reshape(spec.shape_of_rank(size))
+                owner, _, name = spec.name.rpartition(".")
+                setattr(model.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
+                done += stored[spec.published].bytes_of_rank(spec, size)
+                if progress is not None:
+                    progress(done, total)
+    return model.eval()
+
+
+def check_cut(folder: str | Path, ranks: int) -> None:
+    """Raises ValueError where the folder's model cannot be cut for so many ranks.
+
+    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
+    """
+    try:
+        config = QwenConfig.from_json(Path(folder) / "config.json")
+    except ValueError:
+        return
+    config.check_ranks(ranks)
+
+
+def _marks(config: QwenConfig, dtype: torch.dtype, stored: dict[str, StoredTensor]) -> dict[str, object]:
+    """What ranks must agree on: the configuration, the dtype, and each tensor's first row, as a hash.
+
+    Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
+    """
+    marks: dict[str, object] = {**vars(config), "dtype": dtype}
+    for name, tensor in stored.items():
+        row = tensor.read()[:1] if len(tensor.shape) > 1 else tensor.read()
+        content = row.contiguous().view(torch.uint8).numpy().tobytes()
+        marks[f"the start of {name}"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return marks
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -122,9 +193,8 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
 
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * _STORED_DTYPES[self.dtype].itemsize
+    def bytes_of_rank(self, spec: TensorSpec, ranks: int) -> int:
+        return math.prod(spec.shape_of_rank(ranks)) * _STORED_DTYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
         """The tensor, a view of the mapped file."""

@@ -59,8 +59,10 @@ def run(
 def say(line: str) -> None:
     """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
     printable = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
+    rank = os.environ.get("RANK", "0")  # torchrun's: one of several processes says which it is
+    who = "qwen_ref" if rank == "0" else f"qwen_ref, rank {rank}"
     try:
-        print(f"qwen_ref: {printable}", file=sys.stderr, flush=True)
+        print(f"{who}: {printable}", file=sys.stderr, flush=True)
     except OSError:  # a full disk behind stderr must not cost the result on stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 

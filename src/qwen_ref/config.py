@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -95,6 +96,25 @@ class QwenConfig:
         if size not in _PRESETS:
             raise ValueError(f"no preset {size!r}; use one of {', '.join(_PRESETS)}")
         return _PRESETS[size]
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises ValueError where heads, MLP or vocabulary cannot be cut evenly for so many ranks.
+
+        >>> QwenConfig.preset("72b").check_ranks(6)
+        Traceback (most recent call last):
+        ValueError: num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64
+        """
+        sizes = {
+            "num_attention_heads": self.num_attention_heads,
+            "the MLP's width (intermediate_size / 2)": self.mlp_width,
+            "vocab_size": self.vocab_size,
+        }
+        uneven = [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]
+        if uneven:
+            common = math.gcd(*sizes.values())
+            *most, last = (str(n) for n in range(1, self.num_attention_heads + 1) if common % n == 0)
+            usable = f"{', '.join(most)} or {last}" if most else last
+            raise ValueError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
 
     def __post_init__(self) -> None:
         problems = _value_problems(vars(self))

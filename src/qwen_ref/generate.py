@@ -7,6 +7,7 @@ costs one pass over a single position. torch is imported inside the functions, s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import operator
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
 from qwen_ref.config import QwenConfig, read_json_object, shown
+from qwen_ref.launch import TIMEOUT, Ranks, launched
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -82,8 +84,13 @@ def generate_batch(
     if not prompts:
         raise ValueError("there is no prompt to continue")
     stop_ids = frozenset(stop_ids)
-    B, longest = len(prompts), max(map(len, prompts))
-    cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
+    B, longest, group = len(prompts), max(map(len, prompts)), model.group
+    if group.size > 1:
+        sampling = f"{temperature=}, {top_k=}, {top_p=}, {repetition_penalty=}, {seed=}"
+        asked = {"the prompt": prompts, "sampling": sampling, "the end": (max_new_tokens, sorted(stop_ids))}
+        group.require_same("this generation", asked)
+    with group.together():
+        cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
     device = model.embed.weight.device
     ids = torch.full((B, longest + max_new_tokens), -1, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
@@ -100,17 +107,24 @@ def generate_batch(
                     states = model.hidden_states(ids[:, :n].clamp(min=0), attention_mask=mask, cache=cache)
                 else:
                     states = model.hidden_states(ids[:, n - 1 : n], cache=cache)
-                logits = model.lm_head(states[:, -1])  # (B, V): of all positions, only the last one's
+                # (B, V): of all positions only the last one's, of all ranks only rank 0
+                logits = model.lm_head(states[:, -1], only_rank_0=True)
                 tokens, logprobs = _choose(
-                    logits, ids[:, :n], temperature, top_k, top_p, repetition_penalty, generators
+                    model, logits, ids[:, :n], temperature, top_k, top_p, repetition_penalty, generators
                 )
                 ids[:, n] = tokens
             rows: list[Step | None] = []
             for row, step in enumerate(map(Step, tokens.tolist(), logprobs.tolist())):
                 rows.append(None if ended[row] else step)
                 ended[row] = ended[row] or step.token in stop_ids
-            yield rows
-            if all(ended):
+            last = all(ended) or n + 1 == longest + max_new_tokens
+            try:
+                yield rows
+            except GeneratorExit:  # this rank's caller wants no more: then the others, too, get no more
+                if not last:
+                    group.any(True)
+                raise
+            if last or group.any(False):
                 return
 
     return steps()
@@ -142,7 +156,9 @@ def generate_uncached(
         with torch.inference_mode():
             cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
             logits = model(ids, cache=cache)[:, -1]
-            tokens, logprobs = _choose(logits, ids, temperature, top_k, top_p, repetition_penalty, generators)
+            tokens, logprobs = _choose(
+                model, logits, ids, temperature, top_k, top_p, repetition_penalty, generators
+            )
             ids = torch.cat((ids, tokens[:, None]), dim=1)
         yield Step(int(tokens), float(logprobs))
         if int(tokens) in stop_ids:
@@ -183,6 +199,37 @@ def _checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
 
 
 def _choose(
+    model: Qwen,
+    logits: Tensor | None,
+    previous_ids: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    generators: list[Generator],
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B) and their log-probabilities (B): rank 0 draws them from its logits, every rank has them."""
+    import torch
+
+    B, group, problem = len(previous_ids), model.group, None
+    tokens = previous_ids.new_full((B,), -1)
+    logprobs = torch.zeros(B, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32))
+    logprobs = logprobs.to(previous_ids.device)
+    if group.rank == 0:
+        sampling = (temperature, top_k, top_p, repetition_penalty)
+        try:
+            tokens, logprobs = _draw(logits, previous_ids, *sampling, generators)
+        except ValueError as error:  # logits that are not finite
+            problem = error
+    tokens = group.from_rank_0(tokens)
+    if tokens[0] < 0:
+        with group.together():
+            if problem is not None:
+                raise problem
+    return tokens, group.from_rank_0(logprobs)
+
+
+def _draw(
     logits: Tensor,
     previous_ids: Tensor,
     temperature: float,
@@ -385,7 +432,14 @@ def _parser() -> Parser:
     add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens seen before less likely")
     add("--seed", type=int, help="the same seed gives the same text (default: a new one, printed)")
     add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, …; under torchrun cuda: one for each rank")
+    add(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="S",
+        help="under torchrun: give up when another rank is silent for S seconds (default: %(default)g)",
+    )
     add(
         "--stop",
         type=utf8,
@@ -406,6 +460,29 @@ def _generate(args: argparse.Namespace) -> int:
     folder = args.model or bundled_checkpoint()
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder; --model takes a checkpoint folder with config.json in it")
+    launch = launched()
+    if launch is not None:
+        from qwen_ref.checkpoint import check_cut
+
+        check_cut(folder, launch.size)
+    with Ranks(launch, args.timeout) as ranks:
+        return _lead(args, folder, ranks) if ranks.rank == 0 else _follow(args, folder, ranks)
+
+
+def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    """A rank that only computes: rank 0 reads the prompt, samples and prints."""
+    request = json.loads(ranks.from_rank_0(None))
+    ranks.start_process_group(args.device)
+
+    from qwen_ref.checkpoint import load_model
+
+    model = load_model(folder, args.dtype, args.device, group="world")
+    for _ in generate(model, **request):
+        pass
+    return 0
+
+
+def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     prompt = read_prompt(args.prompt, args.file)
     config = QwenConfig.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
@@ -426,14 +503,18 @@ def _generate(args: argparse.Namespace) -> int:
     stop_texts = (*defaults.stop_texts, *args.stop)
     if "" in stop_texts:
         raise ValueError("--stop is empty: it would end every text at once")
+    request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
+    ranks.from_rank_0(json.dumps(request))
+    ranks.start_process_group(args.device)
 
     import torch
 
     from qwen_ref.checkpoint import load_model
 
     start = time.perf_counter()
+    group = "world" if ranks.size > 1 else None
     with Progress("loading") as progress:
-        model = load_model(folder, args.dtype, args.device, progress=progress.update)
+        model = load_model(folder, args.dtype, args.device, group, progress=progress.update)
     seconds = time.perf_counter() - start
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     count, size = (sum(f(p) for p in model.parameters()) for f in (torch.Tensor.numel, lambda p: p.nbytes))
@@ -448,9 +529,11 @@ def _generate(args: argparse.Namespace) -> int:
         )
 
     clock = _Clock()
-    steps = generate(model, prompt_ids, **settings, stop_ids=defaults.stop_ids)
-    stream = TextStream(clock.watch(steps), tokenizer, defaults.stop_ids, stop_texts)
-    text, code = _print_stream(stream, args, tokenizer)
+    # Closed by its end in any case: the other ranks are waiting for its next step.
+    with contextlib.closing(generate(model, **request)) as steps:
+        watched = clock.watch(ranks.until_interrupted(steps))
+        stream = TextStream(watched, tokenizer, defaults.stop_ids, stop_texts)
+        text, code = _print_stream(stream, args, tokenizer)
     if args.json:
         report = {
             "prompt": prompt,

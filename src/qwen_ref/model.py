@@ -14,11 +14,14 @@ What does not: pre-norm residual blocks, RMSNorm, SwiGLU, an output head of its 
 
 One letter a dimension, here and in every shape comment:
     B  batch         T  new positions      S  positions attended to: those cached and the T new ones
-    D  hidden size   H  heads              K  size of one head
+    D  hidden size   H  heads (of a rank)  K  size of one head
     F  MLP width     V  vocabulary
 
 Weights, activations and the cache have the model's dtype. RMSNorm and the rotation work inside in float32, or
 in float64 in a float64 model, where nothing drops below it: that model is the truth for the other dtypes.
+
+Several ranks may share a model: each has some of the heads, of the MLP's channels and of the vocabulary. How a
+weight is cut is said where its layer is declared; parallel.py has those layers and what the ranks exchange.
 """
 
 from __future__ import annotations
@@ -32,6 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.config import QwenConfig
+from qwen_ref.parallel import (
+    ONE_RANK,
+    ColumnParallelLinear,
+    Group,
+    HeadParallelLinear,
+    RowParallelLinear,
+    VocabularyParallelEmbedding,
+    VocabularyParallelHead,
+)
 
 
 class RMSNorm(nn.Module):
@@ -147,12 +159,12 @@ class KVCache:
 class Attention(nn.Module):
     """softmax(q kᵀ / √K) v for every head, causal (Vaswani et al. 2017, section 3.2.1)."""
 
-    def __init__(self, config: QwenConfig) -> None:
+    def __init__(self, config: QwenConfig, group: Group) -> None:
         super().__init__()
         D = config.hidden_size
         self.head_size = config.kv_channels
-        self.qkv = nn.Linear(D, 3 * D, bias=True)
-        self.out = nn.Linear(D, D, bias=False)
+        self.qkv = HeadParallelLinear(D, 3 * D, group)
+        self.out = RowParallelLinear(D, D, group)
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -174,12 +186,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(up(x) · silu(gate(x))): SwiGLU (Shazeer 2020, equation 6)."""
 
-    def __init__(self, config: QwenConfig) -> None:
+    def __init__(self, config: QwenConfig, group: Group) -> None:
         super().__init__()
         D, width = config.hidden_size, config.mlp_width
-        self.gate = nn.Linear(D, width, bias=False)
-        self.up = nn.Linear(D, width, bias=False)
-        self.down = nn.Linear(width, D, bias=False)
+        self.gate = ColumnParallelLinear(D, width, group)
+        self.up = ColumnParallelLinear(D, width, group)
+        self.down = RowParallelLinear(width, D, group)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x) * F.silu(self.gate(x)))
@@ -188,12 +200,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: each half reads the normalised residual stream and adds to it."""
 
-    def __init__(self, config: QwenConfig) -> None:
+    def __init__(self, config: QwenConfig, group: Group) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, group)
         self.mlp_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
         x = x + self.attn(self.attn_norm(x), at, cache, layer)
@@ -203,13 +215,15 @@ class Block(nn.Module):
 class Qwen(nn.Module):
     """The whole model: token ids (B, T) → logits (B, T, V), position t scoring the token that follows t."""
 
-    def __init__(self, config: QwenConfig) -> None:
+    def __init__(self, config: QwenConfig, group: Group = ONE_RANK) -> None:
         super().__init__()
+        config.check_ranks(group.size)
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.group = group
+        self.embed = VocabularyParallelEmbedding(config.vocab_size, config.hidden_size, group)
+        self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = VocabularyParallelHead(config.hidden_size, config.vocab_size, group)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
@@ -244,7 +258,7 @@ class Qwen(nn.Module):
         """An empty cache for batch_size rows of up to max_length positions.
 
         prompt_length: for a prompt that comes in several calls, its length: dynamic NTK fixes the base by it,
-        and takes the first call for the whole prompt otherwise. Memory is 2 · layers · B · max_length · D
+        and takes the first call for the whole prompt otherwise. Memory is 2 · layers · B · max_length · H · K
         numbers, which the system gives page by page as they are written (on the CPU). Raises ValueError where
         that does not fit.
         """
@@ -252,7 +266,8 @@ class Qwen(nn.Module):
             raise ValueError(f"{batch_size=} and {max_length=} must be at least 1")
         if prompt_length is not None and not 1 <= prompt_length <= max_length:
             raise ValueError(f"{prompt_length=} must be from 1 to {max_length=}")
-        shape = (batch_size, self.config.num_attention_heads, max_length, self.config.kv_channels)
+        heads = self.config.num_attention_heads // self.group.size
+        shape = (batch_size, heads, max_length, self.config.kv_channels)
         try:
             return KVCache(len(self.blocks), shape, prompt_length, like=self.embed.weight)
         except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one; TypeError: beyond 64 bits

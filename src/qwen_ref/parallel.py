@@ -1,0 +1,227 @@
+"""Tensor parallelism by hand: the ranks, the two collectives between them, and the layers cut among them.
+
+A layer's weight W has shape (out, in), and y = x Wᵀ. It can be cut in two ways (Shoeybi et al. 2019, section 3):
+
+    column-parallel  each rank has some of the outputs: it needs all of x and sends nothing
+    row-parallel     each rank has some of the inputs: what the ranks get is added up, one all-reduce
+
+The names are those of the paper, which writes y = x A: a column of A is a row of W. In pairs the two meet:
+what the first leaves on a rank is just what the second needs there, so attention and MLP add up once each.
+
+    embed                 rows of W: each rank knows some tokens → one all-reduce
+    qkv → out             heads: rows of W in each third of qkv; columns of W in out → one all-reduce
+    gate, up → down       channels: rows of W in gate and up; columns of W in down → one all-reduce
+    lm_head               rows of W: each rank scores some tokens → one gather
+
+With one rank every layer is the plain one of torch.nn, and there is nobody to talk to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ref.config import shown
+
+
+class Group:
+    """The ranks that share one model: which of them this is, how many there are, and what they can do.
+
+    Every method is called by all ranks alike, in the same order; it raises ConnectionError where another
+    rank is gone or does not come within the process group's timeout.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+        self.rank = 0 if process_group is None else dist.get_rank(process_group)
+        self.size = 1 if process_group is None else dist.get_world_size(process_group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """All-reduce: the sum of every rank's x, the same bits on every rank. It may take x's place."""
+        if self.size > 1:
+            x = x.contiguous()
+            with _lost_ranks_named():
+                dist.all_reduce(x, group=self.process_group)
+        return x
+
+    def gather(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
+        """Every rank's x, side by side in the last dimension; only_rank_0: there alone, None elsewhere."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        if only_rank_0 and self.rank > 0:
+            parts = None
+        else:
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+        with _lost_ranks_named():
+            if only_rank_0:
+                dist.gather(x, parts, dist.get_global_rank(self.process_group, 0), self.process_group)
+            else:
+                dist.all_gather(parts, x, group=self.process_group)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+    # What follows from the two
+
+    def from_rank_0(self, x: Tensor) -> Tensor:
+        """Rank 0's x on every rank; the others give a tensor like it."""
+        return self.sum(x if self.rank == 0 else torch.zeros_like(x))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag), device=self._device())) > 0)
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, in the order of the ranks."""
+        if self.size == 1:
+            return [text]
+        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._device())
+        lengths = self.gather(torch.tensor([len(encoded)], device=self._device())).tolist()
+        if max(lengths) == 0:
+            return [""] * self.size
+        padded = encoded.new_zeros(max(lengths))
+        padded[: len(encoded)] = encoded
+        rows = self.gather(padded).view(self.size, -1)
+        return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths, strict=True)]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks do what stands inside, or all raise ValueError with what kept the first of them from it."""
+        if self.size == 1:
+            yield
+            return
+        problem = ""
+        try:
+            yield
+        except ConnectionError:
+            raise
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # RuntimeError: torch's out of memory
+            problem = str(error) or type(error).__name__
+        for rank, text in enumerate(self.texts(problem)):
+            if text:
+                raise ValueError(f"rank {rank}: {text}")
+
+    def require_same(self, who: str, values: dict[str, object]) -> None:
+        """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
+        facts = [who, *(f"{name} is {shown(value)}" for name, value in values.items())]
+        first, *others = map(json.loads, self.texts(json.dumps(facts)))
+        for rank, facts in enumerate(others, start=1):
+            for fact, other in zip(facts[1:], first[1:], strict=False):
+                if fact != other:
+                    raise ValueError(
+                        f"rank {rank} ({facts[0]}) and rank 0 ({first[0]}) differ: on rank {rank} {fact}, "
+                        f"on rank 0 {other}; give every rank the same"
+                    )
+
+    def _device(self) -> str:
+        """Where small messages travel: through the CPU if the process group has a way there."""
+        return "cpu" if "cpu" in dist.get_backend_config(self.process_group) else "cuda"
+
+
+@contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # every backend's errors are RuntimeErrors
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"another rank is gone or did not answer in time: {reason}") from error
+
+
+ONE_RANK = Group()
+
+
+class ColumnParallelLinear(nn.Linear):
+    """y = x Wᵀ for this rank's share of the outputs: W is (out / ranks, in)."""
+
+    def __init__(self, in_features: int, out_features: int, group: Group) -> None:
+        super().__init__(in_features, out_features // group.size, bias=False)
+
+
+class HeadParallelLinear(nn.Linear):
+    """The fused q, k, v of this rank's heads: x (…, D) → (…, 3 · H · K), [q, k, v] one after another.
+
+    Its rows are three stretches of the published weight, one in each third: an even cut of the whole would
+    give the first ranks queries only. On the CPU they are used where they lie in the mapped file, as a view
+    (3, H · K, D); everywhere else they are one matrix (3 · H · K, D), and with one rank they always are.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group: Group) -> None:
+        super().__init__(in_features, out_features // group.size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.ndim == 2:
+            return super().forward(x)
+        thirds = zip(self.weight, self.bias.chunk(3), strict=True)
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in thirds], dim=-1)
+
+
+class RowParallelLinear(nn.Linear):
+    """y = Σ over the ranks of x Wᵀ, each with its share of the inputs: W is (out, in / ranks).
+
+    The ranks' parts are added in float32 and rounded once, so that more ranks do not round more. Qwen has no
+    bias here; one would be added after the sum, lest every rank add it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group: Group) -> None:
+        super().__init__(in_features // group.size, out_features, bias=False)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return super().forward(x)
+        return self.group.sum(unrounded_linear(x, self.weight)).to(x.dtype)
+
+
+def unrounded_linear(x: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
+    """x Wᵀ in float32 though x and W are narrower; wider ones keep their dtype.
+
+    torch has this product for CUDA only. Elsewhere some rows of W at a time are widened, into a buffer that
+    stays in the processor's cache: decoding takes no longer for it, since W is still read from memory once.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == wide:
+        return F.linear(x, weight)
+    if x.is_cuda:
+        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=wide).unflatten(0, x.shape[:-1])
+    x = x.to(wide)
+    buffer = weight.new_empty(rows, weight.shape[1], dtype=wide)
+    products = [F.linear(x, buffer[: len(part)].copy_(part)) for part in weight.split(rows)]
+    return torch.cat(products, dim=-1)
+
+
+class VocabularyParallelEmbedding(nn.Embedding):
+    """Rows of the table, of which this rank has (V / ranks, D): it gives 0 for the others' tokens."""
+
+    def __init__(self, vocab_size: int, size: int, group: Group) -> None:
+        super().__init__(vocab_size // group.size, size)
+        self.group = group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return super().forward(ids)
+        ours = ids - self.group.rank * self.num_embeddings
+        foreign = (ours < 0) | (ours >= self.num_embeddings)
+        rows = super().forward(ours.masked_fill(foreign, 0)).masked_fill(foreign[..., None], 0)
+        return self.group.sum(rows)  # exact in any dtype: all but one of the ranks add 0
+
+
+class VocabularyParallelHead(nn.Linear):
+    """Logits x Wᵀ of this rank's share of the vocabulary, gathered: x (…, D) → (…, V)."""
+
+    def __init__(self, size: int, vocab_size: int, group: Group) -> None:
+        super().__init__(size, vocab_size // group.size, bias=False)
+        self.group = group
+
+    def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
+        """only_rank_0: for sampling, which one rank does; the others get None."""
+        return self.group.gather(super().forward(x), only_rank_0)
