@@ -22,8 +22,8 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_json_object, shown
-from qwen_ref.launch import group_size, join, own_device
 from qwen_ref.model import Qwen
+from qwen_ref.parallel import group_size, join, own_device
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -116,7 +116,7 @@ def load_model(
     Only what is cut by columns is copied: a rank's part of a row is too short to compute with in place.
     Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
     MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises
-    ConnectionError where a rank is gone.
+    RankLost, a ConnectionError, where a rank is gone.
     """
     size = group_size(group)
     check_cut(folder, size)

@@ -21,9 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwen_ref import cli
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
-
-    from qwen_ref.parallel import Group
+    from torch.distributed import Store
 
 TIMEOUT = 60.0  # seconds; torch's own is half an hour
 
@@ -67,69 +65,8 @@ def _number(name: str) -> int:
         raise ValueError(f"{name}={os.environ[name]!r} in the environment must be a whole number") from None
 
 
-def group_size(group: str | ProcessGroup | None) -> int:
-    """How many ranks load_model's `group` means, without starting or asking any of them."""
-    if group is None:
-        return 1
-    import torch.distributed as dist
-
-    if group == "world":
-        if dist.is_initialized():
-            return dist.get_world_size()
-        launch = launched()
-        if launch is None:
-            raise ValueError(
-                'group="world" needs several processes: start them with torchrun, or leave group out for one'
-            )
-        return launch.size
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
-    return dist.get_world_size(group)
-
-
-def join(group: str | ProcessGroup | None, device: str) -> Group:
-    """The ranks that load_model's `group` means; the default process group is started where there is none."""
-    from qwen_ref.parallel import ONE_RANK, Group
-
-    if group_size(group) == 1:
-        return ONE_RANK
-    import torch.distributed as dist
-
-    if group == "world":
-        if not dist.is_initialized():
-            start_process_group(device)
-        group = dist.group.WORLD
-    return Group(group)
-
-
-def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
-    """The default process group from torchrun's variables: gloo for CPU tensors, and nccl for CUDA's."""
-    import torch.distributed as dist
-
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        raise ConnectionError(f"the ranks did not meet within {timeout:g} s: {_first_line(error)}") from error
-
-
-def own_device(device: str, size: int) -> str:
-    """The device of this rank: "cuda" is the one with the number of its place on this machine."""
-    if size == 1 or not device.startswith("cuda"):
-        return device
-    import torch
-
-    if device != "cuda":
-        raise ValueError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
-    launch = launched()
-    index = torch.cuda.current_device() if launch is None else launch.local_rank
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"this is rank {index} on its machine, which has {torch.cuda.device_count()} CUDA devices; start "
-            "at most as many ranks there"
-        )
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
+class RankLost(ConnectionError):
+    """Another rank is gone, or did not answer in time."""
 
 
 class Ranks:
@@ -160,7 +97,7 @@ class Ranks:
     ) -> None:
         if self.size == 1:
             return
-        if isinstance(error, ConnectionError):
+        if isinstance(error, RankLost):
             self._watch.suspect(str(error))
             self._watch.join()  # it ends the process, by the name of the rank that is gone
         self._part(None if error is None else str(error) or kind.__name__)
@@ -177,7 +114,10 @@ class Ranks:
         return self._store.get("request").decode()
 
     def start_process_group(self, device: str) -> None:
+        """The default process group, whose collectives wait no longer for a rank than the watch does."""
         if self.size > 1:
+            from qwen_ref.parallel import start_process_group
+
             start_process_group(device, self.timeout)
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
@@ -222,11 +162,11 @@ def _connect(timeout: float) -> Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     except RuntimeError as error:
-        raise ConnectionError(f"the ranks did not meet within {timeout:g} s: {_first_line(error)}") from error
+        raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
     return dist.PrefixStore("qwen_ref", store)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -272,7 +212,7 @@ class _Watch(threading.Thread):
             except RuntimeError as error:
                 if not self.parting:
                     keeper = "torchrun" if _torchrun_keeps_the_store() else "rank 0"
-                    self._end(f"{keeper}, which keeps the ranks' store, is gone: {_first_line(error)}")
+                    self._end(f"{keeper}, which keeps the ranks' store, is gone: {first_line(error)}")
 
     def _listen(self) -> None:
         self._store.add(f"heartbeats of {self.rank}", 1)
@@ -286,8 +226,8 @@ class _Watch(threading.Thread):
         patience = self.timeout / 2 if self._heard[other][0] else self.timeout  # it may start later
         if silent > (patience if self._suspicion is None else 3 * self.interval):
             message = (
-                f"rank {other} is gone: nothing was heard of it for {silent:.1f} s. It was killed, perhaps for "
-                "lack of memory, or has crashed, or its machine is out of reach"
+                f"rank {other} is gone: nothing was heard of it for {silent:.1f} s. It was killed, perhaps "
+                "for lack of memory, or has crashed, or its machine is out of reach"
             )
             self._store.set("fault", message)
             self._end(message)

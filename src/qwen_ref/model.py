@@ -20,8 +20,8 @@ One letter a dimension, here and in every shape comment:
 Weights, activations and the cache have the model's dtype. RMSNorm and the rotation work inside in float32, or
 in float64 in a float64 model, where nothing drops below it: that model is the truth for the other dtypes.
 
-Several ranks may share a model: each has some of the heads, of the MLP's channels and of the vocabulary. How a
-weight is cut is said where its layer is declared; parallel.py has those layers and what the ranks exchange.
+Several ranks may share a model: each has some of the heads, of the MLP's channels and of the vocabulary. How
+a weight is cut is said where its layer is declared; parallel.py has those layers and what the ranks exchange.
 """
 
 from __future__ import annotations

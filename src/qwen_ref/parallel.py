@@ -1,6 +1,7 @@
 """Tensor parallelism by hand: the ranks, the two collectives between them, and the layers cut among them.
 
-A layer's weight W has shape (out, in), and y = x Wᵀ. It can be cut in two ways (Shoeybi et al. 2019, section 3):
+A layer's weight W has shape (out, in), and y = x Wᵀ. There are two ways to cut it (Shoeybi et al. 2019,
+section 3):
 
     column-parallel  each rank has some of the outputs: it needs all of x and sends nothing
     row-parallel     each rank has some of the inputs: what the ranks get is added up, one all-reduce
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.config import shown
+from qwen_ref.launch import TIMEOUT, RankLost, first_line, launched
 
 
 class Group:
     """The ranks that share one model: which of them this is, how many there are, and what they can do.
 
-    Every method is called by all ranks alike, in the same order; it raises ConnectionError where another
+    Every method is called by all ranks alike, in the same order; it raises RankLost where another
     rank is gone or does not come within the process group's timeout.
     """
 
@@ -55,10 +58,8 @@ class Group:
         if self.size == 1:
             return x
         x = x.contiguous()
-        if only_rank_0 and self.rank > 0:
-            parts = None
-        else:
-            parts = [torch.empty_like(x) for _ in range(self.size)]
+        receives = self.rank == 0 or not only_rank_0
+        parts = [torch.empty_like(x) for _ in range(self.size)] if receives else None
         with _lost_ranks_named():
             if only_rank_0:
                 dist.gather(x, parts, dist.get_global_rank(self.process_group, 0), self.process_group)
@@ -91,21 +92,21 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks do what stands inside, or all raise ValueError with what kept the first of them from it."""
+        """All ranks do what stands inside, or all raise ValueError with what kept one of them from it."""
         if self.size == 1:
             yield
             return
         problem = ""
         try:
             yield
-        except ConnectionError:
+        except RankLost:
             raise
         except (
             ValueError,
             OSError,
             RuntimeError,
             MemoryError,
-        ) as error:  # RuntimeError: torch's out of memory
+        ) as error:  # torch's out of memory too
             problem = str(error) or type(error).__name__
         for rank, text in enumerate(self.texts(problem)):
             if text:
@@ -133,8 +134,7 @@ def _lost_ranks_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # every backend's errors are RuntimeErrors
-        reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(f"another rank is gone or did not answer in time: {reason}") from error
+        raise RankLost(f"another rank is gone or did not answer in time: {first_line(error)}") from error
 
 
 ONE_RANK = Group()
@@ -225,3 +225,61 @@ class VocabularyParallelHead(nn.Linear):
     def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
         """only_rank_0: for sampling, which one rank does; the others get None."""
         return self.group.gather(super().forward(x), only_rank_0)
+
+
+# Who takes part
+
+
+def group_size(group: str | dist.ProcessGroup | None) -> int:
+    """How many ranks load_model's `group` means, without starting or asking any of them."""
+    if group is None:
+        return 1
+    if group == "world":
+        if dist.is_initialized():
+            return dist.get_world_size()
+        launch = launched()
+        if launch is None:
+            raise ValueError(
+                'group="world" needs several processes: start them with torchrun, or leave group out for one'
+            )
+        return launch.size
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
+    return dist.get_world_size(group)
+
+
+def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
+    """The ranks that load_model's `group` means; the default process group is started where there is none."""
+    if group_size(group) == 1:
+        return ONE_RANK
+    if group == "world":
+        if not dist.is_initialized():
+            start_process_group(device)
+        group = dist.group.WORLD
+    return Group(group)
+
+
+def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
+    """The default process group from torchrun's variables: gloo for CPU tensors, and nccl for CUDA's."""
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
+
+
+def own_device(device: str, size: int) -> str:
+    """The device of this rank: "cuda" is the one with the number of its place on this machine."""
+    if size == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise ValueError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
+    launch = launched()
+    index = torch.cuda.current_device() if launch is None else launch.local_rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"this is rank {index} on its machine, which has {torch.cuda.device_count()} CUDA devices; start "
+            "at most as many ranks there"
+        )
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
