@@ -109,7 +109,7 @@ def load_model(
     device: "cpu", "cuda", …; with several ranks, "cuda" is for each the one with its number on its machine.
     group: the ranks that share the model. None is this process alone; "world" is torch.distributed's default
     process group, started from torchrun's variables if need be. Each rank reads only its own part.
-    progress is called with the bytes done and the bytes in all, of this rank.
+    progress is called with the bytes done and the bytes in all of this rank, first before anything is read.
 
     On the CPU, weights that have the wanted dtype are used where they lie in the mapped file: nothing is read
     until it is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
@@ -130,6 +130,8 @@ def load_model(
 
     table = tensor_table(config)
     total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
+    if progress is not None:
+        progress(done, total)
     with torch.device("meta"), _NoInitialisation():  # names and shapes, no memory: the weights fill them
         model = Qwen(config, ranks)
     for _, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):  # layer by layer

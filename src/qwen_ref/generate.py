@@ -514,12 +514,22 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     start = time.perf_counter()
     group = "world" if ranks.size > 1 else None
     with Progress("loading") as progress:
-        model = load_model(folder, args.dtype, args.device, group, progress=progress.update)
+
+        def update(done: int, total: int) -> None:
+            if done == 0 and ranks.size > 1:
+                say(f"each of {ranks.size} ranks reads {total / 1e9:.3f} GB of the checkpoint")
+            progress.update(done, total)
+
+        model = load_model(folder, args.dtype, args.device, group, progress=update)
     seconds = time.perf_counter() - start
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     count, size = (sum(f(p) for p in model.parameters()) for f in (torch.Tensor.numel, lambda p: p.nbytes))
     name = args.model or "the tiny checkpoint that comes with the project"
-    say(f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {dtype} on {args.device} in {seconds:.2f} s")
+    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+    say(
+        f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {dtype}{each} on {args.device} "
+        f"in {seconds:.2f} s"
+    )
     say(_describe(settings, sorted(defaults.stop_ids), stop_texts))
     length = len(prompt_ids) + settings["max_new_tokens"]
     if length > config.seq_length and not config.use_dynamic_ntk:

@@ -7,6 +7,7 @@ here it also carries the ranks' heartbeats, because a collective alone would wai
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
@@ -99,9 +100,16 @@ class Ranks:
             return
         if isinstance(error, RankLost):
             self._watch.suspect(str(error))
-            self._watch.join()  # it ends the process, by the name of the rank that is gone
-        self._part(None if error is None else str(error) or kind.__name__)
+            self._watch.join(
+                12 * self._watch.interval
+            )  # it ends the process, and names the rank that is gone
+            self._watch.end(f"{_keeper_of_the_store()} does not answer")  # or waits for the store itself
+        parted = self._part(patience=math.inf if error is None else 2 * self._watch.interval)
         self._watch.finish()
+        if not parted:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("fault", f"rank {self.rank} failed: {error or kind.__name__}")
+                time.sleep(2 * self._watch.interval)  # rank 0 may keep the store: let the others read it
 
     def from_rank_0(self, text: str | None) -> str:
         """Rank 0's text on every rank, however long rank 0 needs to have it."""
@@ -135,21 +143,19 @@ class Ranks:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _part(self, problem: str | None) -> None:
-        """Leaves when all ranks do; where this one must leave alone, with word of why."""
-        patience = math.inf if problem is None else 2 * self._watch.interval
+    def _part(self, patience: float) -> bool:
+        """Waits for all ranks to part; False where they do not."""
         start = time.monotonic()
+        self._watch.parting = True
         try:
-            self._watch.parting = True
             self._store.add("parted", 1)
             while self._store.add("parted", 0) < self.size:
                 if time.monotonic() - start > patience:
-                    self._store.set("fault", f"rank {self.rank} failed: {problem}")
-                    time.sleep(2 * self._watch.interval)  # rank 0 may keep the store: let the others read it
-                    return
+                    return False
                 time.sleep(_POLL)
         except RuntimeError:
-            pass  # whoever keeps the store has already seen that all had parted
+            pass  # whoever keeps the store has seen all part, and gone
+        return True
 
 
 _POLL = 0.02  # seconds
@@ -201,45 +207,46 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while True:
+            try:
+                self._listen()
+            except RuntimeError as error:
+                if not self.parting:
+                    self.end(f"{_keeper_of_the_store()} is gone: {first_line(error)}")
             if select.select([self._ear], [], [], self.interval)[0]:
                 rung = os.read(self._ear, 64)
                 if 0 in rung:
                     return
                 if signal.SIGTERM in rung:
                     self.suspect("ended by SIGTERM")
-            try:
-                self._listen()
-            except RuntimeError as error:
-                if not self.parting:
-                    keeper = "torchrun" if _torchrun_keeps_the_store() else "rank 0"
-                    self._end(f"{keeper}, which keeps the ranks' store, is gone: {first_line(error)}")
 
     def _listen(self) -> None:
         self._store.add(f"heartbeats of {self.rank}", 1)
         if self._store.check(["fault"]):
-            self._end(self._store.get("fault").decode())
+            self.end(self._store.get("fault").decode())
         for other, (beats, _) in self._heard.items():
             if (now_beats := self._store.add(f"heartbeats of {other}", 0)) != beats:
                 self._heard[other] = now_beats, time.monotonic()
         now = time.monotonic()
         silent, other = max((now - since, other) for other, (_, since) in self._heard.items())
-        patience = self.timeout / 2 if self._heard[other][0] else self.timeout  # it may start later
+        # A rank that has not been heard yet may be starting.
+        patience = self.timeout / 2 if self._heard[other][0] else self.timeout - 2 * self.interval
         if silent > (patience if self._suspicion is None else 3 * self.interval):
             message = (
                 f"rank {other} is gone: nothing was heard of it for {silent:.1f} s. It was killed, perhaps "
                 "for lack of memory, or has crashed, or its machine is out of reach"
             )
             self._store.set("fault", message)
-            self._end(message)
+            self.end(message)
         if self._suspicion is not None and now - self._suspicion[1] > 6 * self.interval:
-            self._end(self._suspicion[0])
+            self.end(self._suspicion[0])
 
-    def _end(self, message: str) -> None:
+    def end(self, message: str) -> None:
         cli.say(f"error: {message}")
-        if self.rank == 0 and not _torchrun_keeps_the_store():
-            time.sleep(2 * self.interval)  # let the others read of it
+        if self.rank == 0:  # it may keep the store: let the others read it
+            time.sleep(2 * self.interval)
         os._exit(1)
 
 
-def _torchrun_keeps_the_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _keeper_of_the_store() -> str:
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"{'torchrun' if by_torchrun else 'rank 0'}, which keeps the store of the ranks,"

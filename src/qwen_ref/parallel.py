@@ -19,6 +19,7 @@ With one rank every layer is the plain one of torch.nn, and there is nobody to t
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -266,6 +267,7 @@ def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
+    atexit.register(dist.destroy_process_group)  # gloo's threads abort a process that ends without
 
 
 def own_device(device: str, size: int) -> str:
