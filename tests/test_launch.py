@@ -17,7 +17,6 @@ from typing import NamedTuple
 import pytest
 from conftest import WEIGHTS
 
-
 COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"

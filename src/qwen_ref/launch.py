@@ -100,10 +100,9 @@ class Ranks:
             return
         if isinstance(error, RankLost):
             self._watch.suspect(str(error))
-            self._watch.join(
-                12 * self._watch.interval
-            )  # it ends the process, and names the rank that is gone
-            self._watch.end(f"{_keeper_of_the_store()} does not answer")  # or waits for the store itself
+            # It names the rank that is gone, and ends the process, unless it waits for the store itself.
+            self._watch.join(8 * self._watch.interval)
+            self._watch.end(f"{_keeper_of_the_store()} does not answer")
         parted = self._part(patience=math.inf if error is None else 2 * self._watch.interval)
         self._watch.finish()
         if not parted:
@@ -122,11 +121,11 @@ class Ranks:
         return self._store.get("request").decode()
 
     def start_process_group(self, device: str) -> None:
-        """The default process group, whose collectives wait no longer for a rank than the watch does."""
+        """The default process group, whose collectives wait as long for a rank as the watch does."""
         if self.size > 1:
             from qwen_ref.parallel import start_process_group
 
-            start_process_group(device, self.timeout)
+            start_process_group(device, self.timeout / 2)
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
         """Passes steps on. Ctrl-C waits for the end of a step: within it, the other ranks need this one."""
