@@ -102,7 +102,7 @@ class Ranks:
             self._watch.suspect(str(error))
             # It names the rank that is gone, and ends the process, unless it waits for the store itself.
             self._watch.join(8 * self._watch.interval)
-            self._watch.end(f"{_keeper_of_the_store()} does not answer")
+            self._watch.end(f"{_keeper_of_the_store()} is gone: it does not answer")
         parted = self._part(patience=math.inf if error is None else 2 * self._watch.interval)
         self._watch.finish()
         if not parted:
