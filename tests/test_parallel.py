@@ -2,7 +2,7 @@
 
 Tolerances. In float64, ranks add in another order and nothing else: 1e-12 relative is thousands of roundings.
 In float32 the cut model is judged as the whole one is: by its error against float64 beside the recording's.
-In bfloat16 and float16 it may be a tenth further from float64 than one rank is. Partial sums are rounded once,
+In bfloat16 and float16 it may be a tenth further from float64 than one rank. Partial sums are rounded once,
 as one rank rounds them, so that it should be no further at all.
 """
 

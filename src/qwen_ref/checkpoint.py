@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
+from qwen_ref.cli import Parser, run
 from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_json_object, shown
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import group_size, join, own_device
@@ -29,8 +31,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 # safetensors' names of the dtypes that weights may have.
-_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED_DTYPES.values()}
+STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
 
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
 _IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -196,7 +198,7 @@ class StoredTensor(NamedTuple):
     dtype: str  # as safetensors names it
 
     def bytes_of_rank(self, spec: TensorSpec, ranks: int) -> int:
-        return math.prod(spec.shape_of_rank(ranks)) * _STORED_DTYPES[self.dtype].itemsize
+        return math.prod(spec.shape_of_rank(ranks)) * STORED_DTYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
         """The tensor, a view of the mapped file."""
@@ -207,7 +209,7 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, StoredTen
     """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
     folder = Path(folder)
     if not os.path.isdir(folder):  # False, too, for paths that no folder can have
-        raise ValueError(f"{folder}: not a folder; --model takes a checkpoint folder with config.json in it")
+        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ValueError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []
@@ -327,10 +329,10 @@ def _compare(
     typed = [
         f"{spec.published} is {found[spec.published].dtype}"
         for spec in table
-        if spec.published in found and found[spec.published].dtype not in _STORED_DTYPES
+        if spec.published in found and found[spec.published].dtype not in STORED_DTYPES
     ]
     if typed:
-        problems.append(f"weights must be {', '.join(_STORED_DTYPES)}: {_some(typed)}")
+        problems.append(f"weights must be {', '.join(STORED_DTYPES)}: {_some(typed)}")
 
 
 def _unusable_file(path: Path) -> str | None:
@@ -360,7 +362,7 @@ def _dtype(name: str, stored: dict[str, StoredTensor]) -> torch.dtype:
         raise ValueError(
             f"the weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
         )
-    return _STORED_DTYPES[kinds[0]]
+    return STORED_DTYPES[kinds[0]]
 
 
 def _device(name: str) -> torch.device:
@@ -373,3 +375,36 @@ def _device(name: str) -> torch.device:
     if device.type == "meta":
         raise ValueError("device 'meta' cannot be used: it holds no values")
     return device
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.checkpoint", description="Look at a checkpoint without loading it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        help="tensors, shapes, dtypes, and the bytes of each rank",
+        description="Print every kind of tensor, its cut, and what a rank must hold. No weight is read.",
+    )
+    inspect.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="a checkpoint folder, a folder with config.json alone, or one of 1.8b, 7b, 14b, 72b",
+    )
+    inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
+    inspect.add_argument(
+        "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m qwen_ref.checkpoint`; returns its exit code (see cli.run)."""
+    from qwen_ref.sizes import inspect
+
+    return run(_parser(), inspect, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

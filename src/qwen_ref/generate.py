@@ -459,7 +459,7 @@ def _parser() -> Parser:
 def _generate(args: argparse.Namespace) -> int:
     folder = args.model or bundled_checkpoint()
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder; --model takes a checkpoint folder with config.json in it")
+        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
     launch = launched()
     if launch is not None:
         from qwen_ref.checkpoint import check_cut

@@ -1,0 +1,147 @@
+"""What a model weighs, for every rank that shares it: `python -m qwen_ref.checkpoint inspect FOLDER`.
+
+Everything comes from the table of tensors and the files' headers; no weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qwen_ref.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    STORED_DTYPES,
+    StoredTensor,
+    TensorSpec,
+    open_checkpoint,
+    tensor_table,
+)
+from qwen_ref.config import QwenConfig
+
+
+class Kind(NamedTuple):
+    """The tensors of all layers that are alike: `*` stands for the layer in their name."""
+
+    name: str
+    count: int
+    spec: TensorSpec
+    dtype: torch.dtype
+
+
+def kinds(table: Sequence[TensorSpec], stored: dict[str, StoredTensor] | None) -> list[Kind]:
+    """The table with one row a kind; without stored tensors, in bfloat16."""
+    found: dict[tuple, Kind] = {}
+    for spec in table:
+        dtype = torch.bfloat16 if stored is None else STORED_DTYPES[stored[spec.published].dtype]
+        name = re.sub(r"\.\d+\.", ".*.", spec.published)
+        count = found[name, dtype].count if (name, dtype) in found else 0
+        found[name, dtype] = Kind(name, count + 1, spec, dtype)
+    return list(found.values())
+
+
+def weight_bytes(kind: Kind, ranks: int = 1) -> int:
+    """Bytes of all tensors of a kind, of each of so many ranks."""
+    return kind.count * math.prod(kind.spec.shape_of_rank(ranks)) * kind.dtype.itemsize
+
+
+def cache_bytes(config: QwenConfig, context: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Bytes of the keys and values of one sequence of so many positions, of each rank.
+
+    >>> cache_bytes(QwenConfig.preset("72b"), 1, torch.bfloat16)  # 2.6 MB a token
+    2621440
+    """
+    heads = config.num_attention_heads // ranks
+    return 2 * config.num_hidden_layers * heads * config.kv_channels * context * dtype.itemsize
+
+
+def report(
+    config: QwenConfig, rows: Sequence[Kind], ranks: int, context: int, dtype: torch.dtype
+) -> Iterator[str]:
+    """The lines of `inspect`: a table of the tensors, then what a rank must hold."""
+    yield (
+        f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads of {config.kv_channels}, "
+        f"hidden size {config.hidden_size}, MLP {config.mlp_width}, vocabulary {config.vocab_size}"
+    )
+    yield ""
+    cells = [("tensor", "count", "dtype", "cut", "shape", "bytes", "shape of a rank", "bytes of a rank")]
+    for row in rows:
+        cells.append(
+            (
+                row.name,
+                str(row.count),
+                str(row.dtype).removeprefix("torch."),
+                row.spec.cut or "whole",
+                " × ".join(map(str, row.spec.shape)),
+                f"{weight_bytes(row):,}",
+                " × ".join(map(str, row.spec.shape_of_rank(ranks))),
+                f"{weight_bytes(row, ranks):,}",
+            )
+        )
+    if ranks == 1:
+        cells = [line[:3] + line[4:6] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(
+            cell.rjust(width) if title.startswith(("count", "bytes")) else cell.ljust(width)
+            for title, cell, width in zip(cells[0], line, widths, strict=True)
+        ).rstrip()
+    yield ""
+    stored, own = (sum(weight_bytes(row, n) for row in rows) for n in (1, ranks))
+    columns = sum(weight_bytes(row, ranks) for row in rows if row.spec.cut == "columns")
+    cache, own_cache = (cache_bytes(config, context, dtype, n) for n in (1, ranks))
+    count = sum(row.count * math.prod(row.spec.shape) for row in rows)
+    kind = str(dtype).removeprefix("torch.")
+    yield _total(f"weights, {count:,} parameters", stored, own, ranks)
+    yield _total(f"keys and values of {context:,} positions, {kind}", cache, own_cache, ranks)
+    yield _total("together", stored + cache, own + own_cache, ranks)
+    if ranks > 1:
+        yield (
+            f"on the CPU each rank copies {_bytes(columns)}, its part of what is cut by columns; "
+            "the other weights stay in the mapped files"
+        )
+
+
+def _total(what: str, all_ranks: int, each: int, ranks: int) -> str:
+    return f"{what}: {_bytes(all_ranks)}" + (f"; each of {ranks} ranks: {_bytes(each)}" if ranks > 1 else "")
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} bytes ({count / 1e9:.3f} GB)"
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """The command."""
+    place = Path(args.folder)
+    stored = None
+    if not place.exists() and args.folder in ("1.8b", "7b", "14b", "72b"):
+        config = QwenConfig.preset(args.folder)
+    elif place.is_file():
+        config = QwenConfig.from_json(place)
+    elif place.is_dir() and not _has_weights(place):
+        config = QwenConfig.from_json(place / "config.json")
+    else:
+        config, stored = open_checkpoint(place)
+    config.check_ranks(args.tp)
+    context = config.seq_length if args.context is None else args.context
+    if context < 1:
+        raise ValueError(f"--context {context} must be at least 1")
+    rows = kinds(tensor_table(config), stored)
+    if stored is None:
+        print("from the configuration alone: weights as they should be, in bfloat16")
+    dtype = rows[0].dtype
+    print("\n".join(report(config, rows, args.tp, context, dtype)), flush=True)
+    return 0
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (SINGLE_NAME, INDEX_NAME)) or any(
+        path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
+    )
