@@ -1,4 +1,4 @@
-"""What a model of 72B widths costs each rank: bytes read, memory, seconds, and bytes sent, for 1, 2 and 4 ranks.
+"""What a model of 72B widths costs each of 1, 2 and 4 ranks: bytes read, memory, seconds, bytes sent.
 
     python examples/bench_parallel.py [--layers 2] [--tokens 12] [--ranks 1 2 4]
 
@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.parallel import Group
 
 PROMPT = 16
 
@@ -129,10 +128,11 @@ def measure(folder: Path, tokens: int) -> None:
             model.lm_head(states[:, -1], only_rank_0=True)
             times.append(time.perf_counter() - start)
             sent.append(sent_over_loopback() - before)
-    own = f"{read / 1e9:.2f} | {(memory.peak - memory.start_bytes) / 1e6:,.0f} of {columns / 1e6:,.0f} | {seconds:.2f}"
+    added = memory.peak - memory.start_bytes
+    own = f"{read / 1e9:.2f} | {added / 1e6:,.0f} | {columns / 1e6:,.0f} | {seconds:.2f}"
     rows = model.group.texts(own)
     if model.group.rank == 0:
-        worst = max(rows, key=lambda row: float(row.split("|")[1].split()[0].replace(",", "")))
+        worst = max(rows, key=lambda row: float(row.split("|")[1].replace(",", "")))
         print(
             f"| {ranks} | {worst} | {median(times[2:]) * 1e3:,.0f} | {payload(model.config, ranks):,} "
             f"| {median(sent[2:]):,.0f} |",
@@ -159,9 +159,10 @@ def main() -> None:
             (parent / name).mkdir()
             write_checkpoint(parent / name, kind)
         print(
-            "| ranks | GB read | MB anonymous, of cut by columns | load, s | a token, ms | bytes sent, formula | seen |"
+            "| ranks | GB read | MB anonymous | MB cut by columns | load, s | a token, ms "
+            "| bytes sent, by the formula | seen |"
         )
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("|---|---|---|---|---|---|---|---|", flush=True)
         for ranks in args.ranks:
             launcher = [
                 sys.executable,

@@ -17,9 +17,13 @@ from typing import NamedTuple
 import pytest
 from conftest import WEIGHTS
 
+from qwen_ref import load_model
+from qwen_ref.generate import main
+
 COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -33,19 +37,24 @@ class Processes:
     """Ranks started without torchrun, which would end them all by itself when one dies."""
 
     def __init__(
-        self, folder: Path, commands: Sequence[list], environment: dict[str, str], leader_stdout: int | None
+        self,
+        folder: Path,
+        command: list[str],
+        ranks: Sequence[list],
+        environment: dict[str, str],
+        leader_stdout: int | None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(len(commands))]
+        self.files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(len(ranks))]
         self.ranks = []
-        for rank, (command, (out, err)) in enumerate(zip(commands, self.files, strict=True)):
-            variables = {"RANK": rank, "WORLD_SIZE": len(commands), "LOCAL_RANK": rank, "MASTER_PORT": port}
+        for rank, (arguments, (out, err)) in enumerate(zip(ranks, self.files, strict=True)):
+            variables = {"RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_RANK": rank, "MASTER_PORT": port}
             variables |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, **environment}
             with out.open("wb") as stdout, err.open("wb") as stderr:
                 process = subprocess.Popen(
-                    [*COMMAND, *map(str, command)],
+                    [*command, *map(str, arguments)],
                     env=os.environ | {name: str(value) for name, value in variables.items()},
                     stdin=subprocess.DEVNULL,
                     stdout=stdout if rank or leader_stdout is None else leader_stdout,
@@ -73,8 +82,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
     """Starts a rank for every list of arguments given."""
     started: list[Processes] = []
 
-    def call(*commands: list, stdout: int | None = None, **environment: str) -> Processes:
-        started.append(Processes(tmp_path, commands, environment, stdout))
+    def call(
+        *ranks: list, command: list[str] = COMMAND, stdout: int | None = None, **environment: str
+    ) -> Processes:
+        started.append(Processes(tmp_path, command, ranks, environment, stdout))
         return started[-1]
 
     yield call
@@ -165,3 +176,159 @@ def test_a_rank_lost_while_decoding_is_named_by_all_others(
     assert time.monotonic() - lost < 6
     processes.ranks[victim].kill()
     check_that_the_others_name(victim, processes.results())
+
+
+SLOW = """
+import sys, time
+from qwen_ref.checkpoint import StoredTensor
+from qwen_ref.generate import main
+
+read = StoredTensor.read
+StoredTensor.read = lambda tensor: (time.sleep({seconds}), read(tensor))[1]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.2, 100], ids=["between two layers", "whatever the others are doing"])
+def test_a_rank_killed_while_loading_is_named_by_all_others(start: Callable, seconds: float) -> None:
+    slow = [sys.executable, "-c", SLOW.format(seconds=seconds)]
+    processes = start(*[[QUESTION, "--timeout", "6"]] * 2, command=slow)
+    time.sleep(4)  # imports take two
+    assert processes.ranks[0].poll() is None
+    processes.ranks[1].kill()
+    check_that_the_others_name(1, processes.results(timeout=6))
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(status.parent.name))
+    return found
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@linux_only
+@pytest.mark.parametrize("killed", ["a rank", "torchrun"])
+def test_under_torchrun_no_process_is_left(endless: list, killed: str, tmp_path: Path) -> None:
+    command = [*TORCHRUN, "2", "-m", "qwen_ref.generate", *map(str, endless), "--timeout", "10"]
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        torchrun = subprocess.Popen(command, stdout=out, stderr=err)
+    try:
+        while not (tmp_path / "out").stat().st_size:
+            assert torchrun.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.02)
+        ranks = sorted(children(torchrun.pid))
+        assert len(ranks) == 2
+        os.kill(ranks[1] if killed == "a rank" else torchrun.pid, signal.SIGKILL)
+        assert torchrun.wait(timeout=10) != 0
+        end = time.monotonic() + 10
+        while not all(map(gone, ranks)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        said = (tmp_path / "err").read_text()
+        assert (
+            f"qwen_ref: error: {'rank 1 is gone' if killed == 'a rank' else 'torchrun, which keeps'}" in said
+        )
+    finally:
+        for process in [*children(torchrun.pid), torchrun.pid]:
+            if not gone(process):
+                os.kill(process, signal.SIGKILL)
+
+
+# Bad input
+
+
+def test_one_rank_that_cannot_load_stops_all_with_its_message(start: Callable, endless: list) -> None:
+    elsewhere = shutil.copytree(WEIGHTS, Path(endless[1]).with_name("elsewhere"))
+    (elsewhere / "model.safetensors").write_bytes(b"{}")
+    for result in start([QUESTION, "--model", WEIGHTS], [QUESTION, "--model", elsewhere]).results():
+        assert result.code == 2
+        assert f"error: rank 1: {elsewhere}: model.safetensors: not a complete safetensors file" in result.err
+        assert result.out == ""
+
+
+def test_ranks_with_different_folders_are_refused_with_both(start: Callable, endless: list) -> None:
+    other = shutil.copytree(WEIGHTS, Path(endless[1]).with_name("other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rotary_emb_base": 10000}))
+    for result in start([QUESTION, "--model", WEIGHTS], [QUESTION, "--model", other]).results():
+        assert result.code == 2
+        assert f"rank 1 ({other}) and rank 0 ({WEIGHTS}) differ" in result.err
+        assert "rotary_emb_base is 10000" in result.err
+
+
+def test_a_prompt_that_is_wrong_ends_all(start: Callable) -> None:
+    leader, follower = start(["", "--model", WEIGHTS], ["", "--model", WEIGHTS]).results(timeout=20)
+    assert leader == Result(
+        2, "", "qwen_ref: error: the prompt is empty; give it as an argument, with --file or on stdin\n"
+    )
+    assert follower.code == 1
+    assert "rank 0 failed: the prompt is empty" in follower.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 in the environment without RANK, MASTER_ADDR, MASTER_PORT: start",
+        ),
+        ({"RANK": "0"}, "RANK=0 in the environment without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "here"}, "without MASTER_PORT"),
+        ({"WORLD_SIZE": ""}, "without RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "rank=2, size=2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "rank=-1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "port=65536"),
+        (
+            {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "over 3 ranks; use 1, 2 or 4",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_be_is_named_at_once(
+    variables: dict, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main([QUESTION]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "nan", "inf"])
+def test_a_timeout_is_a_number_of_seconds(timeout: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([QUESTION, f"--timeout={timeout}"]) == 2
+    assert "must be a number of seconds" in capsys.readouterr().err
+
+
+def test_ranks_that_never_come_are_given_up(start: Callable) -> None:
+    (result,) = start([QUESTION, "--timeout", "3"], WORLD_SIZE="2").results(timeout=20)
+    assert result.code == 1
+    assert "the ranks did not meet within 3 s" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_single_rank_of_torchrun_needs_no_process_group(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert main([QUESTION, "--stop", "\n"]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    assert load_model(WEIGHTS, group="world").group.size == 1

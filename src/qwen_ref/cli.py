@@ -36,7 +36,9 @@ def run(
     command: Callable[[argparse.Namespace], int],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Runs a command; its exit code, or 2 for bad input, 130 after Ctrl-C, 141 when stdout was closed."""
+    """Runs a command; its exit code, or 1 where another rank is gone, 2 for bad input, 130 after Ctrl-C, 141
+    when stdout was closed.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the start
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -53,7 +55,7 @@ def run(
         return 130
     except (ValueError, OSError) as error:
         say(f"error: {error}")
-        return 2
+        return 1 if isinstance(error, ConnectionError) else 2
 
 
 def say(line: str) -> None:
