@@ -285,3 +285,70 @@ def test_world_needs_torchrun_and_a_group_must_be_one(monkeypatch: pytest.Monkey
         load_model(GOLDEN / "ntk_logn", group="world")
     with pytest.raises(ValueError, match=r'None, "world" or a torch\.distributed\.ProcessGroup, not 2'):
         load_model(GOLDEN / "ntk_logn", group=2)
+
+
+# Memory
+
+
+MEASURE = """
+import json, sys, threading
+from pathlib import Path
+from qwen_ref import load_model
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+small, large = sys.argv[1:]
+load_model(small, "auto", group="world")  # imports, connections and pools that come with the first use
+most, over, before = 0, threading.Event(), anonymous()
+
+def watch():
+    global most
+    while not over.wait(0.001):
+        most = max(most, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_model(large, "auto", group="world")
+over.set()
+watcher.join()
+maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+spans = [[int(end, 16) for end in line[0].split("-")] for line in maps if line[-1].startswith(large)]
+mapped = {
+    name: any(start <= value.data_ptr() < end for start, end in spans)
+    for name, value in model.named_parameters()
+}
+rank = model.group.rank
+Path(f"{large}/{rank}.json").write_text(json.dumps([most - before, anonymous() - before, mapped]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_rank_copies_its_columns_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = json.loads((GOLDEN / "extended_base" / "config.json").read_text())
+    config |= {"hidden_size": 1024, "kv_channels": 256, "intermediate_size": 8192, "vocab_size": 8192}
+    (folder / "config.json").write_text(json.dumps(config))
+    table = tensor_table(QwenConfig.from_json(folder / "config.json"))
+    save_file(
+        {spec.published: torch.zeros(spec.shape, dtype=torch.bfloat16) for spec in table},
+        folder / "model.safetensors",
+    )
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *launcher, script, GOLDEN / "extended_base", folder]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    columns = sum(math.prod(spec.shape_of_rank(2)) * 2 for spec in table if spec.cut == "columns")
+    assert columns > 15e6
+    for rank in range(2):
+        most, after, mapped = json.loads((folder / f"{rank}.json").read_text())
+        assert 0.9 * columns < after < 1.1 * columns  # the measure sees what is copied
+        assert most < 1.1 * columns
+        for spec in table:
+            copied = spec.cut == "columns" or spec.name.endswith(
+                "bias"
+            )  # three stretches of a bias are joined
+            assert mapped[spec.name] != copied, spec.name

@@ -41,10 +41,11 @@ class Group:
     rank is gone or does not come within the process group's timeout.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self.size = rank, size
+        # None is the default one: to hold that itself would keep gloo's threads until the process ends, and
+        # abort it.
         self.process_group = process_group
-        self.rank = 0 if process_group is None else dist.get_rank(process_group)
-        self.size = 1 if process_group is None else dist.get_world_size(process_group)
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce: the sum of every rank's x, the same bits on every rank. It may take x's place."""
@@ -63,7 +64,7 @@ class Group:
         parts = [torch.empty_like(x) for _ in range(self.size)] if receives else None
         with _lost_ranks_named():
             if only_rank_0:
-                dist.gather(x, parts, dist.get_global_rank(self.process_group, 0), self.process_group)
+                dist.gather(x, parts, self._first(), self.process_group)
             else:
                 dist.all_gather(parts, x, group=self.process_group)
         return None if parts is None else torch.cat(parts, dim=-1)
@@ -125,6 +126,10 @@ class Group:
                         f"on rank 0 {other}; give every rank the same"
                     )
 
+    def _first(self) -> int:
+        """The number of this group's rank 0 in the default group, which torch asks for."""
+        return 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
+
     def _device(self) -> str:
         """Where small messages travel: through the CPU if the process group has a way there."""
         return "cpu" if "cpu" in dist.get_backend_config(self.process_group) else "cuda"
@@ -138,7 +143,7 @@ def _lost_ranks_named() -> Iterator[None]:
         raise RankLost(f"another rank is gone or did not answer in time: {first_line(error)}") from error
 
 
-ONE_RANK = Group()
+ONE_RANK = Group(0, 1)
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -253,11 +258,11 @@ def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
     """The ranks that load_model's `group` means; the default process group is started where there is none."""
     if group_size(group) == 1:
         return ONE_RANK
-    if group == "world":
-        if not dist.is_initialized():
-            start_process_group(device)
-        group = dist.group.WORLD
-    return Group(group)
+    if group == "world" and not dist.is_initialized():
+        start_process_group(device)
+    if group == "world" or group is dist.group.WORLD:
+        group = None
+    return Group(dist.get_rank(group), dist.get_world_size(group), group)
 
 
 def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
@@ -267,7 +272,7 @@ def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
-    atexit.register(dist.destroy_process_group)  # gloo's threads abort a process that ends without
+    atexit.register(dist.destroy_process_group)  # gloo aborts a process that ends without
 
 
 def own_device(device: str, size: int) -> str:

@@ -1,0 +1,122 @@
+"""`python -m qwen_ref.checkpoint inspect`: its bytes are those of the files and of the published index."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, WEIGHTS
+from safetensors.torch import load_file, save_file
+
+from qwen_ref import QwenConfig, load_model
+from qwen_ref.checkpoint import main
+from qwen_ref.sizes import cache_bytes
+
+PUBLISHED_BYTES = {"1.8b": 3_673_657_344, "7b": 15_442_649_088, "14b": 28_334_581_760, "72b": 144_575_840_256}
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """What the command prints."""
+
+    def call(*arguments: str | Path) -> str:
+        assert main(["inspect", *map(str, arguments)]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out
+
+    return call
+
+
+def bytes_of(line_start: str, text: str) -> list[int]:
+    (line,) = [line for line in text.splitlines() if line.startswith(line_start)]
+    return [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", line)]
+
+
+@pytest.mark.parametrize("size", PUBLISHED_BYTES)
+def test_the_published_sizes_need_no_checkpoint(inspect: Callable, size: str) -> None:
+    assert bytes_of("weights", inspect(size)) == [PUBLISHED_BYTES[size]]
+
+
+def test_what_the_72b_needs_on_four_devices_at_32k(inspect: Callable) -> None:
+    text = inspect("72b", "--tp", "4", "--context", "32768")
+    whole_norms = (2 * 80 + 1) * 8192 * 2
+    assert bytes_of("weights", text) == [144_575_840_256, (144_575_840_256 - whole_norms) // 4 + whole_norms]
+    cache = 2 * 80 * 8192 * 2 * 32768
+    assert bytes_of("keys and values of 32,768", text) == [cache, cache // 4]
+    assert bytes_of("on the CPU each rank copies", text) == [80 * (8192**2 + 8192 * 24576) * 2 // 4]
+    row = next(line for line in text.splitlines() if line.startswith("transformer.h.*.attn.c_attn.weight"))
+    assert row.split()[1:4] == ["80", "bfloat16", "heads"]
+    assert "24576 × 8192" in row
+    assert "6144 × 8192" in row
+
+
+def test_a_real_folder_is_counted_to_the_byte(inspect: Callable) -> None:
+    model = load_model(WEIGHTS, "auto")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    cache = model.new_cache(1, 100)
+    held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    text = inspect(WEIGHTS, "--context", "100")
+    assert bytes_of("weights", text) == [weights]
+    assert bytes_of("keys and values", text) == [held] == [cache_bytes(model.config, 100, torch.bfloat16)]
+    assert bytes_of("together", text) == [weights + held]
+
+
+def test_a_configuration_alone_is_enough(inspect: Callable, tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "long" / "config.json", tmp_path)
+    texts = {inspect(place, "--tp", "2") for place in (tmp_path, tmp_path / "config.json")}
+    assert len(texts) == 1
+    stored = inspect(GOLDEN / "long", "--tp", "2")
+    assert texts == {f"from the configuration alone: weights as they should be, in bfloat16\n{stored}"}
+
+
+def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "mixed")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["transformer.h.1.ln_1.weight"] = weights["transformer.h.1.ln_1.weight"].float()
+    save_file(weights, file)
+    rows = [line.split()[:3] for line in inspect(folder).splitlines() if "ln_1" in line]
+    assert rows == [
+        ["transformer.h.*.ln_1.weight", "2", "bfloat16"],
+        ["transformer.h.*.ln_1.weight", "1", "float32"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["72b", "--tp", "6"],
+            "num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64",
+        ),
+        (["72b", "--tp", "-1"], "cannot be split over -1 ranks"),
+        (["72b", "--context", "0"], "--context 0 must be at least 1"),
+        (["73b"], "73b: not a folder"),
+        ([], "required: FOLDER"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["inspect", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert message in line
+
+
+def test_a_damaged_folder_is_named_and_not_taken_for_a_configuration_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "damaged")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    assert main(["inspect", str(folder)]) == 2
+    assert "neither model.safetensors nor" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())
+    assert QwenConfig.from_json(folder / "config.json")
