@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import qwen_ref
-from qwen_ref.generate import TextStream, generate
+from qwen_ref.generate import generate
+from qwen_ref.streaming import TextStream
 
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "weights"
 model = qwen_ref.load_model(folder, "auto")

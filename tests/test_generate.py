@@ -10,7 +10,8 @@ from conftest import GOLDEN
 from golden_cases import model
 
 from qwen_ref import Tokenizer, load_model
-from qwen_ref.generate import Step, TextStream, generate, generate_batch, generate_uncached
+from qwen_ref.generate import Step, generate, generate_batch, generate_uncached
+from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import SPECIAL_TOKENS
 
 FOLDERS = ("extended_base", "ntk_logn")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import operator
 import os
 import random
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
 from qwen_ref.config import QwenConfig, read_json_object, shown
 from qwen_ref.launch import TIMEOUT, Ranks, launched
-from qwen_ref.tokenizer import StreamDecoder, Tokenizer
+from qwen_ref.streaming import TextStream
+from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -265,87 +267,6 @@ def _generator(device: Any, seed: int | None) -> Generator:
     return generator
 
 
-class TextStream:
-    """The text of generated steps as it comes, in whole characters, up to a stop id or a stop text.
-
-    Iterate over it for pieces of text; what stopped it is left out. `steps` are the steps taken so far;
-    `finish_reason` is "stop" or "length" once the iteration has ended by itself, None before.
-    """
-
-    def __init__(
-        self,
-        steps: Iterable[Step],
-        tokenizer: Tokenizer,
-        stop_ids: Collection[int] = (),
-        stop_texts: Collection[str] = (),
-    ) -> None:
-        self.steps: list[Step] = []
-        self.finish_reason: str | None = None
-        self._source = steps
-        self._stop_ids = frozenset(stop_ids)
-        self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
-        self._until = _UntilStop(stop_texts)
-
-    def __iter__(self) -> Iterator[str]:
-        reason = "length"
-        for step in self._source:
-            self.steps.append(step)
-            if step.token in self._stop_ids:
-                reason = "stop"
-                break
-            if text := self._until.push(self._decoded(step.token)):
-                yield text
-            if self._until.found:
-                self.finish_reason = "stop"
-                return
-        if text := self.flush():
-            yield text
-        self.finish_reason = "stop" if self._until.found else reason
-
-    def _decoded(self, token: int) -> str:
-        # The model has more rows than the tokenizer has ids: noise at a high temperature may draw one.
-        return (
-            self._decoder.push(token) if token < self._tokenizer.n_vocab else self._decoder.flush() + "\ufffd"
-        )
-
-    def flush(self) -> str:
-        """What is still held back; for an iteration that is given up before its end."""
-        return self._until.push(self._decoder.flush()) + self._until.flush()
-
-
-class _UntilStop:
-    """Lets text through up to the first stop text; holds back what may be the beginning of one."""
-
-    def __init__(self, stop_texts: Collection[str]) -> None:
-        self.found = False
-        self._stop_texts = tuple(stop_texts)
-        if "" in self._stop_texts:
-            raise ValueError("a stop text is empty: it would end every text at once")
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        self._held += text
-        starts = [start for stop in self._stop_texts if (start := self._held.find(stop)) >= 0]
-        if starts:
-            self.found = True
-            ready, self._held = self._held[: min(starts)], ""
-            return ready
-        keep = max((_overlap(self._held, stop) for stop in self._stop_texts), default=0)
-        cut = len(self._held) - keep
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready
-
-    def flush(self) -> str:
-        ready, self._held = self._held, ""
-        return ready
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of text that stop begins with, short of the whole stop."""
-    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
-
-
 # The command
 
 
@@ -506,30 +427,8 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
     ranks.from_rank_0(json.dumps(request))
     ranks.start_process_group(args.device)
-
-    import torch
-
-    from qwen_ref.checkpoint import load_model
-
-    start = time.perf_counter()
-    group = "world" if ranks.size > 1 else None
-    with Progress("loading") as progress:
-
-        def update(done: int, total: int) -> None:
-            if done == 0 and ranks.size > 1:
-                say(f"each of {ranks.size} ranks reads {total / 1e9:.3f} GB of the checkpoint")
-            progress.update(done, total)
-
-        model = load_model(folder, args.dtype, args.device, group, progress=update)
-    seconds = time.perf_counter() - start
+    model = _load(args, folder, config, ranks)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    count, size = (sum(f(p) for p in model.parameters()) for f in (torch.Tensor.numel, lambda p: p.nbytes))
-    name = args.model or "the tiny checkpoint that comes with the project"
-    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
-    say(
-        f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {dtype}{each} on {args.device} "
-        f"in {seconds:.2f} s"
-    )
     say(_describe(settings, sorted(defaults.stop_ids), stop_texts))
     length = len(prompt_ids) + settings["max_new_tokens"]
     if length > config.seq_length and not config.use_dynamic_ntk:
@@ -558,6 +457,33 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         print(json.dumps(report, ensure_ascii=False), flush=True)
     say(clock.report(len(prompt_ids)))
     return code
+
+
+def _load(args: argparse.Namespace, folder: Path, config: QwenConfig, ranks: Ranks) -> Qwen:
+    """The model, or rank 0's part of it, with word of what is read and what came of it."""
+    from qwen_ref.checkpoint import load_model, tensor_table
+
+    start = time.perf_counter()
+    with Progress("loading") as progress:
+
+        def update(done: int, total: int) -> None:
+            if done == 0 and ranks.size > 1:
+                say(f"each of {ranks.size} ranks reads {total / 1e9:.3f} GB of the checkpoint")
+            progress.update(done, total)
+
+        group = "world" if ranks.size > 1 else None
+        model = load_model(folder, args.dtype, args.device, group, progress=update)
+    seconds = time.perf_counter() - start
+    name = args.model or "the tiny checkpoint that comes with the project"
+    count = sum(math.prod(spec.shape) for spec in tensor_table(config))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+    say(
+        f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {dtype}{each} on {args.device} "
+        f"in {seconds:.2f} s"
+    )
+    return model
 
 
 def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:
