@@ -2,8 +2,9 @@
 
 Tolerances. In float64, ranks add in another order and nothing else: 1e-12 relative is thousands of roundings.
 In float32 the cut model is judged as the whole one is: by its error against float64 beside the recording's.
-In bfloat16 and float16 it may be a tenth further from float64 than one rank. Partial sums are rounded once,
-as one rank rounds them, so that it should be no further at all.
+In bfloat16 and float16 it should be no further from float64 than one rank, since partial sums are rounded once,
+as one rank rounds them: 0.9986 to 1.0005 times as far was measured. Rounding the partial sums gives 1.014 to
+1.060, which must be seen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from qwen_ref.checkpoint import TensorSpec, tensor_table
 from qwen_ref.generate import generate, generate_batch
 from qwen_ref.parallel import unrounded_linear
 
-OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.1
+OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
 RANKS = (2, 4)
 
 
