@@ -131,6 +131,8 @@ def main() -> None:
     texts["seeds differ"] = message(lambda: generate(qwen, PROMPTS[0], seed=rank // (size - 1), **SAMPLED))
     prompt = PROMPTS[rank > 0]
     texts["prompts differ"] = message(lambda: generate(qwen, prompt))
+    late = [*range(100), rank // (size - 1)]  # too late to be shown
+    texts["prompts differ late"] = message(lambda: generate(qwen, late))
     other = "long" if rank == 1 else "ntk_logn"
     texts["folders differ"] = message(lambda: load(other, "float32"))
     changed = out / "changed"

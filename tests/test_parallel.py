@@ -2,8 +2,8 @@
 
 Tolerances. In float64, ranks add in another order and nothing else: 1e-12 relative is thousands of roundings.
 In float32 the cut model is judged as the whole one is: by its error against float64 beside the recording's.
-In bfloat16 and float16 it should be no further from float64 than one rank, since partial sums are rounded once,
-as one rank rounds them: 0.9986 to 1.0005 times as far was measured. Rounding the partial sums gives 1.014 to
+In bfloat16 and float16 it should be no further from float64 than one rank, since sums are rounded once, as
+one rank rounds them: 0.9986 to 1.0005 times as far was measured. Rounding the partial sums gives 1.014 to
 1.060, which must be seen.
 """
 
@@ -175,6 +175,7 @@ def test_one_rank_that_wants_no_more_ends_all(outcome: Callable, ranks: int) -> 
     [
         ("seeds differ", ["this generation", "seed=1", "seed=0"]),
         ("prompts differ", ["rank 1", "the prompt is [[100, 101", "on rank 0 the prompt is [[3, 4"]),
+        ("prompts differ late", ["this generation", "the prompt is [[0, 1"]),
         ("folders differ", ["rank 1", "rank 0", "/long)", "/ntk_logn)", "is 2, on rank 0", "is 3"]),
         (
             "weights differ",

@@ -20,6 +20,7 @@ With one rank every layer is the plain one of torch.nn, and there is nobody to t
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,14 +117,14 @@ class Group:
 
     def require_same(self, who: str, values: dict[str, object]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
-        facts = [who, *(f"{name} is {shown(value)}" for name, value in values.items())]
-        first, *others = map(json.loads, self.texts(json.dumps(facts)))
-        for rank, facts in enumerate(others, start=1):
-            for fact, other in zip(facts[1:], first[1:], strict=False):
-                if fact != other:
+        facts = [(f"{name} is {shown(value)}", _digest(value)) for name, value in values.items()]
+        (first, there), *others = map(json.loads, self.texts(json.dumps((who, facts))))
+        for rank, (other, here) in enumerate(others, start=1):
+            for (fact, mark), (wanted, wanted_mark) in zip(here, there, strict=False):
+                if mark != wanted_mark:
                     raise ValueError(
-                        f"rank {rank} ({facts[0]}) and rank 0 ({first[0]}) differ: on rank {rank} {fact}, "
-                        f"on rank 0 {other}; give every rank the same"
+                        f"rank {rank} ({other}) and rank 0 ({first}) differ: on rank {rank} {fact}, "
+                        f"on rank 0 {wanted}; give every rank the same"
                     )
 
     def _first(self) -> int:
@@ -133,6 +134,11 @@ class Group:
     def _device(self) -> str:
         """Where small messages travel: through the CPU if the process group has a way there."""
         return "cpu" if "cpu" in dist.get_backend_config(self.process_group) else "cuda"
+
+
+def _digest(value: object) -> str:
+    """What tells values apart also where they are too long to be shown."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager
