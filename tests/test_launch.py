@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ class Processes:
         ranks: Sequence[list],
         environment: dict[str, str],
         leader_stdout: int | None,
+        leader_stdin: int,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -56,7 +58,7 @@ class Processes:
                 process = subprocess.Popen(
                     [*command, *map(str, arguments)],
                     env=os.environ | {name: str(value) for name, value in variables.items()},
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL if rank else leader_stdin,
                     stdout=stdout if rank or leader_stdout is None else leader_stdout,
                     stderr=stderr,
                 )
@@ -83,9 +85,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
     started: list[Processes] = []
 
     def call(
-        *ranks: list, command: list[str] = COMMAND, stdout: int | None = None, **environment: str
+        *ranks: list,
+        command: list[str] = COMMAND,
+        stdout: int | None = None,
+        stdin: int = subprocess.DEVNULL,
+        **environment: str,
     ) -> Processes:
-        started.append(Processes(tmp_path, command, ranks, environment, stdout))
+        started.append(Processes(tmp_path, command, ranks, environment, stdout, stdin))
         return started[-1]
 
     yield call
@@ -93,6 +99,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
         for process in processes.ranks:
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 @pytest.fixture
@@ -154,9 +162,9 @@ def check_that_the_others_name(victim: int, results: list[Result]) -> None:
         if rank != victim:
             assert result.code == 1, result
             assert "Traceback" not in result.err
-            last = result.err.splitlines()[-1]
-            assert f"rank {victim}" in last, last
-            assert " is gone" in last, last
+            (line,) = [line for line in result.err.splitlines() if "error: " in line]
+            assert f"rank {victim}" in line, line
+            assert " is gone" in line, line
 
 
 @pytest.mark.parametrize(
@@ -178,23 +186,80 @@ def test_a_rank_lost_while_decoding_is_named_by_all_others(
     check_that_the_others_name(victim, processes.results())
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how: signal.Signals) -> None:
+    processes = start(*[["--timeout", "6"]] * 2, stdin=subprocess.PIPE)
+    time.sleep(4)  # imports take two; longer than half the timeout, which is no reason to give up
+    assert all(process.poll() is None for process in processes.ranks)
+    processes.ranks[0].send_signal(how)
+    processes.ranks[1].wait(timeout=6)
+    processes.ranks[0].kill()
+    check_that_the_others_name(0, processes.results())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_before_all_have_met_is_given_up_in_time(start: Callable, victim: int) -> None:
+    processes = start(*[[QUESTION, "--timeout", "5"]] * 2)
+    time.sleep(0.5)
+    processes.ranks[victim].kill()
+    result = processes.results(timeout=7)[1 - victim]
+    assert result.code == 1
+    assert "not all of 2 ranks came to 127.0.0.1" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: list) -> None:
+    read, write = os.pipe()
+    size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    processes = start(*[[*endless, "--logprobs", "--timeout", "3"]] * 2, stdout=write)
+    os.close(write)
+    time.sleep(7)  # the pipe is full by then, and nobody has read for longer than the timeout
+    assert all(process.poll() is None for process in processes.ranks)
+    processes.ranks[0].send_signal(signal.SIGINT)
+    with os.fdopen(read, "rb") as pipe:
+        assert len(pipe.read()) >= size
+    leader, follower = processes.results()
+    assert leader.code == 130
+    assert follower == Result(0, "", "")
+
+
+def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Callable, endless: list) -> None:
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    shorter = [*endless, "--json", "--timeout", "6"]
+    shorter[shorter.index("100000")] = "100"
+    processes = start(shorter, shorter, stdout=write)
+    os.close(write)
+    time.sleep(6)
+    processes.ranks[0].kill()
+    check_that_the_others_name(0, processes.results(timeout=6))
+    os.close(read)
+
+
 SLOW = """
 import sys, time
 from qwen_ref.checkpoint import StoredTensor
 from qwen_ref.generate import main
 
 read = StoredTensor.read
-StoredTensor.read = lambda tensor: (time.sleep({seconds}), read(tensor))[1]
+
+def slow(tensor):
+    print("it reads", file=sys.stderr, flush=True)
+    time.sleep({seconds})
+    return read(tensor)
+
+StoredTensor.read = slow
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("seconds", [0.2, 100], ids=["between two layers", "whatever the others are doing"])
+@pytest.mark.parametrize("seconds", [0.1, 100], ids=["between two layers", "whatever the others are doing"])
 def test_a_rank_killed_while_loading_is_named_by_all_others(start: Callable, seconds: float) -> None:
     slow = [sys.executable, "-c", SLOW.format(seconds=seconds)]
     processes = start(*[[QUESTION, "--timeout", "6"]] * 2, command=slow)
-    time.sleep(4)  # imports take two
-    assert processes.ranks[0].poll() is None
+    while not all("it reads" in err.read_text() for _, err in processes.files):
+        assert processes.ranks[0].poll() is None
+        time.sleep(0.02)
     processes.ranks[1].kill()
     check_that_the_others_name(1, processes.results(timeout=6))
 
@@ -269,6 +334,21 @@ def test_ranks_with_different_folders_are_refused_with_both(start: Callable, end
         assert "rotary_emb_base is 10000" in result.err
 
 
+def test_a_folder_that_one_machine_lacks_is_named_by_all(start: Callable) -> None:
+    for result in start([QUESTION], [QUESTION, "--model", "/nowhere"]).results():
+        assert result.code == 2
+        assert "error: rank 1: /nowhere: not a folder" in result.err
+
+
+def test_ctrl_c_before_the_prompt_ends_all(start: Callable) -> None:
+    processes = start([], [], stdin=subprocess.PIPE)
+    time.sleep(3)
+    processes.ranks[0].send_signal(signal.SIGINT)
+    leader, follower = processes.results(timeout=10)
+    assert (leader.code, leader.err) == (130, "qwen_ref: interrupted\n")
+    assert (follower.code, follower.err) == (1, "qwen_ref, rank 1: error: rank 0 failed: KeyboardInterrupt\n")
+
+
 def test_a_prompt_that_is_wrong_ends_all(start: Callable) -> None:
     leader, follower = start(["", "--model", WEIGHTS], ["", "--model", WEIGHTS]).results(timeout=20)
     assert leader == Result(
@@ -319,7 +399,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout: str, capsys: pytest.CaptureFi
 def test_ranks_that_never_come_are_given_up(start: Callable) -> None:
     (result,) = start([QUESTION, "--timeout", "3"], WORLD_SIZE="2").results(timeout=20)
     assert result.code == 1
-    assert "the ranks did not meet within 3 s" in result.err
+    assert "not all of 2 ranks came to 127.0.0.1:" in result.err
     assert "Traceback" not in result.err
 
 

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from qwen_ref.cli import Parser, run
-from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_json_object, shown
+from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, check_cut, read_json_object, shown
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import group_size, join, own_device
 
@@ -151,18 +151,6 @@ def load_model(
                 if progress is not None:
                     progress(done, total)
     return model.eval()
-
-
-def check_cut(folder: str | Path, ranks: int) -> None:
-    """Raises ValueError where the folder's model cannot be cut for so many ranks.
-
-    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
-    """
-    try:
-        config = QwenConfig.from_json(Path(folder) / "config.json")
-    except ValueError:
-        return
-    config.check_ranks(ranks)
 
 
 def _marks(config: QwenConfig, dtype: torch.dtype, stored: dict[str, StoredTensor]) -> dict[str, object]:

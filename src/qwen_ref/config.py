@@ -144,6 +144,18 @@ class QwenConfig:
             raise ValueError("; ".join(problems))
 
 
+def check_cut(folder: str | Path, ranks: int) -> None:
+    """Raises ValueError where the folder's model cannot be cut for so many ranks.
+
+    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
+    """
+    try:
+        config = QwenConfig.from_json(Path(folder) / "config.json")
+    except ValueError:
+        return
+    config.check_ranks(ranks)
+
+
 def _value_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with each value by itself, for any of QwenConfig's fields."""
     problems = []

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
-from qwen_ref.config import QwenConfig, read_json_object, shown
-from qwen_ref.launch import TIMEOUT, Ranks, launched
+from qwen_ref.config import QwenConfig, check_cut, read_json_object, shown
+from qwen_ref.launch import TIMEOUT, RankLost, Ranks, launched
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -78,15 +78,20 @@ def generate_batch(
 
     Row i is what `generate` yields for its prompt alone with seed + i: the batch changes its numbers by no
     more than rounding. Raises what `generate` raises.
+
+    Several ranks call it alike and iterate alike. When one stops early, its iterator is closed and all end;
+    an iterator that is kept must be closed before the model is used again.
     """
     import torch
 
-    check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    prompts = [_checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
-    if not prompts:
-        raise ValueError("there is no prompt to continue")
+    group = model.group
+    with group.together():
+        check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        prompts = [_checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
+        if not prompts:
+            raise ValueError("there is no prompt to continue")
     stop_ids = frozenset(stop_ids)
-    B, longest, group = len(prompts), max(map(len, prompts)), model.group
+    B, longest = len(prompts), max(map(len, prompts))
     if group.size > 1:
         sampling = f"{temperature=}, {top_k=}, {top_p=}, {repetition_penalty=}, {seed=}"
         asked = {"the prompt": prompts, "sampling": sampling, "the end": (max_new_tokens, sorted(stop_ids))}
@@ -124,7 +129,10 @@ def generate_batch(
                 yield rows
             except GeneratorExit:  # this rank's caller wants no more: then the others, too, get no more
                 if not last:
-                    group.any(True)
+                    with contextlib.suppress(
+                        RankLost, ValueError
+                    ):  # ValueError: the process ends, its group has
+                        group.any(True)
                 raise
             if last or group.any(False):
                 return
@@ -221,7 +229,7 @@ def _choose(
         sampling = (temperature, top_k, top_p, repetition_penalty)
         try:
             tokens, logprobs = _draw(logits, previous_ids, *sampling, generators)
-        except ValueError as error:  # logits that are not finite
+        except Exception as error:  # logits that are not finite, say
             problem = error
     tokens = group.from_rank_0(tokens)
     if tokens[0] < 0:
@@ -379,12 +387,8 @@ def _parser() -> Parser:
 
 def _generate(args: argparse.Namespace) -> int:
     folder = args.model or bundled_checkpoint()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
     launch = launched()
     if launch is not None:
-        from qwen_ref.checkpoint import check_cut
-
         check_cut(folder, launch.size)
     with Ranks(launch, args.timeout) as ranks:
         return _lead(args, folder, ranks) if ranks.rank == 0 else _follow(args, folder, ranks)
@@ -392,7 +396,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """A rank that only computes: rank 0 reads the prompt, samples and prints."""
-    request = json.loads(ranks.from_rank_0(None))
+    request = json.loads(ranks.share(None))
     ranks.start_process_group(args.device)
 
     from qwen_ref.checkpoint import load_model
@@ -404,6 +408,8 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
     prompt = read_prompt(args.prompt, args.file)
     config = QwenConfig.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
@@ -425,7 +431,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if "" in stop_texts:
         raise ValueError("--stop is empty: it would end every text at once")
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
-    ranks.from_rank_0(json.dumps(request))
+    ranks.share(json.dumps(request))
     ranks.start_process_group(args.device)
     model = _load(args, folder, config, ranks)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,24 +73,31 @@ class RankLost(ConnectionError):
 class Ranks:
     """The ranks of a command, for as long as it runs: `with Ranks(launched(), timeout) as ranks`.
 
-    A thread of each rank writes heartbeats into the store and reads the others'. Where a rank falls silent,
-    or has left word why it failed, every other one ends with exit code 1 and a line that says so, whatever
-    its main thread is waiting for. With one rank, all of this is nothing.
+    Threads of each rank write heartbeats into the store and read the others'. Where a rank falls silent, or
+    has left word why it failed, every other one ends with exit code 1 and a line that says so, whatever its
+    main thread is waiting for. With one rank, all of this is nothing.
     """
 
     def __init__(self, launch: Launch | None, timeout: float = TIMEOUT) -> None:
         if not 0 < timeout < 1e6:
             raise ValueError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
+        self.launch, self.timeout = launch, timeout
         self.rank, self.size = (0, 1) if launch is None else (launch.rank, launch.size)
-        self.timeout = timeout
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
+            # torch, which reads this when it is imported, reports a lost connection with stacks of C++.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             if self.rank > 0:  # Ctrl-C reaches every process of a terminal; rank 0 decides what it means
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            self._store = _connect(self.timeout)
-            self._watch = _Watch(self.rank, self.size, _connect(self.timeout), self.timeout)
+            self._watch = _Watch(self.launch, self.timeout)
             self._watch.start()
+            try:
+                self._store = self._watch.connect()
+            except BaseException:
+                self._stop_watching()
+                raise
         return self
 
     def __exit__(
@@ -98,34 +105,36 @@ class Ranks:
     ) -> None:
         if self.size == 1:
             return
+        if not isinstance(error, RankLost):
+            try:
+                self._leave(None if kind is None else str(error) or kind.__name__)
+            except RankLost as lost:
+                error = lost
         if isinstance(error, RankLost):
             self._watch.suspect(str(error))
-            # It names the rank that is gone, and ends the process, unless it waits for the store itself.
-            self._watch.join(8 * self._watch.interval)
-            self._watch.end(f"{_keeper_of_the_store()} is gone: it does not answer")
-        parted = self._part(patience=math.inf if error is None else 2 * self._watch.interval)
-        self._watch.finish()
-        if not parted:
-            with contextlib.suppress(RuntimeError):
-                self._store.set("fault", f"rank {self.rank} failed: {error or kind.__name__}")
-                time.sleep(2 * self._watch.interval)  # rank 0 may keep the store: let the others read it
+            self._watch.join()  # it names the rank that is gone, and ends the process
+        self._stop_watching()
 
-    def from_rank_0(self, text: str | None) -> str:
+    def share(self, text: str | None) -> str:
         """Rank 0's text on every rank, however long rank 0 needs to have it."""
-        if self.rank == 0:
-            if self.size > 1:
-                self._store.set("request", text)
+        if self.size == 1:
             return text
-        while not self._store.check(["request"]):
-            time.sleep(_POLL)
-        return self._store.get("request").decode()
+        with _store_watched():
+            if self.rank == 0:
+                self._store.set("shared", text)
+                return text
+            _until(lambda: self._store.check(["shared"]))
+            return self._store.get("shared").decode()
 
     def start_process_group(self, device: str) -> None:
-        """The default process group, whose collectives wait as long for a rank as the watch does."""
+        """The default process group. Its collectives may wait for days, as for the reader of `| less`.
+
+        That every rank lives is the watch's business.
+        """
         if self.size > 1:
             from qwen_ref.parallel import start_process_group
 
-            start_process_group(device, self.timeout / 2)
+            start_process_group(device, timeout=10 * 24 * 3600)
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
         """Passes steps on. Ctrl-C waits for the end of a step: within it, the other ranks need this one."""
@@ -142,33 +151,59 @@ class Ranks:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _part(self, patience: float) -> bool:
-        """Waits for all ranks to part; False where they do not."""
-        start = time.monotonic()
-        self._watch.parting = True
-        try:
-            self._store.add("parted", 1)
-            while self._store.add("parted", 0) < self.size:
-                if time.monotonic() - start > patience:
-                    return False
-                time.sleep(_POLL)
-        except RuntimeError:
-            pass  # whoever keeps the store has seen all part, and gone
-        return True
+    def _leave(self, problem: str | None) -> None:
+        """Waits until all ranks leave. One that has failed does not wait long, but leaves word of why.
+
+        Rank 0 goes last, since it may keep the store.
+        """
+        store, pause = self._store, 2 * self._watch.interval
+
+        def all_leave() -> bool:
+            return store.add("leaving", 0) == self.size if self.rank == 0 else store.check(["over"])
+
+        with _store_watched():
+            store.add("leaving", 1)
+            orderly = _until(all_leave, math.inf if problem is None else pause)
+            self._watch.leaving = True
+            if not orderly:
+                store.set("fault", _plain(f"rank {self.rank} failed: {problem}"))
+                time.sleep(pause)  # for the others to read it
+            elif self.rank == 0:
+                store.set("over", "")
+                _until(lambda: store.add("left", 0) == self.size - 1, pause)
+            else:
+                store.add("left", 1)
+
+    def _stop_watching(self) -> None:
+        self._watch.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
 
-_POLL = 0.02  # seconds
+def _until(true: Callable[[], bool], patience: float = math.inf) -> bool:
+    """Waits for it; whether it came within so many seconds."""
+    end = time.monotonic() + patience
+    while not (come := true()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return come
 
 
-def _connect(timeout: float) -> Store:
-    """A connection of its own to the store: a wait on one holds up whoever else uses it."""
-    import torch.distributed as dist
-
+@contextlib.contextmanager
+def _store_watched() -> Iterator[None]:
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        yield
     except RuntimeError as error:
-        raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
-    return dist.PrefixStore("qwen_ref", store)
+        raise RankLost(f"{_keeper()} is gone: {first_line(error)}") from error
+
+
+def _keeper() -> str:
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"{'torchrun' if by_torchrun else 'rank 0'}, which keeps the store of the ranks,"
+
+
+def _plain(text: str) -> str:
+    """What UTF-8 can say of a text that may hold the bytes of a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: Exception) -> str:
@@ -176,76 +211,112 @@ def first_line(error: Exception) -> str:
 
 
 class _Watch(threading.Thread):
-    """One rank's ear for the others."""
+    """Ends the process when another rank is gone.
 
-    def __init__(self, rank: int, size: int, store: Store, timeout: float) -> None:
+    It never waits for the store itself: a second thread does, which may have to wait for ever where the
+    machine that keeps the store is out of reach.
+    """
+
+    def __init__(self, launch: Launch, timeout: float) -> None:
         super().__init__(daemon=True)
-        self.rank, self.size, self.timeout = rank, size, timeout
+        self.launch, self.timeout = launch, timeout
         self.interval = min(0.5, timeout / 20)
-        self.parting = False
-        self._store = store
-        self._heard = {other: (0, time.monotonic()) for other in range(size) if other != rank}
+        self.leaving = False
+        self._answered = time.monotonic()  # by the store
+        self._connected = False
         self._suspicion: tuple[str, float] | None = None
-        self._ear, self._bell = os.pipe()
-        os.set_blocking(self._bell, False)
-        # torchrun ends the other ranks by SIGTERM as soon as one has died. The bell is rung at once, while a
-        # handler in Python would wait for the main thread, which waits for the dead rank.
+        self._ended = threading.Lock()
+        # torchrun ends the other ranks by SIGTERM as soon as one has died. A handler in Python would run in
+        # the main thread, which waits for the dead rank; this pipe is written at once.
+        self._wakeup, written = os.pipe()
+        os.set_blocking(written, False)
+        self._written = written
         signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def connect(self) -> Store:
+        """Meets the others, and starts to listen; the store that they meet at, for the main thread."""
+        import torch.distributed as dist
+
+        try:
+            # A connection for each thread: to wait on one holds up whoever else uses it.
+            stores = [
+                next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout)))[0] for _ in range(2)
+            ]
+        except RuntimeError as error:
+            where = f"{self.launch.address}:{self.launch.port}"
+            raise RankLost(f"the ranks could not meet at {where}: {first_line(error)}") from error
+        mine, theirs = (dist.PrefixStore("qwen_ref", store) for store in stores)
+        self._answered, self._connected = time.monotonic(), True
+        threading.Thread(target=self._listen, args=(mine,), daemon=True).start()
+        return theirs
 
     def suspect(self, sign: str) -> None:
         """Something is wrong: who is silent now is taken for gone sooner; if nobody is, sign is told."""
         self._suspicion = self._suspicion or (sign, time.monotonic())
 
-    def finish(self) -> None:
+    def stop(self) -> None:
+        self.leaving = True
         signal.set_wakeup_fd(-1)
-        os.write(self._bell, b"\0")
+        os.write(self._written, b"\0")
         self.join()
-        os.close(self._ear)
-        os.close(self._bell)
+        os.close(self._wakeup)
+        os.close(self._written)
 
     def run(self) -> None:
         while True:
-            try:
-                self._listen()
-            except RuntimeError as error:
-                if not self.parting:
-                    self.end(f"{_keeper_of_the_store()} is gone: {first_line(error)}")
-            if select.select([self._ear], [], [], self.interval)[0]:
-                rung = os.read(self._ear, 64)
-                if 0 in rung:
+            if select.select([self._wakeup], [], [], self.interval)[0]:
+                numbers = os.read(self._wakeup, 64)
+                if 0 in numbers:
                     return
-                if signal.SIGTERM in rung:
-                    self.suspect("ended by SIGTERM")
+                if signal.SIGTERM in numbers:
+                    self.suspect(f"rank {self.launch.rank} was ended by SIGTERM")
+            waited = time.monotonic() - self._answered
+            if not self._connected and waited > 0.9 * self.timeout:
+                where = f"{self.launch.address}:{self.launch.port}"
+                self._end(f"not all of {self.launch.size} ranks came to {where} within {self.timeout:g} s")
+            if self._connected and waited > self.timeout / 2 and not self.leaving:
+                self._end(f"{_keeper()} is gone: it did not answer for {waited:.1f} s")
+            if self._suspicion is not None and time.monotonic() - self._suspicion[1] > 6 * self.interval:
+                self._end(self._suspicion[0])
 
-    def _listen(self) -> None:
-        self._store.add(f"heartbeats of {self.rank}", 1)
-        if self._store.check(["fault"]):
-            self.end(self._store.get("fault").decode())
-        for other, (beats, _) in self._heard.items():
-            if (now_beats := self._store.add(f"heartbeats of {other}", 0)) != beats:
-                self._heard[other] = now_beats, time.monotonic()
-        now = time.monotonic()
-        silent, other = max((now - since, other) for other, (_, since) in self._heard.items())
-        # A rank that has not been heard yet may be starting.
-        patience = self.timeout / 2 if self._heard[other][0] else self.timeout - 2 * self.interval
-        if silent > (patience if self._suspicion is None else 3 * self.interval):
-            message = (
-                f"rank {other} is gone: nothing was heard of it for {silent:.1f} s. It was killed, perhaps "
-                "for lack of memory, or has crashed, or its machine is out of reach"
-            )
-            self._store.set("fault", message)
-            self.end(message)
-        if self._suspicion is not None and now - self._suspicion[1] > 6 * self.interval:
-            self.end(self._suspicion[0])
+    def _listen(self, store: Store) -> None:
+        """Writes this rank's heartbeats and reads the others', until the process ends."""
+        me, ranks = self.launch.rank, range(self.launch.size)
+        heard = {rank: (0, time.monotonic()) for rank in ranks if rank != me}
+        while not self.leaving:
+            try:
+                store.add(f"heartbeats of {me}", 1)
+                if store.check(["fault"]):
+                    self._end(store.get("fault").decode())
+                for rank, (beats, _) in heard.items():
+                    if (now_beats := store.add(f"heartbeats of {rank}", 0)) != beats:
+                        heard[rank] = now_beats, time.monotonic()
+                self._answered = now = time.monotonic()
+                silent, rank = max((now - since, rank) for rank, (_, since) in heard.items())
+                # One that was never heard may still be starting.
+                patience = self.timeout / 2 if heard[rank][0] else 0.9 * self.timeout
+                if silent > (patience if self._suspicion is None else 3 * self.interval):
+                    message = (
+                        f"rank {rank} is gone: nothing was heard of it for {silent:.1f} s. It was killed, "
+                        "perhaps for lack of memory, or has crashed, or its machine is out of reach"
+                    )
+                    store.set("fault", message)
+                    self._end(message)
+                if self._suspicion is not None and now - self._suspicion[1] > 5 * self.interval:
+                    store.set("fault", _plain(self._suspicion[0]))
+                    self._end(self._suspicion[0])
+            except RuntimeError as error:
+                if not self.leaving:
+                    self._end(f"{_keeper()} is gone: {first_line(error)}")
+            time.sleep(self.interval)
 
-    def end(self, message: str) -> None:
-        cli.say(f"error: {message}")
-        if self.rank == 0:  # it may keep the store: let the others read it
+    def _end(self, message: str) -> None:
+        """Says why, and ends the process: the main thread may wait in a place that nothing else reaches."""
+        self._ended.acquire()  # never released: two threads may come here
+        speaker = threading.Thread(target=cli.say, args=(f"error: {message}",), daemon=True)
+        speaker.start()
+        speaker.join(1)  # stderr may be a pipe that nobody reads
+        if self.launch.rank == 0:  # it may keep the store: let the others read what it has written there
             time.sleep(2 * self.interval)
         os._exit(1)
-
-
-def _keeper_of_the_store() -> str:
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return f"{'torchrun' if by_torchrun else 'rank 0'}, which keeps the store of the ranks,"

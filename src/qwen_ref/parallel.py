@@ -49,7 +49,7 @@ class Group:
         self.process_group = process_group
 
     def sum(self, x: Tensor) -> Tensor:
-        """All-reduce: the sum of every rank's x, the same bits on every rank. It may take x's place."""
+        """All-reduce: the sum of every rank's x, the same bits on all. x may be overwritten with it."""
         if self.size > 1:
             x = x.contiguous()
             with _lost_ranks_named():
@@ -84,14 +84,19 @@ class Group:
         """Every rank's text, in the order of the ranks."""
         if self.size == 1:
             return [text]
-        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self._device())
+        encoded = torch.tensor(
+            list(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8, device=self._device()
+        )
         lengths = self.gather(torch.tensor([len(encoded)], device=self._device())).tolist()
         if max(lengths) == 0:
             return [""] * self.size
         padded = encoded.new_zeros(max(lengths))
         padded[: len(encoded)] = encoded
         rows = self.gather(padded).view(self.size, -1)
-        return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths, strict=True)]
+        return [
+            bytes(row[:n].tolist()).decode("utf-8", "surrogateescape")
+            for row, n in zip(rows, lengths, strict=True)
+        ]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -99,7 +104,7 @@ class Group:
         if self.size == 1:
             yield
             return
-        problem = ""
+        problem, cause = "", None
         try:
             yield
         except RankLost:
@@ -113,7 +118,7 @@ class Group:
             problem = str(error) or type(error).__name__
         for rank, text in enumerate(self.texts(problem)):
             if text:
-                raise ValueError(f"rank {rank}: {text}")
+                raise ValueError(f"rank {rank}: {text}") from cause
 
     def require_same(self, who: str, values: dict[str, object]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
@@ -255,6 +260,8 @@ def group_size(group: str | dist.ProcessGroup | None) -> int:
                 'group="world" needs several processes: start them with torchrun, or leave group out for one'
             )
         return launch.size
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this rank is not in the process group that it was given")
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
     return dist.get_world_size(group)
@@ -268,7 +275,15 @@ def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
         start_process_group(device)
     if group == "world" or group is dist.group.WORLD:
         group = None
+    atexit.unregister(_destroy_process_groups)
+    atexit.register(_destroy_process_groups)
     return Group(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def _destroy_process_groups() -> None:
+    """gloo's threads abort a process that ends without this."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
@@ -278,7 +293,6 @@ def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
         raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
-    atexit.register(dist.destroy_process_group)  # gloo aborts a process that ends without
 
 
 def own_device(device: str, size: int) -> str:
