@@ -109,16 +109,17 @@ def load_model(
 
     dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
     device: "cpu", "cuda", …; with several ranks, "cuda" is for each the one with its number on its machine.
-    group: the ranks that share the model. None is this process alone; "world" is torch.distributed's default
-    process group, started from torchrun's variables if need be. Each rank reads only its own part.
+    group: the ranks that share the model, each of which reads only its own part. None is this process alone;
+    "world" is torch.distributed's default process group, started from torchrun's variables if need be (with
+    a timeout of 60 s); or any ProcessGroup. The ranks then call the model alike.
     progress is called with the bytes done and the bytes in all of this rank, first before anything is read.
 
     On the CPU, weights that have the wanted dtype are used where they lie in the mapped file: nothing is read
     until it is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
-    Only what is cut by columns is copied: a rank's part of a row is too short to compute with in place.
+    Only what is cut by columns is copied: a rank has a short stretch of each of its rows there.
     Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
-    MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises
-    RankLost, a ConnectionError, where a rank is gone.
+    MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
+    ConnectionError, where a rank is gone.
     """
     size = group_size(group)
     check_cut(folder, size)
@@ -143,8 +144,10 @@ def load_model(
                 part = part.to(device=target, dtype=wanted)
                 if spec.cut == "columns":
                     part = part.contiguous()
-                elif spec.cut == "heads" and (part.ndim == 2 or part.is_contiguous()):
-                    part = part.reshape(spec.shape_of_rank(size))
+                elif spec.cut == "heads" and (part.is_contiguous() or spec.name.endswith("bias")):
+                    part = part.reshape(
+                        spec.shape_of_rank(size)
+                    )  # one matrix, unless it lies in a mapped file
                 owner, _, name = spec.name.rpartition(".")
                 setattr(model.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
                 done += stored[spec.published].bytes_of_rank(spec, size)

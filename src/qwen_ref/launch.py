@@ -119,7 +119,7 @@ class Ranks:
         """Rank 0's text on every rank, however long rank 0 needs to have it."""
         if self.size == 1:
             return text
-        with _store_watched():
+        with _store_errors_named():
             if self.rank == 0:
                 self._store.set("shared", text)
                 return text
@@ -161,7 +161,7 @@ class Ranks:
         def all_leave() -> bool:
             return store.add("leaving", 0) == self.size if self.rank == 0 else store.check(["over"])
 
-        with _store_watched():
+        with _store_errors_named():
             store.add("leaving", 1)
             orderly = _until(all_leave, math.inf if problem is None else pause)
             self._watch.leaving = True
@@ -189,7 +189,7 @@ def _until(true: Callable[[], bool], patience: float = math.inf) -> bool:
 
 
 @contextlib.contextmanager
-def _store_watched() -> Iterator[None]:
+def _store_errors_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -38,14 +38,14 @@ from qwen_ref.launch import TIMEOUT, RankLost, first_line, launched
 class Group:
     """The ranks that share one model: which of them this is, how many there are, and what they can do.
 
-    Every method is called by all ranks alike, in the same order; it raises RankLost where another
-    rank is gone or does not come within the process group's timeout.
+    Every method is called by all ranks alike, in the same order. It raises RankLost where another rank is
+    gone or does not come within the process group's timeout.
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size = rank, size
-        # None is the default one: to hold that itself would keep gloo's threads until the process ends, and
-        # abort it.
+        # None is torch's default one. To hold that one here would keep gloo's threads alive until the process
+        # ends, which they would abort.
         self.process_group = process_group
 
     def sum(self, x: Tensor) -> Tensor:
@@ -84,19 +84,15 @@ class Group:
         """Every rank's text, in the order of the ranks."""
         if self.size == 1:
             return [text]
-        encoded = torch.tensor(
-            list(text.encode("utf-8", "surrogateescape")), dtype=torch.uint8, device=self._device()
-        )
-        lengths = self.gather(torch.tensor([len(encoded)], device=self._device())).tolist()
+        device, coding = self._device(), ("utf-8", "surrogateescape")  # the name of a file may be no UTF-8
+        encoded = torch.tensor(list(text.encode(*coding)), dtype=torch.uint8, device=device)
+        lengths = self.gather(torch.tensor([len(encoded)], device=device)).tolist()
         if max(lengths) == 0:
             return [""] * self.size
         padded = encoded.new_zeros(max(lengths))
         padded[: len(encoded)] = encoded
         rows = self.gather(padded).view(self.size, -1)
-        return [
-            bytes(row[:n].tolist()).decode("utf-8", "surrogateescape")
-            for row, n in zip(rows, lengths, strict=True)
-        ]
+        return [bytes(row[:n].tolist()).decode(*coding) for row, n in zip(rows, lengths, strict=True)]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -109,13 +105,8 @@ class Group:
             yield
         except RankLost:
             raise
-        except (
-            ValueError,
-            OSError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # torch's out of memory too
-            problem = str(error) or type(error).__name__
+        except Exception as error:
+            problem, cause = str(error) or type(error).__name__, error
         for rank, text in enumerate(self.texts(problem)):
             if text:
                 raise ValueError(f"rank {rank}: {text}") from cause
