@@ -145,9 +145,7 @@ def load_model(
                 if spec.cut == "columns":
                     part = part.contiguous()
                 elif spec.cut == "heads" and (part.is_contiguous() or spec.name.endswith("bias")):
-                    part = part.reshape(
-                        spec.shape_of_rank(size)
-                    )  # one matrix, unless it lies in a mapped file
+                    part = part.reshape(spec.shape_of_rank(size))  # one matrix, unless it is a view
                 owner, _, name = spec.name.rpartition(".")
                 setattr(model.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
                 done += stored[spec.published].bytes_of_rank(spec, size)
