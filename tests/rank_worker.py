@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import GOLDEN
-from golden_cases import FOLDERS, cases, golden, logits, recorded_dtypes
+from golden_cases import FOLDERS, cases, logits, recorded_dtypes
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ref import Qwen, load_model
-from qwen_ref.checkpoint import TensorSpec
+from qwen_ref.checkpoint import StoredTensor, TensorSpec
 from qwen_ref.generate import generate, generate_batch, generate_uncached
 
 SAMPLED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}
@@ -63,6 +63,25 @@ def mistaken(part: Callable) -> Iterator[None]:
         yield
     finally:
         TensorSpec.part = right_part
+
+
+@contextmanager
+def disk_that_fails(fails: bool) -> Iterator[None]:
+    """A tensor of the second layer can be read once, to be compared, and then no more."""
+    read, times = StoredTensor.read, 0
+
+    def once(tensor: StoredTensor) -> Tensor:
+        nonlocal times
+        times += tensor.published == "transformer.h.1.mlp.w1.weight"
+        if fails and times == 2:
+            raise OSError("Input/output error")
+        return read(tensor)
+
+    StoredTensor.read = once
+    try:
+        yield
+    finally:
+        StoredTensor.read = read
 
 
 def padded_batch(qwen: Qwen) -> Tensor:
@@ -141,6 +160,10 @@ def main() -> None:
     )
     texts["dtypes differ"] = message(lambda: load("ntk_logn", "float32" if rank else "bfloat16"))
     texts["folder missing"] = message(lambda: load("nowhere" if rank == 1 else "ntk_logn", "float32"))
+    with disk_that_fails(rank == 1):
+        texts["disk fails"] = message(lambda: load("ntk_logn", "float32"))
+    world = load_model(GOLDEN / "ntk_logn", group=dist.group.WORLD)
+    texts["world held"] = world.group.process_group is not None
     broken = load("ntk_logn", "float32")
     if rank == 1:
         broken.lm_head.weight[5] = torch.nan
@@ -149,7 +172,6 @@ def main() -> None:
     if rank < 2:
         pair = load_model(GOLDEN / "ntk_logn", "float64", group=subgroup)
         tensors["subgroup"] = logits(pair, "ntk_logn", cases("ntk_logn")[0])
-    texts["golden"] = sorted(golden("ntk_logn"))[:1]
 
     save_file({name: value.contiguous() for name, value in tensors.items()}, out / f"{rank}.safetensors")
     (out / f"{rank}.json").write_text(json.dumps(texts))

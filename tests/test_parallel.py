@@ -183,6 +183,7 @@ def test_one_rank_that_wants_no_more_ends_all(outcome: Callable, ranks: int) -> 
         ),
         ("dtypes differ", ["rank 1", "dtype is torch.float32", "dtype is torch.bfloat16"]),
         ("folder missing", ["rank 1: ", "nowhere: not a folder"]),
+        ("disk fails", ["rank 1: Input/output error"]),
         ("not finite", ["rank 0: 1 NaN and 0 infinite among 320 logits"]),
     ],
 )
@@ -200,6 +201,11 @@ def test_a_process_group_of_some_ranks_can_have_a_model_of_its_own(outcome: Call
         assert ("subgroup" in tensors) == (rank < 2)
         if rank < 2:
             assert relative_rms(tensors["subgroup"], expected) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_default_process_group_is_not_kept_alive(outcome: Callable, ranks: int) -> None:
+    assert not any(texts["world held"] for texts in outcome(ranks).texts)
 
 
 # What a rank has
