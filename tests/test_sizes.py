@@ -41,6 +41,7 @@ def bytes_of(line_start: str, text: str) -> list[int]:
 @pytest.mark.parametrize("size", PUBLISHED_BYTES)
 def test_the_published_sizes_need_no_checkpoint(inspect: Callable, size: str) -> None:
     assert bytes_of("weights", inspect(size)) == [PUBLISHED_BYTES[size]]
+    assert inspect(size.upper()) == inspect(size)
 
 
 def test_what_the_72b_needs_on_four_devices_at_32k(inspect: Callable) -> None:
@@ -97,7 +98,7 @@ def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None
         ),
         (["72b", "--tp", "-1"], "cannot be split over -1 ranks"),
         (["72b", "--context", "0"], "--context 0 must be at least 1"),
-        (["73b"], "73b: not a folder"),
+        (["73b"], "73b: no such folder, and no preset '73b'; use one of 1.8b, 7b, 14b, 72b"),
         ([], "required: FOLDER"),
     ],
 )

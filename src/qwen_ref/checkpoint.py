@@ -116,7 +116,7 @@ def load_model(
 
     On the CPU, weights that have the wanted dtype are used where they lie in the mapped file: nothing is read
     until it is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
-    Only what is cut by columns is copied: a rank has a short stretch of each of its rows there.
+    Only what is cut by columns is copied, a short stretch of each row, and the bias of q, k and v.
     Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
     MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
     ConnectionError, where a rank is gone.

@@ -367,7 +367,8 @@ def _parser() -> Parser:
         type=float,
         default=TIMEOUT,
         metavar="S",
-        help="under torchrun: give up when another rank is silent for S seconds (default: %(default)g)",
+        help="under torchrun: when another rank is lost, end within S seconds; silence for half of that is "
+        "loss (default: %(default)g)",
     )
     add(
         "--stop",
@@ -397,7 +398,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """A rank that only computes: rank 0 reads the prompt, samples and prints."""
     request = json.loads(ranks.share(None))
-    ranks.start_process_group(args.device)
+    ranks.meet(args.device)
 
     from qwen_ref.checkpoint import load_model
 
@@ -432,7 +433,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         raise ValueError("--stop is empty: it would end every text at once")
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
     ranks.share(json.dumps(request))
-    ranks.start_process_group(args.device)
+    ranks.meet(args.device)
     model = _load(args, folder, config, ranks)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     say(_describe(settings, sorted(defaults.stop_ids), stop_texts))

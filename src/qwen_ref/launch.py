@@ -70,6 +70,20 @@ class RankLost(ConnectionError):
     """Another rank is gone, or did not answer in time."""
 
 
+def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
+    """torch's default process group, by torchrun's variables: gloo for CPU tensors, nccl for CUDA's."""
+    import torch
+    import torch.distributed as dist
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} cannot be used: torch finds no CUDA device")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise RankLost(f"the process group did not come about: {first_line(error)}") from error
+
+
 class Ranks:
     """The ranks of a command, for as long as it runs: `with Ranks(launched(), timeout) as ranks`.
 
@@ -126,14 +140,12 @@ class Ranks:
             _until(lambda: self._store.check(["shared"]))
             return self._store.get("shared").decode()
 
-    def start_process_group(self, device: str) -> None:
+    def meet(self, device: str) -> None:
         """The default process group. Its collectives may wait for days, as for the reader of `| less`.
 
         That every rank lives is the watch's business.
         """
         if self.size > 1:
-            from qwen_ref.parallel import start_process_group
-
             start_process_group(device, timeout=10 * 24 * 3600)
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
@@ -180,12 +192,12 @@ class Ranks:
             signal.signal(number, handler)
 
 
-def _until(true: Callable[[], bool], patience: float = math.inf) -> bool:
-    """Waits for it; whether it came within so many seconds."""
+def _until(condition: Callable[[], bool], patience: float = math.inf) -> bool:
+    """Waits for it; whether it came true within so many seconds."""
     end = time.monotonic() + patience
-    while not (come := true()) and time.monotonic() < end:
+    while not (true := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return come
+    return true
 
 
 @contextlib.contextmanager
@@ -213,8 +225,15 @@ def first_line(error: Exception) -> str:
 class _Watch(threading.Thread):
     """Ends the process when another rank is gone.
 
-    It never waits for the store itself: a second thread does, which may have to wait for ever where the
-    machine that keeps the store is out of reach.
+    Three threads, each of which may wait where another does not:
+    - the main thread, for a collective, a file, or whoever reads stdout
+    - `_listen`, for the store: every half second it writes a heartbeat, a number one higher than before, and
+      reads those of the other ranks, and "fault", where a rank leaves word of why it failed
+    - `run`, for nothing but half a second or a signal: it sees when the store does not answer
+
+    The process ends when a rank or the store has been silent for half the timeout; when there is a reason for
+    suspicion (an error of a collective, SIGTERM) and a rank has been silent for three heartbeats; when nobody
+    has after six, by that reason; when the ranks have not met after nine tenths of the timeout.
     """
 
     def __init__(self, launch: Launch, timeout: float) -> None:
@@ -227,7 +246,7 @@ class _Watch(threading.Thread):
         self._suspicion: tuple[str, float] | None = None
         self._ended = threading.Lock()
         # torchrun ends the other ranks by SIGTERM as soon as one has died. A handler in Python would run in
-        # the main thread, which waits for the dead rank; this pipe is written at once.
+        # the main thread, which waits for the dead rank; the signal's number comes through this pipe at once.
         self._wakeup, written = os.pipe()
         os.set_blocking(written, False)
         self._written = written
@@ -246,10 +265,10 @@ class _Watch(threading.Thread):
         except RuntimeError as error:
             where = f"{self.launch.address}:{self.launch.port}"
             raise RankLost(f"the ranks could not meet at {where}: {first_line(error)}") from error
-        mine, theirs = (dist.PrefixStore("qwen_ref", store) for store in stores)
+        for_listening, for_main = (dist.PrefixStore("qwen_ref", store) for store in stores)
         self._answered, self._connected = time.monotonic(), True
-        threading.Thread(target=self._listen, args=(mine,), daemon=True).start()
-        return theirs
+        threading.Thread(target=self._listen, args=(for_listening,), daemon=True).start()
+        return for_main
 
     def suspect(self, sign: str) -> None:
         """Something is wrong: who is silent now is taken for gone sooner; if nobody is, sign is told."""

@@ -163,8 +163,8 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.head_size = config.kv_channels
-        self.qkv = HeadParallelLinear(D, 3 * D, group)
-        self.out = RowParallelLinear(D, D, group)
+        self.qkv = HeadParallelLinear(D, 3 * D, group)  # D → 3 · H · K: the rows of its heads
+        self.out = RowParallelLinear(D, D, group)  # H · K → D: the columns of its heads
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -189,9 +189,9 @@ class MLP(nn.Module):
     def __init__(self, config: QwenConfig, group: Group) -> None:
         super().__init__()
         D, width = config.hidden_size, config.mlp_width
-        self.gate = ColumnParallelLinear(D, width, group)
+        self.gate = ColumnParallelLinear(D, width, group)  # the rows of its channels
         self.up = ColumnParallelLinear(D, width, group)
-        self.down = RowParallelLinear(width, D, group)
+        self.down = RowParallelLinear(width, D, group)  # the columns of its channels
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x) * F.silu(self.gate(x)))
@@ -236,6 +236,7 @@ class Qwen(nn.Module):
         cache: the T positions are appended to those it holds. One shot, in chunks and token by token are the
         same computation. It remembers the first call's mask. None is the forward pass of a textbook.
         Raises ValueError for ids outside the vocabulary, wrong shapes, padding elsewhere and a full cache.
+        With several ranks, all call it with the same arguments, and all get all logits.
         """
         return self.lm_head(self.hidden_states(input_ids, attention_mask, cache))
 

@@ -1,5 +1,10 @@
 """Tensor parallelism by hand: the ranks, the two collectives between them, and the layers cut among them.
 
+A rank is one of several processes that share a model, and its number. Ranks exchange tensors in collectives,
+to which all must come: in an all-reduce each gives a tensor and all get the sum; in a gather one of them, or
+all, get what each gave, side by side. torch.distributed does this for a process group, over gloo between CPUs
+and over nccl between GPUs.
+
 A layer's weight W has shape (out, in), and y = x Wᵀ. There are two ways to cut it (Shoeybi et al. 2019,
 section 3):
 
@@ -24,7 +29,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.config import shown
-from qwen_ref.launch import TIMEOUT, RankLost, first_line, launched
+from qwen_ref.launch import RankLost, first_line, launched, start_process_group
 
 
 class Group:
@@ -44,8 +48,8 @@ class Group:
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size = rank, size
-        # None is torch's default one. To hold that one here would keep gloo's threads alive until the process
-        # ends, which they would abort.
+        # None is torch's default one. A reference to that one would keep gloo's threads alive beyond the end
+        # of the interpreter, which aborts the process.
         self.process_group = process_group
 
     def sum(self, x: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ class Group:
         parts = [torch.empty_like(x) for _ in range(self.size)] if receives else None
         with _lost_ranks_named():
             if only_rank_0:
-                dist.gather(x, parts, self._first(), self.process_group)
+                dist.gather(x, parts, self._global_rank_0(), self.process_group)
             else:
                 dist.all_gather(parts, x, group=self.process_group)
         return None if parts is None else torch.cat(parts, dim=-1)
@@ -114,16 +118,16 @@ class Group:
     def require_same(self, who: str, values: dict[str, object]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
         facts = [(f"{name} is {shown(value)}", _digest(value)) for name, value in values.items()]
-        (first, there), *others = map(json.loads, self.texts(json.dumps((who, facts))))
-        for rank, (other, here) in enumerate(others, start=1):
-            for (fact, mark), (wanted, wanted_mark) in zip(here, there, strict=False):
+        (first, first_facts), *others = map(json.loads, self.texts(json.dumps((who, facts))))
+        for rank, (other, other_facts) in enumerate(others, start=1):
+            for (fact, mark), (wanted, wanted_mark) in zip(other_facts, first_facts, strict=False):
                 if mark != wanted_mark:
                     raise ValueError(
                         f"rank {rank} ({other}) and rank 0 ({first}) differ: on rank {rank} {fact}, "
                         f"on rank 0 {wanted}; give every rank the same"
                     )
 
-    def _first(self) -> int:
+    def _global_rank_0(self) -> int:
         """The number of this group's rank 0 in the default group, which torch asks for."""
         return 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
 
@@ -149,7 +153,7 @@ ONE_RANK = Group(0, 1)
 
 
 class ColumnParallelLinear(nn.Linear):
-    """y = x Wᵀ for this rank's share of the outputs: W is (out / ranks, in)."""
+    """y = x Wᵀ for this rank's share of the outputs: W is (out / ranks, in), cut by rows."""
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
         super().__init__(in_features, out_features // group.size, bias=False)
@@ -174,7 +178,7 @@ class HeadParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """y = Σ over the ranks of x Wᵀ, each with its share of the inputs: W is (out, in / ranks).
+    """y = Σ over the ranks of x Wᵀ for their shares of the inputs: W is (out, in / ranks), cut by columns.
 
     The ranks' parts are added in float32 and rounded once, so that more ranks do not round more. Qwen has no
     bias here; one would be added after the sum, lest every rank add it.
@@ -218,8 +222,8 @@ class VocabularyParallelEmbedding(nn.Embedding):
         if self.group.size == 1:
             return super().forward(ids)
         ours = ids - self.group.rank * self.num_embeddings
-        foreign = (ours < 0) | (ours >= self.num_embeddings)
-        rows = super().forward(ours.masked_fill(foreign, 0)).masked_fill(foreign[..., None], 0)
+        others = (ours < 0) | (ours >= self.num_embeddings)
+        rows = super().forward(ours.masked_fill(others, 0)).masked_fill(others[..., None], 0)
         return self.group.sum(rows)  # exact in any dtype: all but one of the ranks add 0
 
 
@@ -266,7 +270,7 @@ def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
         start_process_group(device)
     if group == "world" or group is dist.group.WORLD:
         group = None
-    atexit.unregister(_destroy_process_groups)
+    atexit.unregister(_destroy_process_groups)  # once is enough
     atexit.register(_destroy_process_groups)
     return Group(dist.get_rank(group), dist.get_world_size(group), group)
 
@@ -275,15 +279,6 @@ def _destroy_process_groups() -> None:
     """gloo's threads abort a process that ends without this."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
-    """The default process group from torchrun's variables: gloo for CPU tensors, and nccl for CUDA's."""
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        raise RankLost(f"the ranks did not meet within {timeout:g} s: {first_line(error)}") from error
 
 
 def own_device(device: str, size: int) -> str:

@@ -85,7 +85,7 @@ def report(
                 f"{weight_bytes(row, ranks):,}",
             )
         )
-    if ranks == 1:
+    if ranks == 1:  # without the cut and what it gives
         cells = [line[:3] + line[4:6] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -98,9 +98,9 @@ def report(
     columns = sum(weight_bytes(row, ranks) for row in rows if row.spec.cut == "columns")
     cache, own_cache = (cache_bytes(config, context, dtype, n) for n in (1, ranks))
     count = sum(row.count * math.prod(row.spec.shape) for row in rows)
-    kind = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     yield _total(f"weights, {count:,} parameters", stored, own, ranks)
-    yield _total(f"keys and values of {context:,} positions, {kind}", cache, own_cache, ranks)
+    yield _total(f"keys and values of {context:,} positions, {name}", cache, own_cache, ranks)
     yield _total("together", stored + cache, own + own_cache, ranks)
     if ranks > 1:
         yield (
@@ -109,8 +109,8 @@ def report(
         )
 
 
-def _total(what: str, all_ranks: int, each: int, ranks: int) -> str:
-    return f"{what}: {_bytes(all_ranks)}" + (f"; each of {ranks} ranks: {_bytes(each)}" if ranks > 1 else "")
+def _total(what: str, whole: int, each: int, ranks: int) -> str:
+    return f"{what}: {_bytes(whole)}" + (f"; each of {ranks} ranks: {_bytes(each)}" if ranks > 1 else "")
 
 
 def _bytes(count: int) -> str:
@@ -119,16 +119,19 @@ def _bytes(count: int) -> str:
 
 def inspect(args: argparse.Namespace) -> int:
     """The command."""
-    place = Path(args.folder)
+    path = Path(args.folder)
     stored = None
-    if not place.exists() and args.folder in ("1.8b", "7b", "14b", "72b"):
-        config = QwenConfig.preset(args.folder)
-    elif place.is_file():
-        config = QwenConfig.from_json(place)
-    elif place.is_dir() and not _has_weights(place):
-        config = QwenConfig.from_json(place / "config.json")
+    if not path.exists():
+        try:
+            config = QwenConfig.preset(args.folder.lower())
+        except ValueError as error:
+            raise ValueError(f"{args.folder}: no such folder, and {error}") from None
+    elif path.is_file():
+        config = QwenConfig.from_json(path)
+    elif path.is_dir() and not _has_weights(path):
+        config = QwenConfig.from_json(path / "config.json")
     else:
-        config, stored = open_checkpoint(place)
+        config, stored = open_checkpoint(path)
     config.check_ranks(args.tp)
     context = config.seq_length if args.context is None else args.context
     if context < 1:
