@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from qwen_ref.generate import main
 COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,11 +50,11 @@ class Processes:
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            self.port = free.getsockname()[1]
         self.files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(len(ranks))]
         self.ranks = []
         for rank, (arguments, (out, err)) in enumerate(zip(ranks, self.files, strict=True)):
-            variables = {"RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_RANK": rank, "MASTER_PORT": port}
+            variables = {"RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_RANK": rank, "MASTER_PORT": self.port}
             variables |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, **environment}
             with out.open("wb") as stdout, err.open("wb") as stderr:
                 process = subprocess.Popen(
@@ -71,6 +73,17 @@ class Processes:
             Result(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
             for code, (out, err) in zip(codes, self.files, strict=True)
         ]
+
+    def wait_until_met(self) -> None:
+        """Returns when every rank has its two connections to the store."""
+        met = 0
+        while met < 2 * len(self.ranks):
+            assert all(process.poll() is None for process in self.ranks)
+            time.sleep(0.1)
+            tables = [Path(f"/proc/net/{kind}").read_text() for kind in ("tcp", "tcp6")]
+            lines = [line.split() for line in "".join(tables).splitlines()]
+            met = sum(line[2].endswith(f":{self.port:04X}") and line[3] == "01" for line in lines)
+        time.sleep(0.3)
 
     def wait_for_text(self) -> None:
         """Returns when rank 0 has printed something: it decodes now."""
@@ -189,7 +202,8 @@ def test_a_rank_lost_while_decoding_is_named_by_all_others(
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how: signal.Signals) -> None:
     processes = start(*[["--timeout", "6"]] * 2, stdin=subprocess.PIPE)
-    time.sleep(4)  # imports take two; longer than half the timeout, which is no reason to give up
+    processes.wait_until_met()
+    time.sleep(3.5)  # longer than half the timeout, which is no reason to give up
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(how)
     processes.ranks[1].wait(timeout=6)
@@ -208,16 +222,24 @@ def test_a_rank_killed_before_all_have_met_is_given_up_in_time(start: Callable, 
     assert "Traceback" not in result.err
 
 
+def held(pipe: int) -> int:
+    """Bytes in a pipe that nobody has read."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
+
+
 def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     processes = start(*[[*endless, "--logprobs", "--timeout", "3"]] * 2, stdout=write)
     os.close(write)
-    time.sleep(7)  # the pipe is full by then, and nobody has read for longer than the timeout
+    while held(read) < size - 100:  # no line is as long as that
+        assert processes.ranks[0].poll() is None
+        time.sleep(0.02)
+    time.sleep(5)  # nobody reads for longer than the timeout
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(signal.SIGINT)
     with os.fdopen(read, "rb") as pipe:
-        assert len(pipe.read()) >= size
+        assert len(pipe.read()) > size - 100
     leader, follower = processes.results()
     assert leader.code == 130
     assert follower == Result(0, "", "")
@@ -230,7 +252,10 @@ def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Call
     shorter[shorter.index("100000")] = "100"
     processes = start(shorter, shorter, stdout=write)
     os.close(write)
-    time.sleep(6)
+    while not held(read):  # all of it does not fit: rank 0 waits
+        assert processes.ranks[0].poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
     processes.ranks[0].kill()
     check_that_the_others_name(0, processes.results(timeout=6))
     os.close(read)
@@ -284,7 +309,6 @@ def gone(process: int) -> bool:
         return True
 
 
-@linux_only
 @pytest.mark.parametrize("killed", ["a rank", "torchrun"])
 def test_under_torchrun_no_process_is_left(endless: list, killed: str, tmp_path: Path) -> None:
     command = [*TORCHRUN, "2", "-m", "qwen_ref.generate", *map(str, endless), "--timeout", "10"]
@@ -342,7 +366,7 @@ def test_a_folder_that_one_machine_lacks_is_named_by_all(start: Callable) -> Non
 
 def test_ctrl_c_before_the_prompt_ends_all(start: Callable) -> None:
     processes = start([], [], stdin=subprocess.PIPE)
-    time.sleep(3)
+    processes.wait_until_met()
     processes.ranks[0].send_signal(signal.SIGINT)
     leader, follower = processes.results(timeout=10)
     assert (leader.code, leader.err) == (130, "qwen_ref: interrupted\n")
