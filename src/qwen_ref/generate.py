@@ -129,9 +129,8 @@ def generate_batch(
                 yield rows
             except GeneratorExit:  # this rank's caller wants no more: then the others, too, get no more
                 if not last:
-                    with contextlib.suppress(
-                        RankLost, ValueError
-                    ):  # ValueError: the process ends, its group has
+                    # ValueError: where the whole process ends, its process group may have ended before.
+                    with contextlib.suppress(RankLost, ValueError):
                         group.any(True)
                 raise
             if last or group.any(False):
