@@ -230,12 +230,12 @@ def held(pipe: int) -> int:
 def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    processes = start(*[[*endless, "--logprobs", "--timeout", "3"]] * 2, stdout=write)
+    processes = start(*[[*endless, "--logprobs", "--timeout", "6"]] * 2, stdout=write)
     os.close(write)
     while held(read) < size - 100:  # no line is as long as that
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
-    time.sleep(5)  # nobody reads for longer than the timeout
+    time.sleep(7)  # nobody reads for longer than the timeout
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(signal.SIGINT)
     with os.fdopen(read, "rb") as pipe:
