@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,30 +23,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import save_file
+from bench_loading import anonymous_memory, write_checkpoint
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import tensor_table
 
 PROMPT = 16
-
-
-def write_checkpoint(folder: Path, config: QwenConfig) -> None:
-    """A folder in the published form, a file for each layer."""
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", **dataclasses.asdict(config)}))
-    noise = torch.randn(1 << 20).bfloat16() * 0.02
-    weight_map = {}
-    for spec in tensor_table(config):
-        file = "-".join(spec.name.split(".")[:2]) + ".safetensors"
-        weight_map[spec.published] = file
-    for file in dict.fromkeys(weight_map.values()):
-        tensors = {}
-        for spec in tensor_table(config):
-            if weight_map[spec.published] == file:
-                count = torch.Size(spec.shape).numel()
-                tensors[spec.published] = noise.repeat(-(-count // len(noise)))[:count].view(spec.shape)
-        save_file(tensors, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 class Memory(threading.Thread):
@@ -69,12 +51,6 @@ class Memory(threading.Thread):
         self.over.set()
         self.join()
         self.peak = max(self.peak, anonymous_memory())
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def sent_over_loopback() -> int:
@@ -107,16 +83,14 @@ def measure(folder: Path, tokens: int) -> None:
         nonlocal read
         read = total
 
-    load_model(Path(sys.argv[-1]).parent / "small", "auto", group=group)  # imports, connections, pools
+    load_model(folder.parent / "small", "auto", group=group)  # imports, connections, pools
     with Memory() as memory:
         start = time.perf_counter()
         model = load_model(folder, "auto", group=group, progress=progress)
         seconds = time.perf_counter() - start
     table = tensor_table(model.config)
-    columns = sum(
-        torch.Size(spec.shape_of_rank(ranks)).numel() * 2 for spec in table if spec.cut == "columns"
-    )
-    columns = columns if ranks > 1 else 0
+    parts = [spec.shape_of_rank(ranks) for spec in table if spec.cut == "columns" and ranks > 1]
+    columns = sum(2 * math.prod(shape) for shape in parts)
     cache, ids = model.new_cache(1, PROMPT + tokens), torch.arange(PROMPT)[None]
     times, sent = [], []
     with torch.inference_mode():

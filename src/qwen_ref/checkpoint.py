@@ -36,7 +36,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.va
 
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
 _IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_NAMED = 20  # tensors named per kind of problem; the rest are counted
 
 
@@ -244,7 +244,7 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], li
         return weight_map, files
     if single:
         return {}, [SINGLE_NAME]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         problems.append(
             f"{_some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; "

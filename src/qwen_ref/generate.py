@@ -91,10 +91,11 @@ def generate_batch(
         if not prompts:
             raise ValueError("there is no prompt to continue")
     stop_ids = frozenset(stop_ids)
+    sampling = (temperature, top_k, top_p, repetition_penalty)
     B, longest = len(prompts), max(map(len, prompts))
     if group.size > 1:
-        sampling = f"{temperature=}, {top_k=}, {top_p=}, {repetition_penalty=}, {seed=}"
-        asked = {"the prompt": prompts, "sampling": sampling, "the end": (max_new_tokens, sorted(stop_ids))}
+        how = f"{temperature=}, {top_k=}, {top_p=}, {repetition_penalty=}, {seed=}"
+        asked = {"the prompt": prompts, "sampling": how, "the end": (max_new_tokens, sorted(stop_ids))}
         group.require_same("this generation", asked)
     with group.together():
         cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
@@ -116,9 +117,7 @@ def generate_batch(
                     states = model.hidden_states(ids[:, n - 1 : n], cache=cache)
                 # (B, V): of all positions only the last one's, of all ranks only rank 0
                 logits = model.lm_head(states[:, -1], only_rank_0=True)
-                tokens, logprobs = _choose(
-                    model, logits, ids[:, :n], temperature, top_k, top_p, repetition_penalty, generators
-                )
+                tokens, logprobs = _choose(model, logits, ids[:, :n], sampling, generators)
                 ids[:, n] = tokens
             rows: list[Step | None] = []
             for row, step in enumerate(map(Step, tokens.tolist(), logprobs.tolist())):
@@ -160,14 +159,12 @@ def generate_uncached(
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     prompt_ids = _checked_ids(prompt_ids, model.config.vocab_size)
     ids = torch.tensor([prompt_ids], device=model.embed.weight.device)
-    generators = [_generator(ids.device, seed)]
+    generators, sampling = [_generator(ids.device, seed)], (temperature, top_k, top_p, repetition_penalty)
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
             logits = model(ids, cache=cache)[:, -1]
-            tokens, logprobs = _choose(
-                model, logits, ids, temperature, top_k, top_p, repetition_penalty, generators
-            )
+            tokens, logprobs = _choose(model, logits, ids, sampling, generators)
             ids = torch.cat((ids, tokens[:, None]), dim=1)
         yield Step(int(tokens), float(logprobs))
         if int(tokens) in stop_ids:
@@ -211,10 +208,7 @@ def _choose(
     model: Qwen,
     logits: Tensor | None,
     previous_ids: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
+    sampling: tuple[float, int, float, float],
     generators: list[Generator],
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B) and their log-probabilities (B): rank 0 draws them from its logits, every rank has them."""
@@ -225,9 +219,8 @@ def _choose(
     logprobs = torch.zeros(B, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32))
     logprobs = logprobs.to(previous_ids.device)
     if group.rank == 0:
-        sampling = (temperature, top_k, top_p, repetition_penalty)
         try:
-            tokens, logprobs = _draw(logits, previous_ids, *sampling, generators)
+            tokens, logprobs = _draw(logits, previous_ids, sampling, generators)
         except Exception as error:  # logits that are not finite, say
             problem = error
     tokens = group.from_rank_0(tokens)
@@ -241,19 +234,19 @@ def _choose(
 def _draw(
     logits: Tensor,
     previous_ids: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
+    sampling: tuple[float, int, float, float],
     generators: list[Generator],
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (B) drawn from logits (B, V), a generator a row, and their log-probabilities (B)."""
+    """Tokens (B) drawn from logits (B, V), a generator a row, and their log-probabilities (B).
+
+    sampling: temperature, top_k, top_p and repetition_penalty.
+    """
     import torch
 
     from qwen_ref.sampling import probabilities
 
-    probs = probabilities(logits, previous_ids, temperature, top_k, top_p, repetition_penalty)
-    if temperature == 0:
+    probs = probabilities(logits, previous_ids, *sampling)
+    if sampling[0] == 0:
         tokens = probs.argmax(dim=-1)
     else:
         draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]

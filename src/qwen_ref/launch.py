@@ -233,7 +233,8 @@ class _Watch(threading.Thread):
 
     The process ends when a rank or the store has been silent for half the timeout; when there is a reason for
     suspicion (an error of a collective, SIGTERM) and a rank has been silent for three heartbeats; when nobody
-    has after six, by that reason; when the ranks have not met after nine tenths of the timeout.
+    has after five (six, where the store does not answer), by that reason; when the ranks have not met after
+    nine tenths of the timeout.
     """
 
     def __init__(self, launch: Launch, timeout: float) -> None:

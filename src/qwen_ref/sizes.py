@@ -17,6 +17,7 @@ import torch
 
 from qwen_ref.checkpoint import (
     INDEX_NAME,
+    PICKLE_SUFFIXES,
     SINGLE_NAME,
     STORED_DTYPES,
     StoredTensor,
@@ -105,7 +106,7 @@ def report(
     if ranks > 1:
         yield (
             f"on the CPU each rank copies {_bytes(columns)}, its part of what is cut by columns; "
-            "the other weights stay in the mapped files"
+            "all other large weights stay in the mapped files"
         )
 
 
@@ -146,5 +147,5 @@ def inspect(args: argparse.Namespace) -> int:
 
 def _has_weights(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (SINGLE_NAME, INDEX_NAME)) or any(
-        path.suffix in (".safetensors", ".bin") for path in folder.iterdir()
+        path.suffix in (".safetensors", *PICKLE_SUFFIXES) for path in folder.iterdir()
     )
