@@ -427,6 +427,17 @@ def test_ranks_that_never_come_are_given_up(start: Callable) -> None:
     assert "Traceback" not in result.err
 
 
+def test_a_port_that_something_else_holds_is_named(start: Callable) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        (result,) = start([QUESTION], WORLD_SIZE="2", MASTER_PORT=port).results(timeout=20)
+    assert result.code == 1
+    assert f"error: the ranks could not meet at 127.0.0.1:{port}: " in result.err
+    assert "Traceback" not in result.err
+
+
 def test_a_single_rank_of_torchrun_needs_no_process_group(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from conftest import GOLDEN, WEIGHTS
 from safetensors.torch import load_file, save_file
 
-from qwen_ref import QwenConfig, load_model
+from qwen_ref import load_model
 from qwen_ref.checkpoint import main
 from qwen_ref.sizes import cache_bytes
 
@@ -115,9 +114,14 @@ def test_what_cannot_be_is_one_line_and_code_2(
 def test_a_damaged_folder_is_named_and_not_taken_for_a_configuration_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "damaged")
+    folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "renamed")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     assert main(["inspect", str(folder)]) == 2
     assert "neither model.safetensors nor" in capsys.readouterr().err
-    assert json.loads((folder / "config.json").read_text())
-    assert QwenConfig.from_json(folder / "config.json")
+
+    index_alone = tmp_path / "index"
+    index_alone.mkdir()
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(GOLDEN / "extended_base" / name, index_alone)
+    assert main(["inspect", str(index_alone)]) == 2
+    assert "model-00001-of-00003.safetensors: cannot be read" in capsys.readouterr().err

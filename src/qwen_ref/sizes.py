@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from qwen_ref.checkpoint import (
     INDEX_NAME,
     PICKLE_SUFFIXES,
-    SINGLE_NAME,
     STORED_DTYPES,
     StoredTensor,
     TensorSpec,
@@ -146,6 +144,5 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(os.path.lexists(folder / name) for name in (SINGLE_NAME, INDEX_NAME)) or any(
-        path.suffix in (".safetensors", *PICKLE_SUFFIXES) for path in folder.iterdir()
-    )
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    return any(path.name == INDEX_NAME or path.suffix in suffixes for path in folder.iterdir())
