@@ -135,7 +135,7 @@ def load_model(
     total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
     if progress is not None:
         progress(done, total)
-    with torch.device("meta"), _NoInitialisation():  # names and shapes, no memory: the weights fill them
+    with torch.device("meta"), NoInitialisation():  # names and shapes, no memory: the weights fill them
         model = Qwen(config, ranks)
     for _, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):  # layer by layer
         with ranks.together():  # a rank that is slow or fails is so by one layer at most
@@ -167,7 +167,7 @@ def _marks(config: QwenConfig, dtype: torch.dtype, stored: dict[str, StoredTenso
     return marks
 
 
-class _NoInitialisation(TorchFunctionMode):
+class NoInitialisation(TorchFunctionMode):
     """Leaves new parameters as they are: nn.Embedding's normal_ on the meta device imports half of torch."""
 
     def __torch_function__(

@@ -103,6 +103,13 @@ def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype:
     return torch.stack(rows)
 
 
+def rotation_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · frequency, for both halves of a head: (B, T), (B, K/2) → (B, T, 1, K) each."""
+    angles = positions[:, :, None] * frequencies[:, None]  # (B, T, K/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (B, T, 1, K)
+    return angles.cos(), angles.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of dimensions (i, i + K/2) of x (B, T, H, K) by its angle."""
     wide = x.to(cos.dtype)
@@ -298,14 +305,13 @@ class Qwen(nn.Module):
         positions = torch.arange(past, past + T, device=device)[None]  # (1, T)
         if padding is not None:  # every row counts from its first token
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
-        angles = positions[:, :, None] * frequencies[:, None]  # (1 or B, T, K/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (1 or B, T, 1, K)
+        cos, sin = rotation_tables(positions, frequencies)
         query_scale = mask = None
         if self.config.use_logn_attn:
             query_scale = logn_scale(positions, self.config.seq_length, dtype)[:, :, None, None]
         if padding is not None or (past > 0 and T > 1):
             mask = causal_mask(T, past + T, padding, device)
-        return Positions(angles.cos(), angles.sin(), query_scale, mask)
+        return Positions(cos, sin, query_scale, mask)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:

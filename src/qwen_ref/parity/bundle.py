@@ -1,0 +1,509 @@
+"""Golden bundles: what a model computed for some ids, stage by stage, in one safetensors file.
+
+Any language that writes safetensors can write one; the README has the format. A stage is named by where it
+stands in model.py, `blocks.3.attn.q_rotated`, or as the published code's module is, and has the shape
+(B, T, numbers of the stage), in which the last dimension may also be split into heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, StoredTensor
+from qwen_ref.config import QwenConfig, read_bytes, shown
+
+FORMAT_VERSION = 1
+
+# What a layer computes, in the order in which data flows.
+LAYER_STAGES = {
+    "attn_norm": "the norm before attention",
+    "attn.q": "the query third of the fused projection, before rotation",
+    "attn.k": "the key third of the fused projection, before rotation",
+    "attn.v": "the value third of the fused projection",
+    "attn.q_rotated": "the rotation of queries",
+    "attn.k_rotated": "the rotation of keys",
+    "attn.q_scaled": "LogN's scaling of queries",
+    "attn.mixed": "scores, mask, softmax and the sum of values",
+    "attn.out": "attention's output projection",
+    "attn_residual": "the residual sum after attention",
+    "mlp_norm": "the norm before the MLP",
+    "mlp.gate": "the gate projection",
+    "mlp.up": "the up projection",
+    "mlp.product": "up times silu(gate)",
+    "mlp.down": "the down projection",
+    "residual": "the residual sum after the MLP",
+}
+OUTER_STAGES = {"embed": "the embedding", "norm": "the final norm", "logits": "the output head"}
+
+# The published code's module names. c_attn holds q, k and v, one after another.
+_ALIASES = {
+    "transformer.wte": "embed",
+    "transformer.h.N.ln_1": "blocks.N.attn_norm",
+    "transformer.h.N.attn.rotary_q": "blocks.N.attn.q_rotated",
+    "transformer.h.N.attn.rotary_k": "blocks.N.attn.k_rotated",
+    "transformer.h.N.attn.c_proj": "blocks.N.attn.out",
+    "transformer.h.N.ln_2": "blocks.N.mlp_norm",
+    "transformer.h.N.mlp.w1": "blocks.N.mlp.up",
+    "transformer.h.N.mlp.w2": "blocks.N.mlp.gate",
+    "transformer.h.N.mlp.c_proj": "blocks.N.mlp.down",
+    "transformer.h.N.mlp": "blocks.N.mlp.down",
+    "transformer.h.N": "blocks.N.residual",
+    "transformer.ln_f": "norm",
+    "lm_head": "logits",
+}
+_FUSED = "transformer.h.N.attn.c_attn"
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()} | {torch.int64: "I64"}
+
+
+def stage_shapes(config: QwenConfig) -> dict[str, int]:
+    """Every stage of a model, in the order in which data flows, and how many numbers a position has there."""
+    D, F = config.hidden_size, config.mlp_width
+    widths = {stage: F if stage in ("mlp.gate", "mlp.up", "mlp.product") else D for stage in LAYER_STAGES}
+    layers = {
+        f"blocks.{layer}.{stage}": width
+        for layer in range(config.num_hidden_layers)
+        for stage, width in widths.items()
+    }
+    return {"embed": D, **layers, "norm": D, "logits": config.vocab_size}
+
+
+def meaning(stage: str) -> str:
+    """What is computed between a stage and those before it."""
+    layer = re.match(r"blocks\.(\d+)\.", stage)
+    if layer is None:
+        return OUTER_STAGES[stage]
+    return f"{LAYER_STAGES[stage[layer.end() :]]} in layer {layer[1]}"
+
+
+def flow(stage: str) -> tuple[int, int, int]:
+    """Sorts stages of any model into the order in which data flows."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", stage)
+    if match:
+        return 1, int(match[1]), list(LAYER_STAGES).index(match[2])
+    return {"embed": 0, "norm": 2, "logits": 3}[stage], 0, 0
+
+
+@dataclass
+class Bundle:
+    """An opened bundle; its tensors are read when asked for.
+
+    >>> truth = read_bundle("truth.safetensors")
+    >>> truth.stage("blocks.0.attn_norm").shape  # (B, T, D)
+    """
+
+    path: str
+    dtype: str  # that of the computation; the tensors may be stored in another
+    input_ids: Tensor  # (B, T), int64
+    attention_mask: Tensor | None  # (B, T), 1 for a token; padding stands on the left
+    prefill_length: int  # positions computed in one pass; each later one was a step with the cache
+    config: dict[str, Any]  # QwenConfig's fields, empty if the writer did not say
+    weights_sha256: str | None  # weights_checksum
+    # dtype → stage → what the reference's own rounding was, against this bundle: see Rounding
+    rounding: dict[str, dict[str, tuple[float, float]]]
+    _file: safe_open
+    _places: dict[str, tuple[str, int | None]]  # stage → (tensor's name, which third of it)
+
+    @property
+    def stages(self) -> list[str]:
+        """Its stages by our names, in the order in which data flows."""
+        return sorted(self._places, key=flow)
+
+    @property
+    def real(self) -> Tensor:
+        """(B, T), True where a token is and no padding."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.input_ids, dtype=torch.bool)
+        return self.attention_mask != 0
+
+    def stage(self, name: str) -> Tensor:
+        """(B, T, numbers of the stage), as stored."""
+        tensor_name, third = self._places[name]
+        found = self._file.get_tensor(tensor_name).reshape(*self.input_ids.shape, -1)
+        return found if third is None else found.chunk(3, dim=-1)[third]
+
+    def width(self, name: str) -> int:
+        """How many numbers a position has at a stage."""
+        tensor_name, third = self._places[name]
+        size = math.prod(self._file.get_slice(tensor_name).get_shape()) // self.input_ids.numel()
+        return size if third is None else size // 3
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return STORED_DTYPES[self._file.get_slice(self._places[name][0]).get_dtype()]
+
+    def check_model(self, config: QwenConfig) -> None:
+        """Raises ValueError where ids or shapes do not fit a model."""
+        low, high = int(self.input_ids.min()), int(self.input_ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"{self.path}: token id {low if low < 0 else high} is outside the model's vocabulary, "
+                f"0 to {config.vocab_size - 1}"
+            )
+        widths = stage_shapes(config)
+        wrong = []
+        for stage in self.stages:
+            name, third = self._places[stage]
+            if stage not in widths:
+                wrong.append(f"{name} is there, the model has {config.num_hidden_layers} layers")
+            elif self.width(stage) != widths[stage]:
+                shape = list(self._file.get_slice(name).get_shape())
+                wanted = [*self.input_ids.shape, widths[stage] * (1 if third is None else 3)]
+                wrong.append(f"{name} is {shape}, should be {wanted}")
+        if wrong:
+            raise ValueError(f"{self.path}: does not fit the model: {'; '.join(wrong[:4])}")
+
+    def first_not_finite(self) -> tuple[str, int, int] | None:
+        """The first stage with a NaN or an infinity at a token, with the row and the position."""
+        for stage in self.stages:
+            bad = (~self.stage(stage).isfinite()).any(dim=-1) & self.real
+            if bad.any():
+                row, position = bad.nonzero()[0].tolist()
+                return stage, row, position
+        return None
+
+    def require_finite(self) -> None:
+        """Raises ValueError, with the stage, for a NaN or an infinity at a token."""
+        found = self.first_not_finite()
+        if found is not None:
+            stage, row, position = found
+            values = self.stage(stage)[row, position]
+            count = int((~values.isfinite()).sum())
+            raise ValueError(
+                f"{self.path}: {count} of {values.numel()} numbers are NaN or infinite first at {stage}, "
+                f"row {row}, position {position}: look at {meaning(stage)}"
+            )
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Opens a bundle; ValueError for a file that is none, is cut short, newer, or contradicts itself."""
+    try:
+        file = safe_open(path, framework="pt")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    try:
+        return _read(str(path), file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(path: str, file: safe_open) -> Bundle:
+    metadata = file.metadata() or {}
+    _check_version(metadata)
+    names = set(file.keys())
+    if "input_ids" not in names:
+        raise ValueError("no tensor input_ids: a bundle says for which ids it was computed")
+    input_ids = _integers(file, "input_ids")
+    if input_ids.ndim not in (1, 2) or input_ids.numel() == 0:
+        raise ValueError(f"input_ids is {list(input_ids.shape)}, should be (batch, at least one token)")
+    leading = tuple(input_ids.shape)
+    input_ids = input_ids.view(-1, leading[-1])  # one sequence may be given without its batch dimension
+    mask = None
+    if "attention_mask" in names:
+        mask = _integers(file, "attention_mask").view(-1, leading[-1])
+        real = torch.arange(leading[-1]) >= (mask == 0).sum(dim=-1, keepdim=True)
+        if mask.shape != input_ids.shape or not torch.equal((mask != 0), real) or not mask.any(dim=-1).all():
+            raise ValueError(
+                "attention_mask must have input_ids' shape and be 0 … 0 1 … 1 in every row: padding on the "
+                "left, at least one token"
+            )
+    places: dict[str, tuple[str, int | None]] = {}
+    unknown = []
+    for name in sorted(names - {"input_ids", "attention_mask"}):
+        stages = _stages_of(name)
+        if not stages:
+            unknown.append(name)
+            continue
+        header = file.get_slice(name)
+        shape = tuple(header.get_shape())
+        if header.get_dtype() not in STORED_DTYPES:
+            raise ValueError(f"{name} is {header.get_dtype()}, should be {', '.join(STORED_DTYPES)}")
+        if shape[: len(leading)] != leading or len(shape) == len(leading) or 0 in shape:
+            raise ValueError(f"{name} is {list(shape)}, should begin with input_ids' {list(leading)}")
+        if len(stages) == 3 and (math.prod(shape) // input_ids.numel()) % 3:
+            raise ValueError(f"{name} is {list(shape)}, which has no three equal parts for q, k and v")
+        for third, stage in enumerate(stages):
+            if stage in places:
+                other = places[stage][0]
+                if not torch.equal(file.get_tensor(other), file.get_tensor(name)):
+                    raise ValueError(f"{other} and {name} are both {stage}, and differ; leave one out")
+            places[stage] = (name, third if len(stages) == 3 else None)
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown[:4])}: no stage of this format; the README lists them, "
+            "for example embed, blocks.0.attn.q, logits"
+        )
+    if not places:
+        raise ValueError("no stage in it; logits alone would do")
+    return Bundle(
+        path=path,
+        dtype=_metadata_dtype(metadata),
+        input_ids=input_ids,
+        attention_mask=None if mask is None or bool((mask != 0).all()) else (mask != 0).long(),
+        prefill_length=_prefill_length(metadata, input_ids, mask),
+        config=_metadata_config(metadata),
+        weights_sha256=metadata.get("weights_sha256"),
+        rounding=_metadata_rounding(metadata),
+        _file=file,
+        _places=places,
+    )
+
+
+def _check_version(metadata: dict[str, str]) -> None:
+    found = metadata.get("format_version")
+    if found is None:
+        raise ValueError(
+            'not a bundle: its metadata has no "format_version"; a writer puts {"format_version": "1", '
+            '"dtype": "float32"} there, and the README says the rest'
+        )
+    if not found.isdecimal() or int(found) < 1:
+        raise ValueError(f"format_version is {shown(found)}, should be a number from 1 to {FORMAT_VERSION}")
+    if int(found) > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version is {found}, and this qwen_ref reads up to {FORMAT_VERSION}; use a newer one"
+        )
+
+
+def _integers(file: safe_open, name: str) -> Tensor:
+    found = file.get_tensor(name)
+    if found.dtype.is_floating_point or found.dtype.is_complex:
+        raise ValueError(f"{name} is {found.dtype}, should be integers")
+    return found.long()
+
+
+def _stages_of(name: str) -> list[str]:
+    """The stages that a tensor holds, by our names: none, one, or the three of the fused projection."""
+    number = re.search(r"(?<=^transformer\.h\.)(\d+)", name)
+    layer = number[0] if number else ""
+    generic = name if number is None else f"{name[: number.start()]}N{name[number.end() :]}"
+    if generic == _FUSED:
+        return [f"blocks.{int(layer)}.attn.{part}" for part in "qkv"]
+    if generic in _ALIASES:
+        return [_ALIASES[generic].replace("N", str(int(layer or 0)))]
+    try:
+        flow(name)
+    except (KeyError, ValueError):
+        return []
+    return [name]
+
+
+def _metadata_dtype(metadata: dict[str, str]) -> str:
+    found = metadata.get("dtype")
+    if found not in DTYPES:
+        raise ValueError(
+            f"metadata's dtype is {shown(found)}, should be the one that was computed in: {', '.join(DTYPES)}"
+        )
+    return found
+
+
+def _prefill_length(metadata: dict[str, str], input_ids: Tensor, mask: Tensor | None) -> int:
+    T = input_ids.shape[1]
+    found = metadata.get("prefill_length", str(T))
+    least = 1 if mask is None else int((mask == 0).sum(dim=-1).max()) + 1  # behind all padding
+    if not found.isdecimal() or not least <= int(found) <= T:
+        raise ValueError(
+            f"metadata's prefill_length is {shown(found)}, should be a whole number from {least} to {T}: "
+            "the positions that were computed in the first pass"
+        )
+    return int(found)
+
+
+def _metadata_config(metadata: dict[str, str]) -> dict[str, Any]:
+    found = _metadata_json(metadata, "config")
+    known = {field.name for field in fields(QwenConfig)}
+    return {name: value for name, value in found.items() if name in known}
+
+
+def _metadata_rounding(metadata: dict[str, str]) -> dict[str, dict[str, tuple[float, float]]]:
+    rounding: dict[str, dict[str, tuple[float, float]]] = {}
+    for dtype, stages in _metadata_json(metadata, "rounding").items():
+        if dtype not in DTYPES or not isinstance(stages, dict):
+            raise ValueError('metadata\'s rounding must be {dtype: {stage: [all, worst position]}}')
+        rounding[dtype] = {}
+        for stage, pair in stages.items():
+            numbers = isinstance(pair, list) and len(pair) == 2
+            if not numbers or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in pair):
+                raise ValueError(f"metadata's rounding of {shown(stage)} is {shown(pair)}, not two numbers")
+            rounding[dtype][stage] = (float(pair[0]), float(pair[1]))
+    return rounding
+
+
+def _metadata_json(metadata: dict[str, str], key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"metadata's {key} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"metadata's {key} must be a JSON object")
+    return found
+
+
+# Writing
+
+
+def write_bundle(
+    path: str | Path,
+    input_ids: Tensor,
+    stages: Mapping[str, Tensor],
+    *,
+    dtype: str,
+    attention_mask: Tensor | None = None,
+    prefill_length: int | None = None,
+    config: QwenConfig | None = None,
+    weights_sha256: str | None = None,
+) -> None:
+    """Writes what some implementation computed, for `check`, `diff` and `diagnose` to read.
+
+    stages: by name, ours or the published code's, each (B, T, …). dtype: what was computed in.
+    """
+    metadata = bundle_metadata(dtype, prefill_length or input_ids.shape[-1], config, weights_sha256)
+    tensors = {"input_ids": input_ids.long(), **stages}
+    if attention_mask is not None:
+        tensors["attention_mask"] = attention_mask.long()
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with BundleWriter(path, kinds, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def bundle_metadata(
+    dtype: str, prefill_length: int, config: QwenConfig | None, weights_sha256: str | None
+) -> dict[str, str]:
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "dtype": dtype,
+        "prefill_length": str(prefill_length),
+        "tool": f"qwen_ref {version('qwen_ref')}",
+        "torch": torch.__version__,
+    }
+    if config is not None:
+        metadata["config"] = json.dumps(asdict(config))
+    if weights_sha256 is not None:
+        metadata["weights_sha256"] = weights_sha256
+    return metadata
+
+
+class BundleWriter:
+    """A safetensors file written piece by piece: a layer at a time, and position by position when decoding.
+
+    The library's own writer wants every tensor in memory. The file has its name once it is complete.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        metadata: dict[str, str],
+        room: int = 0,
+    ) -> None:
+        """kinds: dtype and shape of every tensor. room: for what `describe` adds to the metadata, in bytes."""
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        self.metadata, self.entries, end = metadata, {}, 0
+        for name, (dtype, shape) in kinds.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            self.entries[name] = {
+                "dtype": _STORED_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+        self.header_size = -(-(len(self._header()) + room) // 8) * 8
+        self.size = 8 + self.header_size + end
+        self.file = self.partial.open("w+b")
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.describe({})
+                self.file.flush()
+                self.file.truncate(self.size)
+                os.replace(self.partial, self.path)
+        finally:
+            self.file.close()
+            self.partial.unlink(missing_ok=True)
+
+    def write(self, name: str, value: Tensor, start: int = 0) -> None:
+        """Puts value (B, t, …) where the tensor's positions start to start + t are; or a whole tensor."""
+        entry = self.entries[name]
+        shape = entry["shape"]
+        content = value.detach().cpu().contiguous().view(torch.uint8)
+        rows = content.reshape(1, -1)
+        if value.numel() != math.prod(shape):
+            rows = content.reshape(shape[0], -1)
+        row_bytes = (entry["data_offsets"][1] - entry["data_offsets"][0]) // len(rows)
+        first = start * (row_bytes // shape[1]) if len(shape) > 1 else 0
+        for row, piece in enumerate(rows):
+            self.file.seek(8 + self.header_size + entry["data_offsets"][0] + row * row_bytes + first)
+            self.file.write(piece.numpy())
+
+    def describe(self, more: dict[str, str]) -> None:
+        """Adds to the metadata, and makes the partial file one that can be read."""
+        self.metadata = {**self.metadata, **more}
+        header = self._header()
+        if len(header) > self.header_size:
+            raise ValueError(f"the metadata takes {len(header)} bytes, {self.header_size} were kept for it")
+        self.file.seek(0)
+        self.file.write(self.header_size.to_bytes(8, "little") + header.ljust(self.header_size))
+        self.file.flush()
+
+    def _header(self) -> bytes:
+        return json.dumps({"__metadata__": self.metadata, **self.entries}).encode()
+
+
+def weights_checksum(
+    stored: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None
+) -> str:
+    """SHA-256 over all tensors by sorted published name: for each `name dtype shape\\n` and then its bytes.
+
+    The shape is written as 24576,8192 and the dtype as safetensors names it, BF16. How a checkpoint is split
+    into files does not change it. progress is called with the bytes of each tensor done.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {tensor.dtype} {','.join(map(str, tensor.shape))}\n".encode())
+        content = tensor.read().contiguous().view(-1).view(torch.uint8)
+        digest.update(content.numpy())
+        if progress is not None:
+            progress(content.numel())
+    return digest.hexdigest()
+
+
+def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, T) and mask from a file: numbers apart by spaces, commas or lines, or a JSON list (of lists).
+
+    Lists of unequal length are rows of a batch, padded on the left with 0.
+    """
+    text = read_bytes(path).decode("utf-8", errors="replace").strip()
+    try:
+        found = json.loads(text) if text.startswith("[") else [int(x) for x in text.replace(",", " ").split()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no token ids: {str(error)[:200]}") from None
+    rows = found if found and all(isinstance(row, list) for row in found) else [found]
+    if not all(rows) or not all(type(x) is int and 0 <= x < 2**31 for row in rows for x in row):
+        raise ValueError(
+            f"{path}: should hold token ids, whole numbers from 0 on, apart by spaces or lines; or a JSON "
+            "list of them, or of such lists for a batch"
+        )
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, None if bool(mask.all()) else mask

@@ -1,0 +1,425 @@
+"""How far one run of a model is from another: stage by stage, and for the logits what it means for the text.
+
+Two right implementations differ by rounding, so each difference is judged by what rounding costs at that
+stage: the error that this implementation makes itself in the same dtype, measured against float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_ref.checkpoint import DTYPES
+from qwen_ref.parity.bundle import Bundle, flow
+from qwen_ref.parity.stages import layer_of
+
+# Tolerance over measured rounding. Another order of adding makes as much rounding, but no equal amount: over
+# eight orders of one float32 position the error went from 2.1e-7 to 7.0e-7. Transformers' Qwen2, which rounds
+# in other places in bfloat16, is at most 1.7 times as far from float64 as this implementation at any stage.
+FACTOR = 4.0
+
+_CHUNK = 2**22  # numbers that are widened to float64 at once
+
+
+class Rounding(NamedTuple):
+    """Relative RMS error of a stage: √(Σ Δ² / Σ truth²) over all positions, and the largest of one position."""
+
+    all: float
+    worst: float
+
+
+Measured = Mapping[str, Mapping[str, tuple[float, float]]]  # dtype → stage → Rounding
+
+
+class Measure:
+    """Adds up the differences between a truth and what is judged by it, position by position."""
+
+    def __init__(self, ids: Tensor, real: Tensor) -> None:
+        """ids, real: (B, T); what stands at padding means nothing and is left out."""
+        self.ids, self.real = ids, real
+        self._sums: dict[str, Tensor] = {}  # (5, B, T): Δ², truth², value², truth · value, largest |Δ|
+        self._widths: dict[str, int] = {}
+        self._logits: dict[str, Tensor] = {}  # (B, T) each
+
+    def add(self, stage: str, truth: Tensor, value: Tensor, start: int = 0) -> None:
+        """truth, value: (B, t, …) of the t positions from `start` on."""
+        truth, value = truth.flatten(2), value.flatten(2)
+        step = max(_CHUNK // max(truth[:, 0].numel(), 1), 1)
+        sums = self._sums.setdefault(stage, torch.zeros(5, *self.ids.shape, dtype=torch.float64))
+        self._widths[stage] = truth.shape[-1]
+        for first in range(0, truth.shape[1], step):
+            at = slice(start + first, min(start + first + step, start + truth.shape[1]))
+            part, other = (x[:, first : first + step].double() for x in (truth, value))
+            delta = other - part
+            if not bool(delta.isfinite().all()):
+                # Both infinite or NaN: they agree. One of them: nothing is as far as that.
+                ours, theirs = part.isfinite(), other.isfinite()
+                delta = torch.where(ours & theirs, delta, torch.where(ours == theirs, 0.0, math.inf))
+                part, other = part.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
+            sums[:, :, at] = torch.stack(
+                (
+                    delta.square().sum(-1),
+                    part.square().sum(-1),
+                    other.square().sum(-1),
+                    (part * other).sum(-1),
+                    delta.abs().amax(-1),
+                )
+            )
+            if stage == "logits":
+                self._add_logits(part, other, at)
+
+    def _add_logits(self, truth: Tensor, value: Tensor, at: slice) -> None:
+        log_p, log_q = truth.log_softmax(-1), value.log_softmax(-1)
+        count = min(5, truth.shape[-1])
+        best, other_best = truth.topk(count, dim=-1), value.topk(count, dim=-1)
+        shared = (best.indices[..., :, None] == other_best.indices[..., None, :]).any(-1)
+        first, other_first = best.indices[..., :1], other_best.indices[..., :1]
+        margin = best.values[..., 0] - best.values[..., 1] if count > 1 else torch.zeros(truth.shape[:2])
+        found = {
+            "kl": (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0),
+            "top5": shared.double().mean(-1),
+            "margin": margin,
+            "token": first[..., 0],
+            "other": other_first[..., 0],
+            "p_token": log_p.gather(-1, first)[..., 0].exp(),
+            "p_other": log_p.gather(-1, other_first)[..., 0].exp(),
+            "q_token": log_q.gather(-1, first)[..., 0].exp(),
+            "q_other": log_q.gather(-1, other_first)[..., 0].exp(),
+        }
+        for name, values in found.items():
+            kept = self._logits.setdefault(name, torch.zeros(self.ids.shape, dtype=values.dtype))
+            kept[:, at] = values
+
+    @property
+    def stages(self) -> list[str]:
+        return list(self._sums)
+
+    def positions(self, stage: str) -> Tensor:
+        """Relative error of each position (B, T); 0 at padding."""
+        delta, truth = self._sums[stage][:2]
+        error = torch.where(delta == 0, 0.0, (delta / truth).sqrt())
+        return torch.where(self.real, error, 0.0)
+
+    def rounding(self, stage: str) -> Rounding:
+        delta, truth = (float(x[self.real].sum()) for x in self._sums[stage][:2])
+        error = math.sqrt(delta / truth) if truth > 0 else math.inf
+        return Rounding(0.0 if delta == 0 else error, float(self.positions(stage).max()))
+
+    def result(self, stage: str, tolerance: Rounding) -> StageResult:
+        positions = self.positions(stage)
+        row, position = divmod(int(positions.argmax()), positions.shape[1])
+        beyond = positions > tolerance.worst
+        truth, value, product = (float(x[self.real].sum()) for x in self._sums[stage][1:4])
+        both = math.sqrt(truth * value)
+        return StageResult(
+            stage=stage,
+            max_abs=float(self._sums[stage][4][self.real].max()),
+            relative_rms=self.rounding(stage).all,
+            cosine=product / both if both > 0 else 1.0 if truth == value else 0.0,
+            worst=self.rounding(stage).worst,
+            worst_row=row,
+            worst_position=position,
+            first_position=int(beyond.any(dim=0).nonzero()[0]) if beyond.any() else None,
+            tolerance=tolerance.all,
+            worst_tolerance=tolerance.worst,
+        )
+
+    def logits_result(self, tolerance: Rounding) -> LogitsResult:
+        kept = {name: values[self.real] for name, values in self._logits.items()}
+        scale = math.sqrt(float(self._sums["logits"][1][self.real].mean()) / self._widths["logits"])
+        noise = tolerance.all * scale
+        agree = kept["token"] == kept["other"]
+        clear = kept["margin"] > noise
+        kl = torch.where(self.real, self._logits["kl"], -1.0)
+        row, position = divmod(int(kl.argmax()), kl.shape[1])
+        worst = {name: values[row, position].item() for name, values in self._logits.items()}
+        return LogitsResult(
+            positions=len(agree),
+            kl_mean=float(kept["kl"].mean()),
+            kl_p99=float(kept["kl"].quantile(0.99)),
+            kl_max=float(kept["kl"].max()),
+            top1=float(agree.double().mean()),
+            top5=float(kept["top5"].mean()),
+            noise=noise,
+            clear=int(clear.sum()),
+            clear_top1=float(agree[clear].double().mean()) if clear.any() else None,
+            worst=WorstPosition(
+                row=row,
+                position=position,
+                input_id=int(self.ids[row, position]),
+                kl=worst["kl"],
+                truth_id=worst["token"],
+                truth_probabilities=(worst["p_token"], worst["q_token"]),
+                judged_id=worst["other"],
+                judged_probabilities=(worst["p_other"], worst["q_other"]),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage: how far, and how far rounding may be."""
+
+    stage: str
+    max_abs: float  # largest |Δ|
+    relative_rms: float  # √(Σ Δ² / Σ truth²)
+    cosine: float
+    worst: float  # the relative RMS of the position where it is largest
+    worst_row: int
+    worst_position: int
+    first_position: int | None  # the first, in any row, that is beyond worst_tolerance
+    tolerance: float  # for relative_rms
+    worst_tolerance: float  # for worst
+
+    @property
+    def excess(self) -> float:
+        """The error in tolerances: up to 1 is rounding."""
+        return max(_ratio(self.relative_rms, self.tolerance), _ratio(self.worst, self.worst_tolerance))
+
+    @property
+    def within(self) -> bool:
+        return self.excess <= 1
+
+
+def _ratio(error: float, tolerance: float) -> float:
+    return 0.0 if error == 0 else math.inf if tolerance == 0 or math.isnan(error) else error / tolerance
+
+
+@dataclass(frozen=True)
+class WorstPosition:
+    """Where the distributions differ most: the token there and what each side would say next."""
+
+    row: int
+    position: int
+    input_id: int
+    kl: float
+    truth_id: int  # the truth's first choice, its probability in the truth and in what is judged
+    truth_probabilities: tuple[float, float]
+    judged_id: int  # the first choice of what is judged, likewise
+    judged_probabilities: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LogitsResult:
+    """What the difference means for the text. KL is that of the judged distribution from the truth's, in nats."""
+
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1: float  # the share of positions with the same first choice
+    top5: float  # the share of the truth's first five that are among the other's first five
+    noise: float  # the tolerance in units of the logits
+    clear: int  # positions whose first choice leads by more than the noise
+    clear_top1: float | None  # the share of these with the same first choice
+    worst: WorstPosition
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `check` and `diff` find."""
+
+    truth: str
+    truth_dtype: str
+    judged: str
+    judged_dtype: str
+    stages: list[StageResult]  # in the order in which data flows
+    logits: LogitsResult | None
+    tolerances: str  # where they come from
+    notes: list[str] = field(default_factory=list)
+    # dtype → stage → relative RMS of the reference's own rounding, where it was measured
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        measure: Measure,
+        tolerances: Tolerances,
+        names: tuple[str, str],
+        stored: Mapping[str, tuple[torch.dtype, ...]],
+        notes: list[str],
+    ) -> Comparison:
+        """names: of the truth and of what is judged. stored: the dtypes in which a stage was kept."""
+        stages = sorted(measure.stages, key=flow)
+        results = [measure.result(stage, tolerances.of(stage, stored[stage])) for stage in stages]
+        logits = None
+        if "logits" in stages:
+            logits = measure.logits_result(tolerances.of("logits", stored["logits"]))
+        rounding = {
+            dtype: {stage: pair[0] for stage, pair in found.items()}
+            for dtype, found in tolerances.measured.items()
+        }
+        return cls(
+            names[0],
+            tolerances.dtypes[0],
+            names[1],
+            tolerances.dtypes[1],
+            results,
+            logits,
+            tolerances.source,
+            notes,
+            rounding,
+        )
+
+    @property
+    def first_beyond(self) -> StageResult | None:
+        """The first stage that is further away than rounding explains."""
+        return next((stage for stage in self.stages if not stage.within), None)
+
+    @property
+    def within(self) -> bool:
+        return self.first_beyond is None
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.first_beyond
+        found = {**asdict(self), "within": self.within, "first_beyond": first and first.stage}
+        found["factor"] = FACTOR
+        for stage, row in zip(self.stages, found["stages"], strict=True):
+            row["within"] = stage.within
+        return _plain(found)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Tolerances:
+    """How much two sides may differ at a stage, by the rounding of each one's dtype.
+
+    Rounding that was not measured is estimated from the dtype alone: roughly, and `source` says so.
+    """
+
+    def __init__(self, measured: Measured, first: str, second: str) -> None:
+        """first, second: the dtypes of the two sides."""
+        self.measured = measured
+        self.dtypes = (first, second)
+        self.estimated = sorted({dtype for dtype in self.dtypes if not self._known(dtype)})
+
+    def _known(self, dtype: str) -> bool:
+        return bool(self.measured.get("float32" if dtype == "float64" else dtype))
+
+    @property
+    def source(self) -> str:
+        dtypes = " and ".join(sorted({*self.dtypes} - {"float64"})) or "float64"
+        how = f"{FACTOR:g} × this implementation's own error in {dtypes}, measured against float64"
+        if self.estimated:
+            how += f"; {' and '.join(self.estimated)} was not measured but estimated (--model DIR measures it)"
+        return how
+
+    def rounding(self, dtype: str, stage: str) -> Rounding:
+        """What computing in a dtype costs at a stage."""
+        eps = torch.finfo(DTYPES[dtype]).eps
+        known = self.measured.get(dtype, {}).get(stage)
+        if known is not None and not all(map(math.isfinite, known)):
+            known = None  # float16 overflows here
+        if known is None and dtype == "float64":
+            single = self.measured.get("float32", {}).get(stage)
+            if single is not None:  # the same operations, 29 bits further down
+                known = single[0] * 2**-29, single[1] * 2**-29
+        if known is None:
+            known = estimated_rounding(dtype, stage)
+        # One rounding alone: of what is stored, or of a stage that happened to be exact here.
+        return Rounding(max(known[0], eps / 4), max(known[1], eps / 4))
+
+    def of(self, stage: str, stored: tuple[torch.dtype, ...] = ()) -> Rounding:
+        """The tolerance at a stage; stored: dtypes in which its tensors were kept, each a rounding more."""
+        costs = [self.rounding(dtype, stage) for dtype in self.dtypes]
+        costs += [Rounding(*2 * [torch.finfo(dtype).eps / 4]) for dtype in stored]
+        return Rounding(
+            FACTOR * math.hypot(*(cost.all for cost in costs)),
+            FACTOR * math.hypot(*(cost.worst for cost in costs)),
+        )
+
+
+def estimated_rounding(dtype: str, stage: str) -> Rounding:
+    """What rounding may cost after so many layers, from figures of the golden models: no more than a guess.
+
+    There 3 layers cost 1.7 eps in bfloat16 and float16, 6 eps in float32 and, by its angles, 55 at 3,000
+    positions. A single position may have three times the error of all.
+    """
+    layer = layer_of(stage)
+    depth = {"embed": 0, "norm": 40, "logits": 40}[stage] if layer is None else layer + 1
+    eps = torch.finfo(DTYPES[dtype]).eps
+    cost = eps * math.sqrt(1 + depth) * (1 if eps > 1e-4 else 8)
+    return Rounding(cost, 3 * cost)
+
+
+def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured) -> Comparison:
+    """Every stage that both have; ValueError where they are not of the same input."""
+    require_same_input(truth, judged)
+    common = [stage for stage in truth.stages if stage in set(judged.stages)]
+    if not common:
+        raise ValueError(f"{truth.path} and {judged.path} have no stage in common")
+    for stage in common:
+        if truth.width(stage) != judged.width(stage):
+            raise ValueError(
+                f"{stage} has {truth.width(stage)} numbers a position in {truth.path}, "
+                f"{judged.width(stage)} in {judged.path}"
+            )
+    truth.require_finite()
+    judged.require_finite()
+    measure = Measure(truth.input_ids, truth.real)
+    for stage in common:
+        measure.add(stage, truth.stage(stage), judged.stage(stage))
+    return Comparison.of(
+        measure,
+        Tolerances(measured, truth.dtype, judged.dtype),
+        names=(truth.path, judged.path),
+        stored={stage: (truth.stored_dtype(stage), judged.stored_dtype(stage)) for stage in common},
+        notes=list(_notes(truth, judged)),
+    )
+
+
+def require_same_input(truth: Bundle, judged: Bundle) -> None:
+    """Raises ValueError where two bundles are not of the same ids, padding, prefill and weights."""
+    if truth.input_ids.shape != judged.input_ids.shape:
+        raise ValueError(
+            f"{truth.path} has input_ids {list(truth.input_ids.shape)}, {judged.path} "
+            f"{list(judged.input_ids.shape)}"
+        )
+    if not torch.equal(truth.input_ids[truth.real], judged.input_ids[truth.real]):
+        differs = (truth.input_ids != judged.input_ids) & truth.real
+        row, position = differs.nonzero()[0].tolist()
+        raise ValueError(
+            f"{truth.path} and {judged.path} are of different ids: row {row}, position {position} is "
+            f"{truth.input_ids[row, position]} there, {judged.input_ids[row, position]} here"
+        )
+    if not torch.equal(truth.real, judged.real):
+        raise ValueError(f"{truth.path} and {judged.path} have different attention masks")
+    if truth.prefill_length != judged.prefill_length:
+        raise ValueError(
+            f"{truth.path} has prefill_length {truth.prefill_length}, {judged.path} {judged.prefill_length}"
+        )
+    require_same_weights(truth.path, truth.weights_sha256, judged)
+
+
+def require_same_weights(name: str, checksum: str | None, judged: Bundle) -> None:
+    if checksum and judged.weights_sha256 and checksum != judged.weights_sha256:
+        raise ValueError(
+            f"{judged.path} is of another checkpoint: weights_sha256 is {judged.weights_sha256}, that of "
+            f"{name} is {checksum}"
+        )
+
+
+def _notes(truth: Bundle, judged: Bundle) -> Iterator[str]:
+    for bundle in (truth, judged):
+        if bundle.weights_sha256 is None:
+            yield f"{bundle.path} has no weights_sha256: whether the weights are the same was not checked"
+    for name in truth.config.keys() & judged.config.keys():
+        if truth.config[name] != judged.config[name]:
+            yield f"{name} is {truth.config[name]} in {truth.path}, {judged.config[name]} in {judged.path}"
+    only = sorted(set(truth.stages) ^ set(judged.stages))
+    if only:
+        yield f"not compared, since only one side has it: {', '.join(only[:3])}" + (
+            f" and {len(only) - 3} more" if len(only) > 3 else ""
+        )

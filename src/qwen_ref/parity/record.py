@@ -1,0 +1,264 @@
+"""Recording the truth, and holding this implementation or another against it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen_ref.checkpoint import DTYPES
+from qwen_ref.parity.bundle import (
+    Bundle,
+    BundleWriter,
+    bundle_metadata,
+    read_bundle,
+    stage_shapes,
+    weights_checksum,
+)
+from qwen_ref.parity.compare import (
+    Comparison,
+    Measure,
+    Measured,
+    Rounding,
+    Tolerances,
+    compare_bundles,
+    require_same_weights,
+)
+from qwen_ref.parity.stages import Checkpoint, Port
+
+ROUNDING_DTYPES = ("float32", "bfloat16", "float16")
+
+Progress = Callable[[int, int], None]  # bytes of weights done, and in all
+
+
+class Work:
+    """Counts the bytes of weights that are read, for a line of progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.done, self.total = progress, 0, 0
+
+    def expect(self, count: int) -> None:
+        self.total += count
+
+    def did(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+
+
+def record(
+    folder: str | Path,
+    ids: Tensor,
+    out: str | Path,
+    *,
+    mask: Tensor | None = None,
+    dtype: str = "float64",
+    stages: str = "all",
+    decode: int = 0,
+    rounding: Sequence[str] = ROUNDING_DTYPES,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Records what a checkpoint computes for ids (B, T), and returns the bundle, opened.
+
+    mask: (B, T), 1 for a token; padding stands on the left. dtype: to compute in; float64 is the truth.
+    stages: "all" or "logits". decode: so many greedy tokens follow, one by one with the cache.
+    rounding: dtypes whose error at every stage is measured against the truth and kept with it; only a float64
+    record has it. progress: called with the bytes of weights read, and to be read.
+
+    Memory is that of one matrix in dtype, one position's numbers of a stage times T, and the cache.
+    Raises ValueError for a folder that is no checkpoint and for ids outside its vocabulary.
+    """
+    checkpoint = Checkpoint(folder)
+    dtype = checkpoint.dtype(dtype)
+    rounding = tuple(rounding) if dtype == "float64" else ()
+    for name in (dtype, *rounding):
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r} is unknown; use {', '.join(DTYPES)}")
+    if decode < 0:
+        raise ValueError(f"{decode=} must be at least 0")
+    low, high, V = int(ids.min()), int(ids.max()), checkpoint.config.vocab_size
+    if low < 0 or high >= V:
+        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
+    port = Port(checkpoint, dtype, ids, mask)
+    work = Work(progress)
+    work.expect(checkpoint.bytes * (1 + (1 + decode) * (1 + len(rounding))))
+    names = list(stage_shapes(checkpoint.config)) if stages == "all" else ["logits"]
+    checksum = weights_checksum(checkpoint.stored, work.did)
+    with _recorded(port, out, names, decode, checksum, len(rounding), work) as writer:
+        if rounding:
+            truth = read_bundle(writer.partial)
+            measured = {name: _measure(checkpoint, truth, name, names, work) for name in rounding}
+            writer.describe({"rounding": json.dumps(_finite(measured))})
+    return read_bundle(out)
+
+
+@contextmanager
+def _recorded(
+    port: Port,
+    out: str | Path,
+    names: Sequence[str],
+    decode: int,
+    checksum: str | None,
+    dtypes: int,
+    work: Work,
+) -> Iterator[BundleWriter]:
+    """The writer of a bundle in which everything stands but the rounding of so many dtypes."""
+    widths = stage_shapes(port.config)
+    B, T = port.ids.shape[0], port.ids.shape[1] + decode
+    kinds = {"input_ids": (torch.int64, (B, T))}
+    if port.mask is not None:
+        kinds["attention_mask"] = (torch.int64, (B, T))
+    kinds |= {name: (port.dtype, (B, T, widths[name])) for name in names}
+    dtype = next(name for name, value in DTYPES.items() if value == port.dtype)
+    metadata = bundle_metadata(dtype, port.prefill_length, port.config, checksum)
+    room = 200 + dtypes * (20 + sum(len(name) + 60 for name in names))
+    with BundleWriter(out, kinds, metadata, room) as writer:
+        port.progress = work.did
+        ids = port.run(lambda stage, value, start: writer.write(stage, value.flatten(2), start), names, decode)
+        writer.write("input_ids", ids)
+        if port.mask is not None:
+            writer.write("attention_mask", torch.cat((port.mask, port.mask.new_ones(B, decode)), dim=1))
+        writer.describe({})
+        yield writer
+
+
+@contextmanager
+def temporary_record(port: Port, names: Sequence[str], work: Work) -> Iterator[Bundle]:
+    """What a port computes, on disk for as long as it is looked at."""
+    with tempfile.TemporaryDirectory(prefix="qwen_ref-") as folder:
+        out = Path(folder) / "record.safetensors"
+        with _recorded(port, out, names, 0, None, 0, work):
+            pass
+        yield read_bundle(out)
+
+
+def held_against(port: Port, truth: Bundle, names: Iterable[str]) -> Measure:
+    """How far a port is from a bundle, at each of these stages that the port has."""
+    measure = Measure(truth.input_ids, truth.real)
+
+    def keep(stage: str, value: Tensor, start: int) -> None:
+        measure.add(stage, truth.stage(stage)[:, start : start + value.shape[1]], value, start)
+
+    port.run(keep, list(names))
+    return measure
+
+
+def reference(checkpoint: Checkpoint, dtype: str, bundle: Bundle) -> Port:
+    """This implementation on a bundle's input."""
+    return Port(checkpoint, dtype, bundle.input_ids, bundle.attention_mask, bundle.prefill_length)
+
+
+def _measure(
+    checkpoint: Checkpoint, truth: Bundle, dtype: str, names: Sequence[str], work: Work
+) -> dict[str, Rounding]:
+    port = reference(checkpoint, dtype, truth)
+    port.progress = work.did
+    measure = held_against(port, truth, names)
+    return {stage: measure.rounding(stage) for stage in measure.stages}
+
+
+def _finite(measured: dict[str, dict[str, Rounding]]) -> dict[str, dict[str, list[float]]]:
+    """Short numbers; where float16 overflows there is none."""
+    return {
+        dtype: {
+            stage: [float(f"{x:.3g}") for x in found]
+            for stage, found in stages.items()
+            if max(found) < float("inf")
+        }
+        for dtype, stages in measured.items()
+    }
+
+
+def measured_rounding(
+    checkpoint: Checkpoint, bundle: Bundle, dtypes: Iterable[str], work: Work
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """The rounding of these dtypes at a bundle's stages: what the bundle says, the rest measured now."""
+    wanted = {"float32" if dtype == "float64" else dtype for dtype in dtypes}
+    known = {dtype: stages for dtype, stages in bundle.rounding.items() if set(bundle.stages) <= set(stages)}
+    missing = sorted(wanted - known.keys())
+    measured = {dtype: known[dtype] for dtype in known}
+    if missing:
+        calls = 1 + bundle.input_ids.shape[1] - bundle.prefill_length
+        work.expect(checkpoint.bytes * calls * (1 + len(missing)))
+        with temporary_record(reference(checkpoint, "float64", bundle), bundle.stages, work) as truth:
+            for dtype in missing:
+                measured[dtype] = _measure(checkpoint, truth, dtype, bundle.stages, work)
+    return measured
+
+
+def open_both(folder: str | Path, path: str | Path, work: Work) -> tuple[Checkpoint, Bundle]:
+    """A checkpoint and a bundle of it; ValueError where they do not belong together."""
+    bundle = read_bundle(path)
+    checkpoint = Checkpoint(folder)
+    bundle.check_model(checkpoint.config)
+    if bundle.weights_sha256 is not None:
+        work.expect(checkpoint.bytes)
+        checksum = weights_checksum(checkpoint.stored, work.did)
+        require_same_weights(str(folder), checksum, bundle)
+    return checkpoint, bundle
+
+
+def check(
+    folder: str | Path, golden: str | Path, dtype: str = "auto", progress: Progress | None = None
+) -> Comparison:
+    """This implementation in a dtype against a bundle, of this project or of another.
+
+    Raises ValueError where the bundle is none, is of another checkpoint or holds NaN.
+    """
+    work = Work(progress)
+    checkpoint, truth = open_both(folder, golden, work)
+    dtype = checkpoint.dtype(dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    truth.require_finite()
+    measured = measured_rounding(checkpoint, truth, (truth.dtype, dtype), work)
+    work.expect(checkpoint.bytes * (1 + truth.input_ids.shape[1] - truth.prefill_length))
+    port = reference(checkpoint, dtype, truth)
+    port.progress = work.did
+    measure = held_against(port, truth, truth.stages)
+    tolerances = Tolerances(measured, truth.dtype, dtype)
+    return Comparison.of(
+        measure,
+        tolerances,
+        names=(truth.path, f"{folder} in {dtype}"),
+        stored={stage: (truth.stored_dtype(stage),) for stage in truth.stages},
+        notes=_config_notes(truth, checkpoint),
+    )
+
+
+def _config_notes(truth: Bundle, checkpoint: Checkpoint) -> list[str]:
+    ours = vars(checkpoint.config)
+    notes = [
+        f"{name} is {value} in {truth.path}, {ours[name]} in {checkpoint.folder}"
+        for name, value in truth.config.items()
+        if ours[name] != value
+    ]
+    if truth.weights_sha256 is None:
+        notes.append(f"{truth.path} has no weights_sha256: whether its weights are these was not checked")
+    return notes
+
+
+def diff(
+    truth: str | Path,
+    judged: str | Path,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """One bundle against another.
+
+    Tolerances come from the rounding that either of them holds; with a folder, what they lack is measured.
+    Raises ValueError where one is no bundle, holds NaN, or where they are not of the same input.
+    """
+    first, second = read_bundle(truth), read_bundle(judged)
+    measured: Measured = {**second.rounding, **first.rounding}
+    if folder is not None:
+        work = Work(progress)
+        checkpoint, _ = open_both(folder, judged, work)
+        first.check_model(checkpoint.config)
+        measured = measured_rounding(checkpoint, first, (first.dtype, second.dtype), work)
+    return compare_bundles(first, second, measured)

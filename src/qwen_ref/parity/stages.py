@@ -1,0 +1,309 @@
+"""The model at work with every stage in sight, from outside: hooks and wrappers while it runs, none after.
+
+A Port is an implementation of Qwen: this one, until a mistake is made in it (mistakes.py). Its weights come
+from the checkpoint matrix by matrix as they are needed and are dropped again, so that a model that exceeds
+the memory runs too, in any dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qwen_ref.model
+from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, NoInitialisation, open_checkpoint, tensor_table
+from qwen_ref.config import QwenConfig
+from qwen_ref.model import KVCache, Qwen, RMSNorm
+
+Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
+
+# The most bytes of the output head that are widened at once. In float64 the 72B's would take 10 GB.
+_HEAD_BYTES = 2**30
+
+
+class Checkpoint:
+    """An opened checkpoint folder: its configuration, and its weights by our names, as they are stored."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config, self.stored = open_checkpoint(folder)
+        self._published = {spec.name: spec.published for spec in tensor_table(self.config)}
+        self.bytes = sum(
+            tensor.read().numel() * STORED_DTYPES[tensor.dtype].itemsize for tensor in self.stored.values()
+        )
+
+    def weight(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        return self.stored[self._published[name]].read()
+
+    def dtype(self, name: str) -> str:
+        """The name of a dtype to compute in, "auto" made out."""
+        if name != "auto":
+            return name
+        kinds = {STORED_DTYPES[tensor.dtype] for tensor in self.stored.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"{self.folder}: the weights are stored in several dtypes; name the one wanted")
+        (kind,) = kinds
+        return next(name for name, dtype in DTYPES.items() if dtype == kind)
+
+
+class Port:
+    """One implementation on one input: all that a mistake may change.
+
+    The functions are those of model.py under their names there, silu and scaled_dot_product_attention those
+    that it calls; `normalise` is RMSNorm's forward.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        prefill_length: int | None = None,
+    ) -> None:
+        """ids, mask: (B, T). prefill_length: positions of the first pass, each later one is a step."""
+        self.config = checkpoint.config
+        self.weight: Callable[[str], Tensor] = checkpoint.weight
+        self.dtype = DTYPES[dtype]
+        self.ids, self.mask = ids, mask
+        self.prefill_length = prefill_length or ids.shape[1]
+        self.stepwise = True  # else one pass over all positions, which is the same computation
+        self.saturates = False  # infinities become the dtype's largest number
+        self.cached = True  # else every step computes all positions again
+        self.progress: Callable[[int], None] | None = None  # called with the bytes just read
+
+        self.rotate = qwen_ref.model.rotate
+        self.rotation_tables = qwen_ref.model.rotation_tables
+        self.rotary_frequencies = qwen_ref.model.rotary_frequencies
+        self.ntk_alpha = qwen_ref.model.ntk_alpha
+        self.logn_scale = qwen_ref.model.logn_scale
+        self.causal_mask = qwen_ref.model.causal_mask
+        self.normalise = RMSNorm.forward
+        self.silu = F.silu
+        self.scaled_dot_product_attention = F.scaled_dot_product_attention
+
+    @property
+    def padding(self) -> Tensor:
+        """How many columns of each row are padding → (B,)."""
+        return torch.zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
+
+    def read(self, name: str) -> Tensor:
+        """A weight, and word of it."""
+        weight = self.weight(name)
+        if self.progress is not None:
+            self.progress(weight.nbytes)
+        return weight
+
+    def saturated(self, x: Tensor) -> Tensor:
+        if not self.saturates or not x.is_floating_point():
+            return x
+        return x.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
+
+    def run(self, keep: Keep, only: Sequence[str] | None = None, greedy: int = 0) -> Tensor:
+        """Computes all positions, then `greedy` more tokens; hands over the stages; returns the ids (B, T).
+
+        keep is called with each stage as it is computed, or with those in `only`. The process's model.py is
+        changed while it runs: one at a time, and nothing else of the model beside it.
+        """
+        model = _streamed(self)
+        B, T = self.ids.shape
+        with self._in_place(), torch.inference_mode():
+            if not self.cached:
+                return self._uncached(model, keep, only)
+            first = self.prefill_length if self.stepwise else T
+            cache = None
+            if self.prefill_length < T + greedy:
+                shape = (B, self.config.num_attention_heads, T + greedy, self.config.kv_channels)
+                like = torch.empty(0, dtype=self.dtype)
+                cache = KVCache(self.config.num_hidden_layers, shape, self.prefill_length, like)
+            calls = [self.ids[:, :first], *(self.ids[:, i : i + 1] for i in range(first, T))]
+            ids, start, logits = [], 0, None
+            for step in range(len(calls) + greedy):
+                call = calls[step] if step < len(calls) else logits[:, -1:].argmax(dim=-1)
+                mask = None if self.mask is None or step > 0 else self.mask[:, : call.shape[1]]
+                with _captured(model, keep, only, start):
+                    logits = model(call, mask, cache)
+                ids.append(call)
+                start += call.shape[1]
+        return torch.cat(ids, dim=1)
+
+    def _uncached(self, model: Qwen, keep: Keep, only: Sequence[str] | None) -> Tensor:
+        for end in range(self.prefill_length, self.ids.shape[1] + 1):
+            first = 0 if end == self.prefill_length else end - 1  # the position that is new
+
+            def keep_new(stage: str, value: Tensor, _: int, first: int = first) -> None:
+                keep(stage, value[:, first:], first)
+
+            with _captured(model, keep_new, only, 0):
+                model(self.ids[:, :end], None if self.mask is None else self.mask[:, :end])
+        return self.ids
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """This port's functions stand in model.py while it runs."""
+        module = qwen_ref.model
+        names = (
+            "rotate",
+            "rotation_tables",
+            "rotary_frequencies",
+            "ntk_alpha",
+            "logn_scale",
+            "causal_mask",
+        )
+        with _replaced(module, {name: getattr(self, name) for name in names}):
+            functional = _Functional(self.silu, self.scaled_dot_product_attention)
+            with _replaced(module, {"F": functional}), _replaced(RMSNorm, {"forward": self.normalise}):
+                yield
+
+
+class _Functional(SimpleNamespace):
+    """torch.nn.functional with the two functions that model.py calls replaced."""
+
+    def __init__(self, silu: Callable, scaled_dot_product_attention: Callable) -> None:
+        super().__init__(silu=silu, scaled_dot_product_attention=scaled_dot_product_attention)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+
+@contextmanager
+def _replaced(owner: Any, values: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def _streamed(port: Port) -> Qwen:
+    """The model without weights: each module fetches its own before it runs and drops them after."""
+    with torch.device("meta"), NoInitialisation():
+        model = Qwen(port.config).to(port.dtype).eval()
+        model.lm_head = _Head()
+    for name, module in model.named_modules():
+        parameters = {key: value for key, value in module._parameters.items() if value is not None}
+        if not parameters:
+            continue
+
+        module.qualified_name = name
+
+        def fetch(module: nn.Module, inputs: tuple, keys: Sequence[str] = tuple(parameters)) -> tuple:
+            for key in keys:
+                weight = port.read(f"{module.qualified_name}.{key}")
+                if module is not model.embed:  # a few of its rows are wanted: these are widened, not all
+                    weight = weight.to(port.dtype)
+                setattr(module, key, nn.Parameter(weight, requires_grad=False))
+            return tuple(map(port.saturated, inputs))
+
+        def drop(module: nn.Module, _: tuple, output: Tensor, empty: dict = parameters) -> Tensor:
+            for key, parameter in empty.items():
+                setattr(module, key, parameter)
+            return port.saturated(output.to(port.dtype))
+
+        module.register_forward_pre_hook(fetch)
+        module.register_forward_hook(drop)
+    model.lm_head.port = port
+    return model
+
+
+class _Head(nn.Module):
+    """The output head, in slices where it must be widened."""
+
+    port: Port
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.port.read("lm_head.weight")
+        rows = len(weight)
+        if weight.dtype != x.dtype:
+            rows = max(_HEAD_BYTES // (weight.shape[1] * x.dtype.itemsize), 1)
+        return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], dim=-1)
+
+
+@contextmanager
+def _captured(model: Qwen, keep: Keep, only: Sequence[str] | None, start: int) -> Iterator[None]:
+    """While it lasts, every stage that the model computes is handed to keep."""
+    K = model.config.kv_channels
+    layer, rotated = 0, 0  # rotate is called for a layer's queries, then for its keys
+    wanted = None if only is None else set(only)
+
+    def hand(stage: str, value: Tensor) -> None:
+        if wanted is None or stage in wanted:
+            keep(stage, value, start)
+
+    def reads(stage: str) -> Callable:
+        return lambda module, inputs: hand(stage, inputs[0])
+
+    def gives(stage: str) -> Callable:
+        return lambda module, inputs, output: hand(stage, output)
+
+    def projected(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        thirds = output.unflatten(-1, (3, -1, K)).unbind(dim=2)  # (B, t, H, K) each
+        for part, third in zip("qkv", thirds, strict=True):
+            hand(f"blocks.{layer}.attn.{part}", third)
+
+    def entered(number: int) -> Callable:
+        def note(module: nn.Module, inputs: tuple) -> None:
+            nonlocal layer, rotated
+            layer, rotated = number, 0
+
+        return note
+
+    rotate, functional = qwen_ref.model.rotate, qwen_ref.model.F
+
+    def keep_rotated(*args: Tensor) -> Tensor:
+        nonlocal rotated
+        turned = rotate(*args)
+        hand(f"blocks.{layer}.attn.{'qk'[rotated]}_rotated", turned)
+        rotated += 1
+        return turned
+
+    def keep_query(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hand(f"blocks.{layer}.attn.q_scaled", q.transpose(1, 2))
+        return functional.scaled_dot_product_attention(q, *args, **kwargs)
+
+    hooks = [
+        model.embed.register_forward_hook(gives("embed")),
+        model.norm.register_forward_hook(gives("norm")),
+        model.lm_head.register_forward_hook(gives("logits")),
+    ]
+    for number, block in enumerate(model.blocks):
+        ours = f"blocks.{number}"
+        hooks += [
+            block.register_forward_pre_hook(entered(number)),
+            block.attn_norm.register_forward_hook(gives(f"{ours}.attn_norm")),
+            block.attn.qkv.register_forward_hook(projected),
+            block.attn.out.register_forward_pre_hook(reads(f"{ours}.attn.mixed")),
+            block.attn.out.register_forward_hook(gives(f"{ours}.attn.out")),
+            block.mlp_norm.register_forward_pre_hook(reads(f"{ours}.attn_residual")),
+            block.mlp_norm.register_forward_hook(gives(f"{ours}.mlp_norm")),
+            block.mlp.gate.register_forward_hook(gives(f"{ours}.mlp.gate")),
+            block.mlp.up.register_forward_hook(gives(f"{ours}.mlp.up")),
+            block.mlp.down.register_forward_pre_hook(reads(f"{ours}.mlp.product")),
+            block.mlp.down.register_forward_hook(gives(f"{ours}.mlp.down")),
+            block.register_forward_hook(gives(f"{ours}.residual")),
+        ]
+    watched = _Functional(functional.silu, keep_query)
+    try:
+        with _replaced(qwen_ref.model, {"rotate": keep_rotated, "F": watched}):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layer_of(stage: str) -> int | None:
+    """The layer of a stage; None for embed, norm and logits."""
+    match = re.match(r"blocks\.(\d+)\.", stage)
+    return int(match[1]) if match else None
