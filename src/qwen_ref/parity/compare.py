@@ -7,7 +7,7 @@ stage: the error that this implementation makes itself in the same dtype, measur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -281,15 +281,15 @@ class Comparison:
         found["factor"] = FACTOR
         for stage, row in zip(self.stages, found["stages"], strict=True):
             row["within"] = stage.within
-        return _plain(found)
+        return plain(found)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no infinity and no NaN: they become null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -354,8 +354,11 @@ def estimated_rounding(dtype: str, stage: str) -> Rounding:
     return Rounding(cost, 3 * cost)
 
 
-def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured) -> Comparison:
-    """Every stage that both have; ValueError where they are not of the same input."""
+def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured, name: str | None = None) -> Comparison:
+    """Every stage that both have; ValueError where they are not of the same input.
+
+    name: what the truth is called in the result, if not by its path.
+    """
     require_same_input(truth, judged)
     common = [stage for stage in truth.stages if stage in set(judged.stages)]
     if not common:
@@ -368,16 +371,20 @@ def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured) -> Compar
             )
     truth.require_finite()
     judged.require_finite()
-    measure = Measure(truth.input_ids, truth.real)
-    for stage in common:
-        measure.add(stage, truth.stage(stage), judged.stage(stage))
     return Comparison.of(
-        measure,
+        measure_bundles(truth, judged, common),
         Tolerances(measured, truth.dtype, judged.dtype),
-        names=(truth.path, judged.path),
+        names=(name or truth.path, judged.path),
         stored={stage: (truth.stored_dtype(stage), judged.stored_dtype(stage)) for stage in common},
         notes=list(_notes(truth, judged)),
     )
+
+
+def measure_bundles(truth: Bundle, judged: Bundle, stages: Iterable[str]) -> Measure:
+    measure = Measure(truth.input_ids, truth.real)
+    for stage in stages:
+        measure.add(stage, truth.stage(stage), judged.stage(stage))
+    return measure
 
 
 def require_same_input(truth: Bundle, judged: Bundle) -> None:

@@ -1,0 +1,273 @@
+"""Which mistake a port has made: the reference is run with each known one, and held against the port's numbers.
+
+A run with the port's own mistake agrees with it to rounding, and the others do not. Logits alone are enough;
+more stages also say where the two part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_ref.checkpoint import DTYPES
+from qwen_ref.parity.bundle import Bundle, meaning, stage_shapes
+from qwen_ref.parity.compare import Comparison, Tolerances, compare_bundles, measure_bundles, plain
+from qwen_ref.parity.mistakes import mistakes
+from qwen_ref.parity.record import (
+    Progress,
+    Work,
+    held_against,
+    measured_rounding,
+    open_both,
+    reference,
+    temporary_record,
+)
+from qwen_ref.parity.stages import Checkpoint, Port
+
+# A mistake is named only if the port is this many times nearer to it than to the reference.
+MARGIN = 3.0
+
+_EXACT = 0.1  # tolerances: much nearer than two implementations of the same in half precision usually are
+_SURE = 0.4  # tolerances: the quarter that rounding takes of its own tolerance, and some
+_NOISE = 0.5  # the largest relative error that is still called rounding
+
+_FINALISTS = 4  # hypotheses whose own rounding is measured
+_LIKELY = 5  # mistakes that are tried together with every other in any case
+_PAIR_CALLS = 2500  # all pairs are tried while they cost no more than so many calls of a small model,
+_CALL_OPERATIONS = 2.5e8  # which are so many operations: some 10 s on two cores
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """The reference with no, one or two mistakes, and how far the port is from it."""
+
+    mistakes: tuple[str, ...]
+    residual: float  # relative RMS at the stage where it is worst
+    stage: str  # that stage
+    excess: float  # the error there in tolerances: up to 1 is rounding
+
+    @property
+    def text(self) -> str:
+        return " + ".join(self.mistakes) if self.mistakes else "no mistake"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` finds. verdict: "rounding only", "mistake" or "none of these"."""
+
+    bundle: str
+    dtype: str
+    verdict: str
+    found: tuple[str, ...]  # the mistakes
+    alike: list[tuple[str, ...]]  # others that give the same numbers for these ids
+    ranking: list[Hypothesis]  # best first
+    comparison: Comparison | None  # the port against the reference; None where it holds NaN
+    first_divergence: str | None  # the first stage beyond rounding
+    invisible: list[str]  # mistakes that change nothing for these ids
+    tried: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {name: value for name, value in vars(self).items() if name not in ("ranking", "comparison")}
+        comparison = self.comparison and self.comparison.to_json()
+        return plain({**parts, "ranking": [asdict(h) for h in self.ranking], "comparison": comparison})
+
+
+def diagnose(folder: str | Path, path: str | Path, progress: Progress | None = None) -> Diagnosis:
+    """Names the mistake, or the two, that a port's bundle comes from.
+
+    progress: called with the bytes of weights read, and to be read at most.
+    Raises ValueError where the bundle is none, is of another checkpoint, or holds NaN that no overflow of
+    float16 explains.
+    """
+    work = Work(progress)
+    checkpoint, theirs = open_both(folder, path, work)
+    if theirs.first_not_finite() is not None:
+        return _overflow(checkpoint, theirs, work)
+    return _Search(checkpoint, theirs, work).diagnosis()
+
+
+class _Search:
+    """One diagnosis under way."""
+
+    def __init__(self, checkpoint: Checkpoint, theirs: Bundle, work: Work) -> None:
+        self.checkpoint, self.theirs, self.work = checkpoint, theirs, work
+        self.known = {mistake.text: mistake for mistake in mistakes(checkpoint.config)}
+        work.expect(checkpoint.bytes * (len(self.known) + 2 + 2 * _FINALISTS))
+        self.measured = measured_rounding(checkpoint, theirs, [theirs.dtype], work)
+        self.tolerances = Tolerances(self.measured, theirs.dtype, theirs.dtype)
+        self.stored = {stage: (theirs.stored_dtype(stage),) for stage in theirs.stages}
+        self.tried = 0
+        self.notes: list[str] = []
+
+    def diagnosis(self) -> Diagnosis:
+        comparison = self._comparison()
+        none = self._hypothesis(())
+        singles = [self._hypothesis((text,)) for text in self.known]
+        same = [h for h in singles if (h.residual, h.stage, h.excess) == (none.residual, none.stage, none.excess)]
+        ranking = sorted((h for h in singles if h not in same), key=_rank)
+        if comparison.within:
+            # Nothing is wrong; but what rounding there is may be a mistake's to the last bits.
+            fitting = [h for h in ranking if self._named_for_its_rounding(h, none)]
+        else:
+            fitting = self._fitting(ranking, none)
+            if not fitting:
+                pairs = self._pairs(ranking)
+                fitting = self._fitting(sorted(pairs, key=_rank), none)
+                ranking += pairs
+        verdict = "mistake" if fitting else "rounding only" if comparison.within else "none of these"
+        ranking = sorted((h for h in [none, *ranking] if h not in fitting), key=_rank)
+        first = comparison.first_beyond
+        return Diagnosis(
+            bundle=self.theirs.path,
+            dtype=self.theirs.dtype,
+            verdict=verdict,
+            found=fitting[0].mistakes if fitting else (),
+            alike=[h.mistakes for h in fitting[1:] if h.excess <= max(2 * fitting[0].excess, 0.02)],
+            ranking=fitting + ranking,
+            comparison=comparison,
+            first_divergence=first.stage if first else None,
+            invisible=[h.text for h in same],
+            tried=self.tried,
+            notes=comparison.notes + self.notes,
+        )
+
+    def _comparison(self) -> Comparison:
+        with temporary_record(self._port((), "float64"), self.theirs.stages, self.work) as truth:
+            return compare_bundles(
+                truth, self.theirs, self.measured, name=f"{self.checkpoint.folder} in float64"
+            )
+
+    def _port(self, texts: Sequence[str], dtype: str | None = None) -> Port:
+        """The reference with these mistakes; dtype: other than theirs."""
+        port = reference(self.checkpoint, self.theirs.dtype, self.theirs)
+        port.progress = self.work.did
+        port.stepwise = False  # one pass computes the same as the steps do, sooner
+        for text in texts:
+            self.known[text].make(port)
+        if dtype is not None:
+            port.dtype = DTYPES[dtype]
+        return port
+
+    def _hypothesis(self, texts: tuple[str, ...]) -> Hypothesis:
+        self.tried += 1
+        measure = held_against(self._port(texts), self.theirs, self.theirs.stages)
+        results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in measure.stages]
+        worst = max(results, key=lambda result: result.excess)
+        return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess)
+
+    def _named_for_its_rounding(self, hypothesis: Hypothesis, none: Hypothesis) -> bool:
+        half = self.theirs.dtype in ("bfloat16", "float16")
+        if half and any(self.known[text].usual_in_half for text in hypothesis.mistakes):
+            return False
+        return hypothesis.excess < _EXACT and hypothesis.excess * MARGIN < none.excess
+
+    def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
+        """Of the best, those with which the port agrees to rounding, their own or the reference's."""
+        better = [h for h in ranking[:_FINALISTS] if h.excess * MARGIN < none.excess]
+        return [h for h in better if h.excess <= 1 or self._within_its_own_rounding(h)]
+
+    def _within_its_own_rounding(self, hypothesis: Hypothesis) -> bool:
+        """A mistake may make a model that rounds more, as attention without 1/√K does."""
+        port = self._port(hypothesis.mistakes)
+        dtype = _NAMES[port.dtype]
+        with temporary_record(self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work) as truth:
+            measure = held_against(port, truth, truth.stages)
+            measured = {dtype: {stage: measure.rounding(stage) for stage in measure.stages}}
+            judged = measure_bundles(truth, self.theirs, truth.stages)
+        tolerances = Tolerances(measured, "float64", dtype)
+        results = [judged.result(s, tolerances.of(s, self.stored[s])) for s in judged.stages]
+        # A model that is nothing but noise would fit everything.
+        return all(result.within and result.tolerance < _NOISE for result in results)
+
+    def _pairs(self, singles: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """All pairs, or as many as are worth it: the likeliest first, until one fits."""
+        visible = [h.mistakes[0] for h in singles]
+        pairs = sorted(itertools.combinations(range(len(visible)), 2), key=sum)
+        likely = [pair for pair in pairs if pair[0] < _LIKELY]
+        chosen = likely + [pair for pair in pairs if pair[0] >= _LIKELY]
+        costs = [self._cost((visible[i], visible[j])) for i, j in chosen]
+        totals = itertools.accumulate(costs)
+        count = max(len(likely), sum(total <= _PAIR_CALLS for total in totals))
+        self.work.expect(self.checkpoint.bytes * count)
+        found: list[Hypothesis] = []
+        for i, j in chosen[:count]:
+            found.append(self._hypothesis((visible[i], visible[j])))
+            if found[-1].excess < _SURE:
+                break
+        else:
+            if count < len(chosen):
+                self.notes.append(
+                    f"{len(chosen) - count:,} of {len(chosen):,} pairs of mistakes were not tried, to save time: "
+                    "a shorter prompt has room for all"
+                )
+        return found
+
+    def _cost(self, texts: tuple[str, ...]) -> float:
+        """Of a run, in calls of a small model."""
+        port, config = self._port(texts), self.checkpoint.config
+        B, T = self.theirs.input_ids.shape
+        steps = 1 if port.cached and not port.stepwise else 1 + T - port.prefill_length
+        attended = 4 * config.num_hidden_layers * config.hidden_size * B * T * T
+        operations = self.checkpoint.bytes * B * T + attended  # 2 for each weight, which has 2 bytes
+        return max(steps, operations / _CALL_OPERATIONS * (steps if not port.cached else 1))
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _rank(hypothesis: Hypothesis) -> tuple[float, float]:
+    return hypothesis.excess, hypothesis.residual
+
+
+def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
+    """For a bundle with NaN or infinities: float16 overflow, or ValueError."""
+    stages = list(stage_shapes(checkpoint.config))
+    largest: dict[str, float] = {}
+    broken: list[str] = []
+
+    def keep_largest(stage: str, value: Tensor, start: int) -> None:
+        real = theirs.real[:, start : start + value.shape[1]]
+        largest[stage] = max(largest.get(stage, 0.0), float(value[real].abs().max()))
+
+    def keep_broken(stage: str, value: Tensor, start: int) -> None:
+        real = theirs.real[:, start : start + value.shape[1]]
+        if not bool(value[real].isfinite().all()):
+            broken.append(stage)
+
+    work.expect(checkpoint.bytes * 4)
+    for dtype, keep in (("float64", keep_largest), ("float16", keep_broken)):
+        port = reference(checkpoint, dtype, theirs)
+        port.stepwise, port.progress = False, work.did
+        port.run(keep, stages)
+    limit = torch.finfo(torch.float16).max
+    beyond = [stage for stage in stages if largest[stage] > limit]
+    if not broken and not beyond:
+        theirs.require_finite()
+    port = reference(checkpoint, "float16", theirs)
+    port.stepwise, port.progress = False, work.did
+    measure = held_against(port, theirs, theirs.stages)
+    tolerances = Tolerances({}, "float16", "float16")
+    results = [measure.result(s, tolerances.of(s)) for s in measure.stages]
+    worst = max(results, key=lambda result: result.excess)
+    overflow = Hypothesis(("float16 overflow",), worst.relative_rms, worst.stage, worst.excess)
+    stage, row, position = theirs.first_not_finite()
+    notes = [f"NaN or infinite first at {stage}, row {row}, position {position}"]
+    if beyond:
+        notes.append(
+            f"{beyond[0]} reaches {largest[beyond[0]]:,.0f} in float64, and float16 ends at {limit:,.0f}: "
+            f"compute {meaning(beyond[0])} in bfloat16 or float32"
+        )
+    if broken:
+        notes.append(f"the reference in float16 is NaN or infinite first at {broken[0]}")
+    none = Hypothesis((), math.inf, stage, math.inf)
+    return Diagnosis(
+        theirs.path, theirs.dtype, "mistake", overflow.mistakes, [], [overflow, none], None, stage, [], 2, notes
+    )

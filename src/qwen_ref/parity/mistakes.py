@@ -1,0 +1,447 @@
+"""What ports of Qwen get wrong: each mistake as a change to a Port, none of them in model.py.
+
+A function here takes a Port that is right and makes its mistake in it. They are independent, so that two can
+be made in one port.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ref.config import QwenConfig
+from qwen_ref.parity.stages import Port
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake: what it is, in words, and how it is made in a right port."""
+
+    text: str
+    make: Callable[[Port], None]
+    # Usual in ports that compute in half precision: there a matter of rounding, and no mistake.
+    usual_in_half: bool = False
+
+
+def mistakes(config: QwenConfig) -> list[Mistake]:
+    """Every known mistake that can be made with a model."""
+    bases = [base for base in (1e4, 1e5, 5e5, 1e6, 1e7) if base != config.rotary_emb_base]
+    epsilons = [eps for eps in (1e-5, 1e-6, 1e-8, 1e-3) if eps != config.layer_norm_epsilon]
+    return [
+        Mistake("interleaved RoPE: neighbours (2i, 2i + 1) turned together, not halves", _interleaved),
+        *(Mistake(f"RoPE base {base:g} for {config.rotary_emb_base:g}", rope_base(base)) for base in bases),
+        Mistake("RoPE positions counted from 1", _positions_from_1),
+        Mistake("RoPE positions of decoded tokens one too high", _decoded_position(1)),
+        Mistake("RoPE positions of decoded tokens one too low", _decoded_position(-1)),
+        Mistake("queries rotated one position ahead of keys", _query_position),
+        Mistake("RoPE in bfloat16: positions, frequencies and angles", _bfloat16_angles),
+        Mistake("RoPE in bfloat16: the inverse frequencies", _bfloat16_frequencies),
+        Mistake("RoPE in bfloat16: cosines and sines", _bfloat16_tables, usual_in_half=True),
+        Mistake("RoPE in float16: cosines and sines", _float16_tables, usual_in_half=True),
+        Mistake("no RoPE", _no_rope),
+        Mistake("gate and up swapped", _renamed({"gate": "up", "up": "gate"})),
+        Mistake("bias of q, k and v missing", _no_bias),
+        *(
+            Mistake(f"q, k, v taken from the thirds of c_attn in the order {order}", _qkv_order(order))
+            for order in ("kqv", "vkq", "qvk", "kvq", "vqk")
+        ),
+        Mistake("rows of c_attn read head by head: q, k and v of head 0, then of head 1, …", _qkv_by_head),
+        Mistake("rows of c_attn stored head by head, but read as [q; k; v]", _qkv_to_heads),
+        *(
+            Mistake(f"layer_norm_epsilon {eps:g} for {config.layer_norm_epsilon:g}", norm_epsilon(eps))
+            for eps in epsilons
+        ),
+        Mistake("norm weight applied before the cast to the model's dtype", _weight_before_cast),
+        Mistake("norm computed in the model's dtype", _narrow_norm),
+        Mistake("no final norm", _no_final_norm),
+        Mistake("ln_1 and ln_2 swapped", _renamed({"attn_norm": "mlp_norm", "mlp_norm": "attn_norm"})),
+        Mistake("no LogN", _no_logn),
+        Mistake("LogN on keys instead of queries", _logn_on_keys(queries=False)),
+        Mistake("LogN on keys and queries", _logn_on_keys(queries=True)),
+        Mistake("LogN: log10 of the position over the natural logarithm of the length", _logn_ratio(_LOG10)),
+        Mistake("LogN: natural logarithm of the position over log10 of the length", _logn_ratio(1 / _LOG10)),
+        Mistake("LogN off by one: log(p) for 0-based positions p", _logn_shifted(-1)),
+        Mistake("LogN off by one: log(p + 2) for 0-based positions p", _logn_shifted(1)),
+        Mistake("NTK off: α stays 1", _ntk_off),
+        Mistake("NTK with floor for ceil", _ntk_floor),
+        Mistake("NTK's α recomputed at every decode step, older keys as they were", _alpha_every_step),
+        Mistake("NTK's α recomputed at every decode step, all keys with it", _uncached),
+        Mistake("no 1/√K in the scores", _score_scale(lambda config: 1.0)),
+        Mistake("scores scaled by 1/√D, not 1/√K", _score_scale(lambda config: config.hidden_size**-0.5)),
+        Mistake("attention not causal", _not_causal),
+        Mistake("padding not masked", _padding_seen),
+        Mistake("attention_mask ignored: padding seen and counted", _mask_ignored),
+        Mistake("positions count the padding, as the published code's batches do", _padding_counted),
+        Mistake("head tied: logits with the embedding's matrix", _renamed({"lm_head": "embed"})),
+        Mistake("embedding tied: ids looked up in the head's matrix", _renamed({"embed": "lm_head"})),
+        Mistake("c_attn transposed: each of its three squares", _transposed("qkv", 3)),
+        Mistake("c_attn transposed: its buffer read as (D, 3D)", _conv1d),
+        Mistake("attention's c_proj transposed", _transposed("out", 1)),
+        Mistake("GELU for SiLU", _activation(F.gelu)),
+        Mistake("GELU (tanh) for SiLU", _activation(lambda x: F.gelu(x, approximate="tanh"))),
+        Mistake("ReLU for SiLU", _activation(F.relu)),
+        Mistake("last layer dropped", _layer_dropped(last=True)),
+        Mistake("first layer dropped", _layer_dropped(last=False)),
+        Mistake("computed in float16", _float16(saturates=False)),
+        Mistake("float16 overflow, clamped to 65504", _float16(saturates=True)),
+    ]
+
+
+# Rotation
+
+
+def _interleaved(port: Port) -> None:
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        cos, sin = (table[..., :half].repeat_interleave(2, dim=-1) for table in (cos, sin))
+        wide = x.to(cos.dtype)
+        turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
+        return (wide * cos + turned * sin).to(x.dtype)
+
+    port.rotate = rotate
+
+
+def _no_rope(port: Port) -> None:
+    port.rotate = lambda x, cos, sin: x
+
+
+def rope_base(base: float) -> Callable[[Port], None]:
+    """The mistake of another rotary_emb_base."""
+
+    def make(port: Port) -> None:
+        port.config = replace(port.config, rotary_emb_base=base)
+
+    return make
+
+
+def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> None:
+    """Positions are what `move` makes of them, in the rotation and in LogN."""
+    tables, scale = port.rotation_tables, port.logn_scale
+    port.rotation_tables = lambda positions, frequencies: tables(move(positions), frequencies)
+    if logn:
+        port.logn_scale = lambda positions, *args: scale(move(positions), *args)
+
+
+def _positions_from_1(port: Port) -> None:
+    _moved(port, lambda positions: positions + 1)
+
+
+def _decoded_position(by: int) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        port.stepwise = True  # a call that does not begin at the first token is a step
+        _moved(port, lambda positions: positions + by * (positions[:, :1] > 0), logn=False)
+
+    return make
+
+
+def _query_position(port: Port) -> None:
+    tables, rotate = port.rotation_tables, port.rotate
+    ahead: Sequence[Tensor] = ()
+    calls = 0
+
+    def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal ahead, calls
+        ahead, calls = tuple(tables(positions + 1, frequencies)), 0
+        return tables(positions, frequencies)
+
+    def rotate_query(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1  # of each layer the query comes first, then the key
+        return rotate(x, *(ahead if calls % 2 else (cos, sin)))
+
+    port.rotation_tables, port.rotate = both, rotate_query
+
+
+def _bfloat16_angles(port: Port) -> None:
+    tables = port.rotation_tables
+
+    def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        # bfloat16 as the dtype of both makes their product one, too; so are cosines and sines.
+        cos, sin = tables(positions.bfloat16(), frequencies.bfloat16())
+        return cos.to(frequencies.dtype), sin.to(frequencies.dtype)
+
+    port.rotation_tables = narrow
+
+
+def _bfloat16_frequencies(port: Port) -> None:
+    tables = port.rotation_tables
+    port.rotation_tables = lambda positions, frequencies: tables(
+        positions, frequencies.bfloat16().to(frequencies.dtype)
+    )
+
+
+def _narrow_tables(port: Port, dtype: torch.dtype) -> None:
+    tables = port.rotation_tables
+
+    def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, ...]:
+        return tuple(table.to(dtype).to(table.dtype) for table in tables(positions, frequencies))
+
+    port.rotation_tables = narrow
+
+
+def _bfloat16_tables(port: Port) -> None:
+    _narrow_tables(port, torch.bfloat16)
+
+
+def _float16_tables(port: Port) -> None:
+    _narrow_tables(port, torch.float16)
+
+
+# Weights
+
+
+def _renamed(names: dict[str, str]) -> Callable[[Port], None]:
+    """A weight is read where another should be: parts of names, and what stands in their place."""
+
+    def make(port: Port) -> None:
+        weight = port.weight
+
+        def read(name: str) -> Tensor:
+            return weight(".".join(names.get(part, part) for part in name.split(".")))
+
+        port.weight = read
+
+    return make
+
+
+def _changed(port: Port, ending: str, change: Callable[[Tensor], Tensor]) -> None:
+    """The weights whose names end so are changed."""
+    weight = port.weight
+    port.weight = lambda name: change(weight(name)) if name.endswith(ending) else weight(name)
+
+
+def _no_bias(port: Port) -> None:
+    _changed(port, "qkv.bias", torch.zeros_like)
+
+
+def _qkv_order(order: str) -> Callable[[Port], None]:
+    def reorder(weight: Tensor) -> Tensor:
+        thirds = dict(zip("qkv", weight.chunk(3), strict=True))
+        return torch.cat([thirds[part] for part in order])
+
+    def make(port: Port) -> None:
+        _changed(port, "qkv.weight", reorder)
+        _changed(port, "qkv.bias", reorder)
+
+    return make
+
+
+def _rows_regrouped(port: Port, shape: Sequence[int]) -> None:
+    def regroup(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, shape).transpose(0, 1).reshape(weight.shape)
+
+    _changed(port, "qkv.weight", regroup)
+    _changed(port, "qkv.bias", regroup)
+
+
+def _qkv_by_head(port: Port) -> None:
+    _rows_regrouped(port, (port.config.num_attention_heads, 3, port.config.kv_channels))
+
+
+def _qkv_to_heads(port: Port) -> None:
+    _rows_regrouped(port, (3, port.config.num_attention_heads, port.config.kv_channels))
+
+
+def _transposed(matrix: str, squares: int) -> Callable[[Port], None]:
+    def transpose(weight: Tensor) -> Tensor:
+        return torch.cat([square.t() for square in weight.chunk(squares)])
+
+    return lambda port: _changed(port, f"{matrix}.weight", transpose)
+
+
+def _conv1d(port: Port) -> None:
+    _changed(port, "qkv.weight", lambda weight: weight.reshape(weight.shape[1], -1).t())
+
+
+def _layer_dropped(last: bool) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        layers = port.config.num_hidden_layers
+        if layers == 1:
+            return
+        port.config = replace(port.config, num_hidden_layers=layers - 1)
+        weight = port.weight
+
+        def read(name: str) -> Tensor:
+            head, _, rest = name.partition(".")
+            if head == "blocks" and not last:
+                number, _, rest = rest.partition(".")
+                name = f"blocks.{int(number) + 1}.{rest}"
+            return weight(name)
+
+        port.weight = read
+
+    return make
+
+
+# Norms
+
+
+def norm_epsilon(eps: float) -> Callable[[Port], None]:
+    """The mistake of another layer_norm_epsilon."""
+
+    def make(port: Port) -> None:
+        port.config = replace(port.config, layer_norm_epsilon=eps)
+
+    return make
+
+
+def _weight_before_cast(port: Port) -> None:
+    def normalise(norm: Any, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+        return (normed * norm.weight.to(wide.dtype)).to(x.dtype)
+
+    port.normalise = normalise
+
+
+def _narrow_norm(port: Port) -> None:
+    def normalise(norm: Any, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+    port.normalise = normalise
+
+
+def _no_final_norm(port: Port) -> None:
+    normalise = port.normalise
+
+    def all_but_last(norm: nn.Module, x: Tensor) -> Tensor:
+        return x if norm.qualified_name == "norm" else normalise(norm, x)
+
+    port.normalise = all_but_last
+
+
+# LogN and NTK
+
+_LOG10 = 1 / math.log(10)
+
+
+def _no_logn(port: Port) -> None:
+    port.config = replace(port.config, use_logn_attn=False)
+
+
+def _logn_on_keys(queries: bool) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        scale, attend = port.logn_scale, port.scaled_dot_product_attention
+
+        def attend_scaled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            if port.config.use_logn_attn:
+                positions = (torch.arange(k.shape[2]) - port.padding[:, None]).clamp(min=0)  # (B, S)
+                k = k * scale(positions, port.config.seq_length, k.dtype)[:, None, :, None]
+            return attend(q, k, v, **options)
+
+        port.scaled_dot_product_attention = attend_scaled
+        if not queries:
+            port.logn_scale = lambda positions, seq_length, dtype: torch.ones_like(positions, dtype=dtype)
+
+    return make
+
+
+def _logn_ratio(factor: float) -> Callable[[Port], None]:
+    """Two kinds of logarithm in one ratio: LogN's factor is off by the ratio of the kinds."""
+
+    def make(port: Port) -> None:
+        scale = port.logn_scale
+
+        def mixed(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
+            right = scale(positions, seq_length, torch.float64)
+            return torch.where(positions + 1 > seq_length, right * factor, 1.0).to(dtype)
+
+        port.logn_scale = mixed
+
+    return make
+
+
+def _logn_shifted(by: int) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        scale = port.logn_scale
+        port.logn_scale = lambda positions, *args: scale(positions + by, *args)
+
+    return make
+
+
+def _ntk_off(port: Port) -> None:
+    port.config = replace(port.config, use_dynamic_ntk=False)
+
+
+def _ntk_floor(port: Port) -> None:
+    port.ntk_alpha = lambda length, seq_length: max(2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1)
+
+
+def _alpha_every_step(port: Port) -> None:
+    if not port.config.use_dynamic_ntk:
+        return
+    port.stepwise = True
+    tables, frequencies_of = port.rotation_tables, port.rotary_frequencies
+
+    def recomputed(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = (positions[:, -1] + 1).tolist()
+        return tables(positions, frequencies_of(port.config, lengths, frequencies.dtype))
+
+    port.rotation_tables = recomputed
+
+
+def _uncached(port: Port) -> None:
+    if port.config.use_dynamic_ntk:  # without it, the same numbers at a greater cost
+        port.cached = False
+
+
+# Attention, activation
+
+
+def _score_scale(scale: Callable[[QwenConfig], float]) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        attend = port.scaled_dot_product_attention
+        wanted = scale(port.config)
+        port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | {"scale": wanted})
+
+    return make
+
+
+def _not_causal(port: Port) -> None:
+    port.stepwise = True  # in a step the new token sees all keys anyway
+    attend = port.scaled_dot_product_attention
+    port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | {"is_causal": False})
+
+    def all_seen(T: int, S: int, padding: Tensor | None, device: torch.device) -> Tensor:
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool)
+        return mask if padding is None else mask & (torch.arange(S) >= padding[:, None, None, None])
+
+    port.causal_mask = all_seen
+
+
+def _padding_seen(port: Port) -> None:
+    mask = port.causal_mask
+    port.causal_mask = lambda T, S, padding, device: mask(T, S, None, device)
+
+
+def _mask_ignored(port: Port) -> None:
+    port.mask = None
+
+
+def _padding_counted(port: Port) -> None:
+    padding, longest = port.padding, port.prefill_length
+    frequencies = port.rotary_frequencies
+    port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
+        config, [longest] * len(lengths), dtype
+    )
+    _moved(port, lambda positions: positions + padding[:, None] if padding.any() else positions)
+
+
+def _activation(function: Callable[[Tensor], Tensor]) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        port.silu = function
+
+    return make
+
+
+def _float16(saturates: bool) -> Callable[[Port], None]:
+    def make(port: Port) -> None:
+        port.dtype, port.saturates = torch.float16, saturates
+
+    return make
