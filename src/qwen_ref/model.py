@@ -104,7 +104,7 @@ def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype:
 
 
 def rotation_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · frequency, for both halves of a head: (B, T), (B, K/2) → (B, T, 1, K) each."""
+    """cos and sin of position · frequency for both halves of a head: (B, T), (B, K/2) → (B, T, 1, K) each."""
     angles = positions[:, :, None] * frequencies[:, None]  # (B, T, K/2)
     angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (B, T, 1, K)
     return angles.cos(), angles.sin()

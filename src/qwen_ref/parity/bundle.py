@@ -334,7 +334,7 @@ def _metadata_rounding(metadata: dict[str, str]) -> dict[str, dict[str, tuple[fl
     rounding: dict[str, dict[str, tuple[float, float]]] = {}
     for dtype, stages in _metadata_json(metadata, "rounding").items():
         if dtype not in DTYPES or not isinstance(stages, dict):
-            raise ValueError('metadata\'s rounding must be {dtype: {stage: [all, worst position]}}')
+            raise ValueError("metadata's rounding must be {dtype: {stage: [all, worst position]}}")
         rounding[dtype] = {}
         for stage, pair in stages.items():
             numbers = isinstance(pair, list) and len(pair) == 2
@@ -412,7 +412,7 @@ class BundleWriter:
         metadata: dict[str, str],
         room: int = 0,
     ) -> None:
-        """kinds: dtype and shape of every tensor. room: for what `describe` adds to the metadata, in bytes."""
+        """kinds: dtype and shape of every tensor. room: bytes for what `describe` adds to the metadata."""
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         self.metadata, self.entries, end = metadata, {}, 0

@@ -27,7 +27,7 @@ _CHUNK = 2**22  # numbers that are widened to float64 at once
 
 
 class Rounding(NamedTuple):
-    """Relative RMS error of a stage: √(Σ Δ² / Σ truth²) over all positions, and the largest of one position."""
+    """Relative RMS error of a stage, √(Σ Δ² / Σ truth²): over all positions, and the largest of one."""
 
     all: float
     worst: float
@@ -206,7 +206,7 @@ class WorstPosition:
 
 @dataclass(frozen=True)
 class LogitsResult:
-    """What the difference means for the text. KL is that of the judged distribution from the truth's, in nats."""
+    """What the difference means for the text. KL: of the judged distribution from the truth's, in nats."""
 
     positions: int
     kl_mean: float
@@ -313,7 +313,9 @@ class Tolerances:
         dtypes = " and ".join(sorted({*self.dtypes} - {"float64"})) or "float64"
         how = f"{FACTOR:g} × this implementation's own error in {dtypes}, measured against float64"
         if self.estimated:
-            how += f"; {' and '.join(self.estimated)} was not measured but estimated (--model DIR measures it)"
+            how += (
+                f"; {' and '.join(self.estimated)} was not measured but estimated (--model DIR measures it)"
+            )
         return how
 
     def rounding(self, dtype: str, stage: str) -> Rounding:
@@ -376,7 +378,7 @@ def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured, name: str
         Tolerances(measured, truth.dtype, judged.dtype),
         names=(name or truth.path, judged.path),
         stored={stage: (truth.stored_dtype(stage), judged.stored_dtype(stage)) for stage in common},
-        notes=list(_notes(truth, judged)),
+        notes=list(_notes(truth, judged, named=name is None)),
     )
 
 
@@ -418,15 +420,15 @@ def require_same_weights(name: str, checksum: str | None, judged: Bundle) -> Non
         )
 
 
-def _notes(truth: Bundle, judged: Bundle) -> Iterator[str]:
-    for bundle in (truth, judged):
+def _notes(truth: Bundle, judged: Bundle, named: bool) -> Iterator[str]:
+    for bundle in (truth, judged) if named else (judged,):
         if bundle.weights_sha256 is None:
-            yield f"{bundle.path} has no weights_sha256: whether the weights are the same was not checked"
-    for name in truth.config.keys() & judged.config.keys():
-        if truth.config[name] != judged.config[name]:
-            yield f"{name} is {truth.config[name]} in {truth.path}, {judged.config[name]} in {judged.path}"
-    only = sorted(set(truth.stages) ^ set(judged.stages))
-    if only:
-        yield f"not compared, since only one side has it: {', '.join(only[:3])}" + (
-            f" and {len(only) - 3} more" if len(only) > 3 else ""
-        )
+            yield f"{bundle.path} has no weights_sha256: whether its weights are the same was not checked"
+    for key in sorted(truth.config.keys() & judged.config.keys()):
+        if truth.config[key] != judged.config[key]:
+            yield f"{key} is {truth.config[key]} in the truth, {judged.config[key]} in {judged.path}"
+    for bundle, other in ((truth, judged), (judged, truth)):
+        only = [stage for stage in bundle.stages if stage not in set(other.stages)]
+        if only:
+            rest = f" and {len(only) - 3} more" if len(only) > 3 else ""
+            yield f"only {bundle.path} has {', '.join(only[:3])}{rest}: not compared"

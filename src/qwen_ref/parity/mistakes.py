@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from qwen_ref.config import QwenConfig
 from qwen_ref.parity.stages import Port
 
+Make = Callable[[Port], None]
+
 
 @dataclass(frozen=True)
 class Mistake:
     """One mistake: what it is, in words, and how it is made in a right port."""
 
     text: str
-    make: Callable[[Port], None]
+    make: Make
     # Usual in ports that compute in half precision: there a matter of rounding, and no mistake.
     usual_in_half: bool = False
 
@@ -111,7 +113,7 @@ def _no_rope(port: Port) -> None:
     port.rotate = lambda x, cos, sin: x
 
 
-def rope_base(base: float) -> Callable[[Port], None]:
+def rope_base(base: float) -> Make:
     """The mistake of another rotary_emb_base."""
 
     def make(port: Port) -> None:
@@ -132,7 +134,7 @@ def _positions_from_1(port: Port) -> None:
     _moved(port, lambda positions: positions + 1)
 
 
-def _decoded_position(by: int) -> Callable[[Port], None]:
+def _decoded_position(by: int) -> Make:
     def make(port: Port) -> None:
         port.stepwise = True  # a call that does not begin at the first token is a step
         _moved(port, lambda positions: positions + by * (positions[:, :1] > 0), logn=False)
@@ -196,7 +198,7 @@ def _float16_tables(port: Port) -> None:
 # Weights
 
 
-def _renamed(names: dict[str, str]) -> Callable[[Port], None]:
+def _renamed(names: dict[str, str]) -> Make:
     """A weight is read where another should be: parts of names, and what stands in their place."""
 
     def make(port: Port) -> None:
@@ -220,7 +222,7 @@ def _no_bias(port: Port) -> None:
     _changed(port, "qkv.bias", torch.zeros_like)
 
 
-def _qkv_order(order: str) -> Callable[[Port], None]:
+def _qkv_order(order: str) -> Make:
     def reorder(weight: Tensor) -> Tensor:
         thirds = dict(zip("qkv", weight.chunk(3), strict=True))
         return torch.cat([thirds[part] for part in order])
@@ -248,7 +250,7 @@ def _qkv_to_heads(port: Port) -> None:
     _rows_regrouped(port, (3, port.config.num_attention_heads, port.config.kv_channels))
 
 
-def _transposed(matrix: str, squares: int) -> Callable[[Port], None]:
+def _transposed(matrix: str, squares: int) -> Make:
     def transpose(weight: Tensor) -> Tensor:
         return torch.cat([square.t() for square in weight.chunk(squares)])
 
@@ -259,7 +261,7 @@ def _conv1d(port: Port) -> None:
     _changed(port, "qkv.weight", lambda weight: weight.reshape(weight.shape[1], -1).t())
 
 
-def _layer_dropped(last: bool) -> Callable[[Port], None]:
+def _layer_dropped(last: bool) -> Make:
     def make(port: Port) -> None:
         layers = port.config.num_hidden_layers
         if layers == 1:
@@ -282,7 +284,7 @@ def _layer_dropped(last: bool) -> Callable[[Port], None]:
 # Norms
 
 
-def norm_epsilon(eps: float) -> Callable[[Port], None]:
+def norm_epsilon(eps: float) -> Make:
     """The mistake of another layer_norm_epsilon."""
 
     def make(port: Port) -> None:
@@ -325,7 +327,7 @@ def _no_logn(port: Port) -> None:
     port.config = replace(port.config, use_logn_attn=False)
 
 
-def _logn_on_keys(queries: bool) -> Callable[[Port], None]:
+def _logn_on_keys(queries: bool) -> Make:
     def make(port: Port) -> None:
         scale, attend = port.logn_scale, port.scaled_dot_product_attention
 
@@ -342,7 +344,7 @@ def _logn_on_keys(queries: bool) -> Callable[[Port], None]:
     return make
 
 
-def _logn_ratio(factor: float) -> Callable[[Port], None]:
+def _logn_ratio(factor: float) -> Make:
     """Two kinds of logarithm in one ratio: LogN's factor is off by the ratio of the kinds."""
 
     def make(port: Port) -> None:
@@ -357,7 +359,7 @@ def _logn_ratio(factor: float) -> Callable[[Port], None]:
     return make
 
 
-def _logn_shifted(by: int) -> Callable[[Port], None]:
+def _logn_shifted(by: int) -> Make:
     def make(port: Port) -> None:
         scale = port.logn_scale
         port.logn_scale = lambda positions, *args: scale(positions + by, *args)
@@ -370,7 +372,9 @@ def _ntk_off(port: Port) -> None:
 
 
 def _ntk_floor(port: Port) -> None:
-    port.ntk_alpha = lambda length, seq_length: max(2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1)
+    port.ntk_alpha = lambda length, seq_length: max(
+        2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1
+    )
 
 
 def _alpha_every_step(port: Port) -> None:
@@ -394,11 +398,13 @@ def _uncached(port: Port) -> None:
 # Attention, activation
 
 
-def _score_scale(scale: Callable[[QwenConfig], float]) -> Callable[[Port], None]:
+def _score_scale(scale: Callable[[QwenConfig], float]) -> Make:
     def make(port: Port) -> None:
         attend = port.scaled_dot_product_attention
         wanted = scale(port.config)
-        port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | {"scale": wanted})
+        port.scaled_dot_product_attention = lambda *args, **options: attend(
+            *args, **options | {"scale": wanted}
+        )
 
     return make
 
@@ -406,7 +412,9 @@ def _score_scale(scale: Callable[[QwenConfig], float]) -> Callable[[Port], None]
 def _not_causal(port: Port) -> None:
     port.stepwise = True  # in a step the new token sees all keys anyway
     attend = port.scaled_dot_product_attention
-    port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | {"is_causal": False})
+    port.scaled_dot_product_attention = lambda *args, **options: attend(
+        *args, **options | {"is_causal": False}
+    )
 
     def all_seen(T: int, S: int, padding: Tensor | None, device: torch.device) -> Tensor:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool)
@@ -433,14 +441,14 @@ def _padding_counted(port: Port) -> None:
     _moved(port, lambda positions: positions + padding[:, None] if padding.any() else positions)
 
 
-def _activation(function: Callable[[Tensor], Tensor]) -> Callable[[Port], None]:
+def _activation(function: Callable[[Tensor], Tensor]) -> Make:
     def make(port: Port) -> None:
         port.silu = function
 
     return make
 
 
-def _float16(saturates: bool) -> Callable[[Port], None]:
+def _float16(saturates: bool) -> Make:
     def make(port: Port) -> None:
         port.dtype, port.saturates = torch.float16, saturates
 

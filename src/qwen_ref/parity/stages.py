@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import qwen_ref.model
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, NoInitialisation, open_checkpoint, tensor_table
-from qwen_ref.config import QwenConfig
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)

@@ -119,7 +119,9 @@ def _recorded(
     room = 200 + dtypes * (20 + sum(len(name) + 60 for name in names))
     with BundleWriter(out, kinds, metadata, room) as writer:
         port.progress = work.did
-        ids = port.run(lambda stage, value, start: writer.write(stage, value.flatten(2), start), names, decode)
+        ids = port.run(
+            lambda stage, value, start: writer.write(stage, value.flatten(2), start), names, decode
+        )
         writer.write("input_ids", ids)
         if port.mask is not None:
             writer.write("attention_mask", torch.cat((port.mask, port.mask.new_ones(B, decode)), dim=1))

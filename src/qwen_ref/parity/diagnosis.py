@@ -1,4 +1,4 @@
-"""Which mistake a port has made: the reference is run with each known one, and held against the port's numbers.
+"""Which mistake a port has made: the reference is run with each known one and held against the port's.
 
 A run with the port's own mistake agrees with it to rounding, and the others do not. Logits alone are enough;
 more stages also say where the two part.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.parity.bundle import Bundle, meaning, stage_shapes
-from qwen_ref.parity.compare import Comparison, Tolerances, compare_bundles, measure_bundles, plain
-from qwen_ref.parity.mistakes import mistakes
-from qwen_ref.parity.record import (
+from qwen_ref.parity.compare import Comparison, Measure, Tolerances, compare_bundles, measure_bundles, plain
+from qwen_ref.parity.mistakes import Make, Mistake, mistakes, norm_epsilon, rope_base
+from qwen_ref.parity.recording import (
     Progress,
     Work,
     held_against,
@@ -34,12 +34,16 @@ from qwen_ref.parity.stages import Checkpoint, Port
 # A mistake is named only if the port is this many times nearer to it than to the reference.
 MARGIN = 3.0
 
-_EXACT = 0.1  # tolerances: much nearer than two implementations of the same in half precision usually are
+# Where all is within rounding, a mistake whose effect is as large as the rounding makes it this much nearer;
+# among right ports no mistake came nearer by more than a tenth.
+_MARGIN_WITHIN = 1.5
+
 _SURE = 0.4  # tolerances: the quarter that rounding takes of its own tolerance, and some
 _NOISE = 0.5  # the largest relative error that is still called rounding
 
 _FINALISTS = 4  # hypotheses whose own rounding is measured
 _LIKELY = 5  # mistakes that are tried together with every other in any case
+_FEW_STAGES = 8  # pairs are held against the last stage and so many of the first
 _PAIR_CALLS = 2500  # all pairs are tried while they cost no more than so many calls of a small model,
 _CALL_OPERATIONS = 2.5e8  # which are so many operations: some 10 s on two cores
 
@@ -111,19 +115,25 @@ class _Search:
         comparison = self._comparison()
         none = self._hypothesis(())
         singles = [self._hypothesis((text,)) for text in self.known]
-        same = [h for h in singles if (h.residual, h.stage, h.excess) == (none.residual, none.stage, none.excess)]
+        same = [
+            h for h in singles if (h.residual, h.stage, h.excess) == (none.residual, none.stage, none.excess)
+        ]
         ranking = sorted((h for h in singles if h not in same), key=_rank)
         if comparison.within:
-            # Nothing is wrong; but what rounding there is may be a mistake's to the last bits.
+            # Nothing may be wrong; but what difference there is may be a mistake's.
             fitting = [h for h in ranking if self._named_for_its_rounding(h, none)]
         else:
             fitting = self._fitting(ranking, none)
+            if not fitting:
+                ranking = sorted([*ranking, self._fitted_base(), self._fitted_epsilon()], key=_rank)
+                fitting = self._fitting(ranking, none)
             if not fitting:
                 pairs = self._pairs(ranking)
                 fitting = self._fitting(sorted(pairs, key=_rank), none)
                 ranking += pairs
         verdict = "mistake" if fitting else "rounding only" if comparison.within else "none of these"
-        ranking = sorted((h for h in [none, *ranking] if h not in fitting), key=_rank)
+        ranking = sorted((h for h in ranking if h not in fitting), key=_rank)
+        ranking = [none, *ranking] if verdict == "rounding only" else sorted([none, *ranking], key=_rank)
         first = comparison.first_beyond
         return Diagnosis(
             bundle=self.theirs.path,
@@ -156,9 +166,9 @@ class _Search:
             port.dtype = DTYPES[dtype]
         return port
 
-    def _hypothesis(self, texts: tuple[str, ...]) -> Hypothesis:
+    def _hypothesis(self, texts: tuple[str, ...], stages: Sequence[str] | None = None) -> Hypothesis:
         self.tried += 1
-        measure = held_against(self._port(texts), self.theirs, self.theirs.stages)
+        measure = held_against(self._port(texts), self.theirs, stages or self.theirs.stages)
         results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in measure.stages]
         worst = max(results, key=lambda result: result.excess)
         return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess)
@@ -167,7 +177,10 @@ class _Search:
         half = self.theirs.dtype in ("bfloat16", "float16")
         if half and any(self.known[text].usual_in_half for text in hypothesis.mistakes):
             return False
-        return hypothesis.excess < _EXACT and hypothesis.excess * MARGIN < none.excess
+        return (
+            hypothesis.excess * _MARGIN_WITHIN < none.excess
+            and hypothesis.residual * _MARGIN_WITHIN < none.residual
+        )
 
     def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
         """Of the best, those with which the port agrees to rounding, their own or the reference's."""
@@ -178,7 +191,9 @@ class _Search:
         """A mistake may make a model that rounds more, as attention without 1/√K does."""
         port = self._port(hypothesis.mistakes)
         dtype = _NAMES[port.dtype]
-        with temporary_record(self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work) as truth:
+        with temporary_record(
+            self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
+        ) as truth:
             measure = held_against(port, truth, truth.stages)
             measured = {dtype: {stage: measure.rounding(stage) for stage in measure.stages}}
             judged = measure_bundles(truth, self.theirs, truth.stages)
@@ -186,6 +201,69 @@ class _Search:
         results = [judged.result(s, tolerances.of(s, self.stored[s])) for s in judged.stages]
         # A model that is nothing but noise would fit everything.
         return all(result.within and result.tolerance < _NOISE for result in results)
+
+    def _fitted_base(self) -> Hypothesis:
+        """The RoPE base that comes nearest. A few positions turn little: they lead to the many."""
+        T = self.theirs.input_ids.shape[1]
+        lengths = [2**power for power in range(2, T.bit_length()) if 2**power < T]
+        found, step = self._nearest(rope_base, 5.5, 3.5 / 28, 57, lengths[0] if lengths else T)
+        for length in [*lengths[1:], T]:
+            found, step = self._nearest(rope_base, found, step / 2, 9, length)
+        for _ in range(3):
+            found, step = self._nearest(rope_base, found, step / 4, 9, T)
+        return self._rounded(
+            rope_base, "RoPE base {} for {:g}", self.checkpoint.config.rotary_emb_base, found
+        )
+
+    def _fitted_epsilon(self) -> Hypothesis:
+        T = self.theirs.input_ids.shape[1]
+        found, step = self._nearest(norm_epsilon, -6.5, 0.5, 27, T)
+        for _ in range(3):
+            found, step = self._nearest(norm_epsilon, found, step / 4, 9, T)
+        eps = self.checkpoint.config.layer_norm_epsilon
+        return self._rounded(norm_epsilon, "layer_norm_epsilon {} for {:g}", eps, found)
+
+    def _nearest(
+        self, mistake: Callable[[float], Make], middle: float, step: float, points: int, length: int
+    ) -> tuple[float, float]:
+        """Of so many powers of ten, so far apart, the one that is nearest over the first positions."""
+        exponents = [middle + (i - points // 2) * step for i in range(points)]
+        return min(exponents, key=lambda x: self._error(mistake(10**x), length)), step
+
+    def _error(self, make: Make, length: int) -> float:
+        """How far a mistake leaves the port at the last stage, over the first positions of unpadded rows."""
+        rows, stage = self.theirs.real[:, 0], self.theirs.stages[-1]
+        port = Port(
+            self.checkpoint,
+            self.theirs.dtype,
+            self.theirs.input_ids[rows, :length],
+            prefill_length=min(self.theirs.prefill_length, length),
+        )
+        port.stepwise, port.progress = False, self.work.did
+        self.work.expect(self.checkpoint.bytes)
+        frequencies = port.rotary_frequencies
+        # α belongs to the whole prompt.
+        port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
+            config, [self.theirs.prefill_length] * len(lengths), dtype
+        )
+        make(port)
+        theirs = self.theirs.stage(stage)[rows, :length]
+        measure = Measure(port.ids, torch.ones_like(port.ids, dtype=torch.bool))
+        port.run(lambda name, value, start: measure.add(name, theirs, value), [stage])
+        return measure.rounding(stage).all
+
+    def _rounded(
+        self, mistake: Callable[[float], Make], text: str, right: float, exponent: float
+    ) -> Hypothesis:
+        """The number found, with no more digits than the port's numbers ask for."""
+        hypotheses: list[Hypothesis] = []
+        for digits in (1, 2, 3, 5, 9):
+            number = float(f"{10**exponent:.{digits}g}")
+            name = text.format(f"{number:.9g}", right)
+            self.known.setdefault(name, Mistake(name, mistake(number)))
+            hypotheses.append(self._hypothesis((name,)))
+        enough = 1.25 * min(h.excess for h in hypotheses)
+        return next(h for h in hypotheses if h.excess <= enough)
 
     def _pairs(self, singles: Sequence[Hypothesis]) -> list[Hypothesis]:
         """All pairs, or as many as are worth it: the likeliest first, until one fits."""
@@ -198,15 +276,17 @@ class _Search:
         count = max(len(likely), sum(total <= _PAIR_CALLS for total in totals))
         self.work.expect(self.checkpoint.bytes * count)
         found: list[Hypothesis] = []
+        few = [*self.theirs.stages[:_FEW_STAGES], self.theirs.stages[-1]]
         for i, j in chosen[:count]:
-            found.append(self._hypothesis((visible[i], visible[j])))
+            found.append(self._hypothesis((visible[i], visible[j]), few))
             if found[-1].excess < _SURE:
+                found[-1] = self._hypothesis((visible[i], visible[j]))
                 break
         else:
             if count < len(chosen):
                 self.notes.append(
-                    f"{len(chosen) - count:,} of {len(chosen):,} pairs of mistakes were not tried, to save time: "
-                    "a shorter prompt has room for all"
+                    f"{len(chosen) - count:,} of {len(chosen):,} pairs of mistakes were not tried, "
+                    "to save time: a shorter prompt has room for all"
                 )
         return found
 
@@ -269,5 +349,15 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
         notes.append(f"the reference in float16 is NaN or infinite first at {broken[0]}")
     none = Hypothesis((), math.inf, stage, math.inf)
     return Diagnosis(
-        theirs.path, theirs.dtype, "mistake", overflow.mistakes, [], [overflow, none], None, stage, [], 2, notes
+        theirs.path,
+        theirs.dtype,
+        "mistake",
+        overflow.mistakes,
+        [],
+        [overflow, none],
+        None,
+        stage,
+        [],
+        2,
+        notes,
     )

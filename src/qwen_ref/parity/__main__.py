@@ -1,0 +1,227 @@
+"""`python -m qwen_ref.parity`: record the truth, hold an implementation against it, name its mistake."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen_ref.parity.compare import Comparison
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.parity",
+        description="Where another implementation of Qwen differs from this one, and why.",
+        epilog="Exit code: 0 within tolerance, 1 beyond it, 2 for bad input.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    record = commands.add_parser(
+        "record",
+        help="what a checkpoint computes, stage by stage, into a bundle",
+        description="Record what a checkpoint computes for a prompt: by default the truth, in float64.",
+    )
+    _model(record)
+    source = record.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", type=utf8, metavar="TEXT", help='the prompt; "-" reads stdin')
+    source.add_argument(
+        "--ids", type=Path, metavar="FILE", help="token ids: numbers, or a JSON list, of lists for a batch"
+    )
+    record.add_argument(
+        "--allow-special", action="store_true", help="special tokens in --prompt count as such"
+    )
+    record.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bundle to write")
+    record.add_argument("--stages", choices=("all", "logits"), default="all", help="(default: all)")
+    record.add_argument("--dtype", choices=("auto", *_DTYPES), default="float64", help="(default: float64)")
+    record.add_argument(
+        "--decode", type=int, default=0, metavar="N", help="N greedy tokens more, one by one with the cache"
+    )
+    record.add_argument(
+        "--rounding",
+        default=",".join(_DTYPES[1:]),
+        metavar="DTYPES",
+        help="dtypes whose rounding is measured and kept with a float64 record: a pass for each "
+        "(default: %(default)s; none)",
+    )
+    record.set_defaults(run=_record)
+
+    check = commands.add_parser(
+        "check",
+        help="this implementation against a bundle",
+        description="Run this implementation on a bundle's ids and compare every stage that it holds.",
+    )
+    _model(check)
+    check.add_argument("--golden", type=Path, required=True, metavar="FILE", help="the bundle")
+    check.add_argument(
+        "--dtype",
+        choices=("auto", *_DTYPES),
+        default="auto",
+        help="(default: auto, as the weights are stored)",
+    )
+    _shown(check)
+    _plotted(check)
+    check.set_defaults(run=_check)
+
+    diff = commands.add_parser(
+        "diff",
+        help="one bundle against another",
+        description="Compare two bundles, stage by stage.",
+    )
+    diff.add_argument("truth", type=Path, metavar="A", help="the bundle that is taken for right")
+    diff.add_argument("judged", type=Path, metavar="B", help="the one that is judged by it")
+    _model(diff, "measure the rounding that neither bundle holds with this checkpoint")
+    _shown(diff)
+    _plotted(diff)
+    diff.set_defaults(run=_diff)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="which mistake a port has made",
+        description="Run the reference with each known mistake and name the one that gives a port's numbers.",
+    )
+    _model(diagnose)
+    diagnose.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="what the port computed")
+    _shown(diagnose)
+    diagnose.set_defaults(run=_diagnose)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser, what: str | None = None) -> None:
+    text = what or "a checkpoint folder (default: the tiny one that comes with the project)"
+    parser.add_argument("--model", type=Path, metavar="DIR", help=text)
+
+
+def _shown(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    parser.add_argument("--full", action="store_true", help="print every row of a long table")
+
+
+def _plotted(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw error against depth (matplotlib)")
+
+
+def _record(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.bundle import read_ids
+    from qwen_ref.parity.recording import record
+
+    folder = _folder(args)
+    rounding = [] if args.rounding == "none" else args.rounding.split(",")
+    for name in rounding:
+        if name not in _DTYPES[1:]:
+            raise ValueError(f"--rounding {name!r} is unknown; use none or some of {', '.join(_DTYPES[1:])}")
+    if not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: its folder does not exist")
+    ids, mask = read_ids(args.ids) if args.ids is not None else (_encoded(args, folder), None)
+    with Progress("recording") as progress:
+        bundle = record(
+            folder,
+            ids,
+            args.out,
+            mask=mask,
+            dtype=args.dtype,
+            stages=args.stages,
+            decode=args.decode,
+            rounding=rounding,
+            progress=progress.update,
+        )
+    rows, T = bundle.input_ids.shape
+    measured = f", with the rounding of {', '.join(bundle.rounding)}" if bundle.rounding else ""
+    say(
+        f"{args.out}: {len(bundle.stages)} stages of {rows} × {T} positions in {bundle.dtype}, "
+        f"{args.out.stat().st_size / 1e6:,.1f} MB{measured}"
+    )
+    return 0
+
+
+def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
+    import torch
+
+    from qwen_ref.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
+    ids = tokenizer.encode(
+        read_prompt(args.prompt, None), allowed_special="all" if args.allow_special else ()
+    )
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return torch.tensor([ids])
+
+
+def _check(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.recording import check
+
+    folder = _folder(args)
+    with Progress("checking") as progress:
+        comparison = check(folder, args.golden, args.dtype, progress.update)
+    return _show_comparison(comparison, args, folder)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.recording import diff
+
+    with Progress("measuring rounding") as progress:
+        comparison = diff(args.truth, args.judged, args.model, progress.update)
+    return _show_comparison(comparison, args, args.model)
+
+
+def _show_comparison(comparison: Comparison, args: argparse.Namespace, folder: Path | None) -> int:
+    from qwen_ref.parity.report import comparison_lines, plot
+
+    if args.plot is not None:
+        plot(comparison, args.plot)
+    if args.json:
+        print(json.dumps(comparison.to_json(), ensure_ascii=False))
+    else:
+        print("\n".join(comparison_lines(comparison, _decoder(folder), args.full)))
+    return 0 if comparison.within else 1
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.diagnosis import diagnose
+    from qwen_ref.parity.report import diagnosis_lines
+
+    with Progress("trying mistakes") as progress:
+        diagnosis = diagnose(_folder(args), args.bundle, progress.update)
+    if args.json:
+        print(json.dumps(diagnosis.to_json(), ensure_ascii=False))
+    else:
+        print("\n".join(diagnosis_lines(diagnosis, args.full)))
+    return 0 if diagnosis.verdict == "rounding only" else 1
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    if args.model is not None:
+        return args.model
+    say("with the tiny checkpoint that comes with the project; --model DIR takes another")
+    return bundled_checkpoint()
+
+
+def _decoder(folder: Path | None) -> Callable[[int], str] | None:
+    """A token's text, where the checkpoint has a vocabulary beside it."""
+    if folder is None or not (folder / "qwen.tiktoken").is_file():
+        return None
+    from qwen_ref.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
+    return lambda number: repr(tokenizer.decode([number])) if number < tokenizer.n_vocab else "(padding)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run), or 1 where something is beyond tolerance."""
+    parser = _parser()
+    return run(parser, lambda args: args.run(args), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
