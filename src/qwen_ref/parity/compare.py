@@ -248,7 +248,9 @@ class Comparison:
         stages = sorted(measure.stages, key=flow)
         results = [measure.result(stage, tolerances.of(stage, stored[stage])) for stage in stages]
         logits = None
-        if "logits" in stages:
+        if "logits" in stages and not math.isfinite(measure.rounding("logits").all):
+            notes = [*notes, "logits that are not finite say nothing of the text"]
+        elif "logits" in stages:
             logits = measure.logits_result(tolerances.of("logits", stored["logits"]))
         rounding = {
             dtype: {stage: pair[0] for stage, pair in found.items()}

@@ -115,9 +115,8 @@ class _Search:
         comparison = self._comparison()
         none = self._hypothesis(())
         singles = [self._hypothesis((text,)) for text in self.known]
-        same = [
-            h for h in singles if (h.residual, h.stage, h.excess) == (none.residual, none.stage, none.excess)
-        ]
+        key = (none.residual, none.stage, none.excess)
+        same = [h for h in singles if (h.residual, h.stage, h.excess) == key and math.isfinite(h.excess)]
         ranking = sorted((h for h in singles if h not in same), key=_rank)
         if comparison.within:
             # Nothing may be wrong; but what difference there is may be a mistake's.
@@ -209,11 +208,10 @@ class _Search:
         found, step = self._nearest(rope_base, 5.5, 3.5 / 28, 57, lengths[0] if lengths else T)
         for length in [*lengths[1:], T]:
             found, step = self._nearest(rope_base, found, step / 2, 9, length)
-        for _ in range(3):
+        for _ in range(8):  # to one part in a million, and further
             found, step = self._nearest(rope_base, found, step / 4, 9, T)
-        return self._rounded(
-            rope_base, "RoPE base {} for {:g}", self.checkpoint.config.rotary_emb_base, found
-        )
+        right = self.checkpoint.config.rotary_emb_base
+        return self._rounded(rope_base, "RoPE base {} for {:g}", right, found)
 
     def _fitted_epsilon(self) -> Hypothesis:
         T = self.theirs.input_ids.shape[1]
@@ -227,7 +225,8 @@ class _Search:
         self, mistake: Callable[[float], Make], middle: float, step: float, points: int, length: int
     ) -> tuple[float, float]:
         """Of so many powers of ten, so far apart, the one that is nearest over the first positions."""
-        exponents = [middle + (i - points // 2) * step for i in range(points)]
+        low, high = _EXPONENTS[mistake]
+        exponents = [min(max(middle + (i - points // 2) * step, low), high) for i in range(points)]
         return min(exponents, key=lambda x: self._error(mistake(10**x), length)), step
 
     def _error(self, make: Make, length: int) -> float:
@@ -300,6 +299,8 @@ class _Search:
         return max(steps, operations / _CALL_OPERATIONS * (steps if not port.cached else 1))
 
 
+_EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -308,56 +309,61 @@ def _rank(hypothesis: Hypothesis) -> tuple[float, float]:
 
 
 def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
-    """For a bundle with NaN or infinities: float16 overflow, or ValueError."""
-    stages = list(stage_shapes(checkpoint.config))
-    largest: dict[str, float] = {}
-    broken: list[str] = []
-
-    def keep_largest(stage: str, value: Tensor, start: int) -> None:
-        real = theirs.real[:, start : start + value.shape[1]]
-        largest[stage] = max(largest.get(stage, 0.0), float(value[real].abs().max()))
-
-    def keep_broken(stage: str, value: Tensor, start: int) -> None:
-        real = theirs.real[:, start : start + value.shape[1]]
-        if not bool(value[real].isfinite().all()):
-            broken.append(stage)
-
-    work.expect(checkpoint.bytes * 4)
-    for dtype, keep in (("float64", keep_largest), ("float16", keep_broken)):
-        port = reference(checkpoint, dtype, theirs)
-        port.stepwise, port.progress = False, work.did
-        port.run(keep, stages)
+    """For a bundle with NaN or infinities: float16 overflow, or ValueError where that cannot be it."""
+    order = list(stage_shapes(checkpoint.config))
     limit = torch.finfo(torch.float16).max
-    beyond = [stage for stage in stages if largest[stage] > limit]
-    if not broken and not beyond:
+    beyond: dict[str, float] = {}  # stage → the largest number there, where float16 ends before it
+
+    def keep_beyond(stage: str, value: Tensor, start: int) -> None:
+        largest = float(value[theirs.real[:, start : start + value.shape[1]]].abs().max())
+        if largest > limit:
+            beyond[stage] = max(largest, beyond.get(stage, 0.0))
+
+    work.expect(2 * checkpoint.bytes)
+    port = reference(checkpoint, "float64", theirs)
+    port.stepwise, port.progress = False, work.did
+    port.run(keep_beyond, order)
+    stage, row, position = theirs.first_not_finite()
+    first = min(beyond, key=order.index, default=None)
+    if first is None or order.index(stage) < order.index(first):
         theirs.require_finite()
+
+    measure = Measure(theirs.input_ids, theirs.real)
+    agreeing = count = 0
+
+    def keep_finite(name: str, value: Tensor, start: int) -> None:
+        nonlocal agreeing, count
+        ours = value.flatten(2)
+        judged = theirs.stage(name)[:, start : start + ours.shape[1]]
+        real = theirs.real[:, start : start + ours.shape[1]]
+        agreeing += int((ours.isfinite() == judged.isfinite())[real].sum())
+        count += ours[real].numel()
+        both = ours.isfinite() & judged.isfinite()
+        measure.add(name, ours.where(both, math.nan), judged.where(both, math.nan), start)
+
     port = reference(checkpoint, "float16", theirs)
     port.stepwise, port.progress = False, work.did
-    measure = held_against(port, theirs, theirs.stages)
+    port.run(keep_finite, theirs.stages)
     tolerances = Tolerances({}, "float16", "float16")
     results = [measure.result(s, tolerances.of(s)) for s in measure.stages]
     worst = max(results, key=lambda result: result.excess)
     overflow = Hypothesis(("float16 overflow",), worst.relative_rms, worst.stage, worst.excess)
-    stage, row, position = theirs.first_not_finite()
-    notes = [f"NaN or infinite first at {stage}, row {row}, position {position}"]
-    if beyond:
-        notes.append(
-            f"{beyond[0]} reaches {largest[beyond[0]]:,.0f} in float64, and float16 ends at {limit:,.0f}: "
-            f"compute {meaning(beyond[0])} in bfloat16 or float32"
-        )
-    if broken:
-        notes.append(f"the reference in float16 is NaN or infinite first at {broken[0]}")
-    none = Hypothesis((), math.inf, stage, math.inf)
     return Diagnosis(
-        theirs.path,
-        theirs.dtype,
-        "mistake",
-        overflow.mistakes,
-        [],
-        [overflow, none],
-        None,
-        stage,
-        [],
-        2,
-        notes,
+        bundle=theirs.path,
+        dtype=theirs.dtype,
+        verdict="mistake",
+        found=overflow.mistakes,
+        alike=[],
+        ranking=[overflow, Hypothesis((), math.inf, stage, math.inf)],
+        comparison=None,
+        first_divergence=stage,
+        invisible=[],
+        tried=2,
+        notes=[
+            f"NaN or infinite first at {stage}, row {row}, position {position}",
+            f"{first} reaches {beyond[first]:,.0f} in float64, and float16 ends at {limit:,.0f}: "
+            f"{meaning(first)} needs bfloat16 or float32",
+            f"the reference in float16 agrees on {agreeing / count:.1%} of the numbers whether they are "
+            "finite; the residual below is that of those that are",
+        ],
     )

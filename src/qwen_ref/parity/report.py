@@ -40,7 +40,8 @@ def comparison_lines(comparison: Comparison, decode: Decode | None, full: bool =
             f"nearest to it at {largest.stage}, {largest.excess:.2f} of it"
         )
     else:
-        yield f"first stage beyond its tolerance: {first.stage}, {_times(first.excess)} of it{_since(first)}"
+        far = f"{_times(first.excess)} as far as that" if math.isfinite(first.excess) else "not finite"
+        yield f"first stage beyond its tolerance: {first.stage}, {far}{_since(first)}"
         yield f"look at {meaning(first.stage)}"
     if comparison.logits is not None:
         yield ""
@@ -91,7 +92,7 @@ def _number(value: float) -> str:
 
 
 def _times(value: float) -> str:
-    return "infinitely many times" if math.isinf(value) else f"{value:,.1f} times"
+    return f"{value:,.1f} times" if math.isfinite(value) else "infinitely many times"
 
 
 def _logits_lines(logits: LogitsResult, decode: Decode | None) -> Iterator[str]:
@@ -168,10 +169,10 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"  or, with the same numbers for these ids: {name}"
     second = next((h for h in others if h.text not in alike), None)
     if second is not None:
-        factor = second.excess / best.excess if best.excess else math.inf
+        far = second.excess / best.excess if best.excess else math.inf
         yield (
-            f"  residual {_number(best.residual)}; second best {_number(second.residual)} with "
-            f"{second.text}, {_times(factor)} as far"
+            f"  residual {_number(best.residual)}; second best {_number(second.residual)} with {second.text}"
+            + (f", {_times(far)} as far" if math.isfinite(far) else "")
         )
 
 
