@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test vocab lint bench
+.PHONY: run test vocab lint bench parity
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -25,6 +25,12 @@ lint: .venv/installed
 bench: .venv/installed vocab
 	$(BIN)/python examples/bench_tokenizer.py
 	$(BIN)/python examples/bench_loading.py
+
+# Holds transformers' Qwen2, which was not written here, to the parity kit.
+parity: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'
+	$(BIN)/python examples/parity_transformers.py
+	$(BIN)/python -m pytest tests/test_parity_transformers.py
 
 # torch first, by its pin: a range could pull a build of several GB.
 .venv/installed: pyproject.toml constraints.txt

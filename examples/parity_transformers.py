@@ -49,12 +49,13 @@ INPUTS = {  # what a module reads → the stage
 
 def qwen2(folder: Path, dtype: str, rope_theta: float | None = None) -> torch.nn.Module:
     """transformers' Qwen2 with a checkpoint's weights, and perhaps with another base."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     ours = load_model(folder, dtype)
     config = ours.config
     theta = rope_theta or config.rotary_emb_base
-    theirs = Qwen2ForCausalLM(
+    # Made in its dtype, as from_pretrained does: .to(dtype) would round the rotary frequencies, too.
+    theirs = AutoModelForCausalLM.from_config(
         Qwen2Config(
             hidden_size=config.hidden_size,
             intermediate_size=config.mlp_width,
@@ -68,8 +69,9 @@ def qwen2(folder: Path, dtype: str, rope_theta: float | None = None) -> torch.nn
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=None,
-        )
-    ).to(ours.embed.weight.dtype)
+        ),
+        dtype=ours.embed.weight.dtype,
+    )
     weights = {
         "model.embed_tokens.weight": ours.embed.weight,
         "model.norm.weight": ours.norm.weight,

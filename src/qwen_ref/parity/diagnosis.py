@@ -176,10 +176,7 @@ class _Search:
         half = self.theirs.dtype in ("bfloat16", "float16")
         if half and any(self.known[text].usual_in_half for text in hypothesis.mistakes):
             return False
-        return (
-            hypothesis.excess * _MARGIN_WITHIN < none.excess
-            and hypothesis.residual * _MARGIN_WITHIN < none.residual
-        )
+        return hypothesis.excess * _MARGIN_WITHIN < none.excess
 
     def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
         """Of the best, those with which the port agrees to rounding, their own or the reference's."""

@@ -115,11 +115,14 @@ def _logits_lines(logits: LogitsResult, decode: Decode | None) -> Iterator[str]:
         f"worst position: {worst.position} of row {worst.row}, after token {token(worst.input_id)}, "
         f"{_number(worst.kl)} nats"
     )
-    for who, number, (truth, judged) in (
-        ("the truth", worst.truth_id, worst.truth_probabilities),
-        ("what is judged", worst.judged_id, worst.judged_probabilities),
-    ):
-        yield f"  {who} says {token(number)}: {truth:.4f} in the truth, {judged:.4f} in what is judged"
+    says = [(worst.truth_id, "both say", worst.truth_probabilities)]
+    if worst.judged_id != worst.truth_id:
+        says = [
+            (worst.truth_id, "the truth says", worst.truth_probabilities),
+            (worst.judged_id, "what is judged says", worst.judged_probabilities),
+        ]
+    for number, who, (truth, judged) in says:
+        yield f"  {who} {token(number)}: probability {truth:.4f} in the truth, {judged:.4f} in what is judged"
 
 
 def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
