@@ -1,0 +1,366 @@
+"""A port's mistake is named from what it computed: here a port that was written without sight of the kit.
+
+wrong_port.py is NumPy and shares no code with the package. What it computes goes into a bundle, mostly the
+logits alone, and `diagnose` must name the mistake, with every other explanation far behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import wrong_port
+from conftest import GOLDEN
+from safetensors.torch import load_file, save_file
+
+from qwen_ref import parity
+from qwen_ref.parity.diagnosis import Diagnosis
+from qwen_ref.parity.mistakes import mistakes
+from qwen_ref.parity.stages import Checkpoint, Port
+
+# The port's name of a mistake → what the kit must say.
+SAID = {
+    "interleaved_rope": "interleaved RoPE",
+    "rope_base_1e4": "RoPE base 10000 for 1e+06",
+    "rope_base_1e6": "RoPE base 1e+06 for 10000",
+    "rope_base_500000": "RoPE base 500000 for 1e+06",
+    "positions_from_1": "RoPE positions counted from 1",
+    "decode_position_plus_1": "RoPE positions of decoded tokens one too high",
+    "decode_position_minus_1": "RoPE positions of decoded tokens one too low",
+    "query_position_plus_1": "queries rotated one position ahead",
+    "rope_bfloat16_angles": "RoPE in bfloat16: positions, frequencies and angles",
+    "rope_bfloat16_frequencies": "RoPE in bfloat16: the inverse frequencies",
+    "rope_bfloat16_tables": "RoPE in bfloat16: cosines and sines",
+    "gate_up_swapped": "gate and up swapped",
+    "no_qkv_bias": "bias of q, k and v missing",
+    **{f"qkv_order_{order}": f"in the order {order}" for order in ("kqv", "vkq", "qvk", "kvq", "vqk")},
+    "qkv_by_head": "read head by head",
+    "eps_1e-5": "layer_norm_epsilon 1e-05 for 1e-06",
+    "eps_1e-3": "layer_norm_epsilon 0.001 for 1e-06",
+    "no_final_norm": "no final norm",
+    "norms_swapped": "ln_1 and ln_2 swapped",
+    "no_logn": "no LogN",
+    "logn_on_keys": "LogN on keys instead",
+    "logn_on_keys_too": "LogN on keys and queries",
+    "logn_log10": "LogN: log10 of the position",
+    "logn_p": "log(p) for 0-based",
+    "logn_p_plus_2": "log(p + 2) for 0-based",
+    "ntk_off": "NTK off",
+    "ntk_floor": "NTK with floor",
+    "alpha_every_step": "recomputed at every decode step, older keys as they were",
+    "alpha_every_step_uncached": "recomputed at every decode step, all keys",
+    "no_score_scale": "no 1/√K",
+    "score_scale_hidden": "1/√D",
+    "non_causal": "not causal",
+    "pads_not_masked": "padding not masked",
+    "mask_ignored": "attention_mask ignored",
+    "padded_positions": "positions count the padding",
+    "head_tied": "head tied",
+    "embed_tied": "embedding tied",
+    "c_attn_transposed": "c_attn transposed: each",
+    "c_attn_conv1d": "c_attn transposed: its buffer",
+    "c_proj_transposed": "c_proj transposed",
+    "gelu": "GELU for SiLU",
+    "gelu_tanh": "GELU (tanh)",
+    "relu": "ReLU",
+    "last_layer_dropped": "last layer dropped",
+    "first_layer_dropped": "first layer dropped",
+}
+PADDED = ("pads_not_masked", "mask_ignored", "padded_positions")
+DECODED = (
+    "decode_position_plus_1",
+    "decode_position_minus_1",
+    "alpha_every_step",
+    "alpha_every_step_uncached",
+)
+LONG = ("no_logn", "logn_", "ntk_", "rope_base_1e6", "positions_from_1")  # show in ntk_logn only
+
+# Right ports and their mistakes differ by five orders of magnitude in float32; the smallest effect here, an
+# epsilon of 1e-5, is 17 times the rounding.
+WIDE = 10
+
+
+def planted(
+    tmp_path: Path,
+    names: tuple[str, ...],
+    dtype: str = "float32",
+    stages: str = "logits",
+    folder: str | None = None,
+    length: int = 70,
+) -> Diagnosis:
+    """What the kit says of the NumPy port with these mistakes, on an input where they show."""
+    padded, decoded = (any(name in kind for name in names) for kind in (PADDED, DECODED))
+    long = any(name.startswith(LONG) for name in names)
+    folder = folder or ("ntk_logn" if padded or decoded or long else "extended_base")
+    ids = torch.randint(0, 320, (2 if padded else 1, length))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :7] = 0
+    prefill = 30 if decoded else length
+    found = wrong_port.port(
+        GOLDEN / folder, ids.numpy(), mask=mask.numpy(), prefill_length=prefill, mistakes=names, dtype=dtype
+    )
+    parity.write_bundle(
+        tmp_path / "port.safetensors",
+        ids,
+        {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items() if stages in ("all", n)},
+        dtype=dtype,
+        attention_mask=mask,
+        prefill_length=prefill,
+    )
+    return parity.diagnose(GOLDEN / folder, tmp_path / "port.safetensors")
+
+
+def check_named(diagnosis: Diagnosis, said: list[str], wide: float = WIDE) -> None:
+    assert diagnosis.verdict == "mistake"
+    assert len(diagnosis.found) == len(said)
+    for text in said:
+        assert any(text in found for found in diagnosis.found), f"{text!r} not in {diagnosis.found}"
+    best, *others = diagnosis.ranking
+    assert best.mistakes == diagnosis.found
+    second = next(h for h in others if h.mistakes not in diagnosis.alike)
+    assert second.excess >= wide * best.excess, f"{second} is near {best}"
+
+
+def test_every_mistake_of_the_port_is_listed_here() -> None:
+    others = {"norm_weight_before_cast", "float16_overflow", "value_rotated", "down_scaled", "post_norm"}
+    assert set(wrong_port.MISTAKES) == set(SAID) | others
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_mistake_is_named_from_the_logits_alone(tmp_path: Path, name: str) -> None:
+    diagnosis = planted(tmp_path, (name,))
+    check_named(diagnosis, [SAID[name]])
+    # With LogN, a table that is read one further on is the same as positions that are.
+    same = name in ("positions_from_1", "logn_p_plus_2")
+    assert [len(names) for names in diagnosis.alike] == ([1] if same else [])
+    assert diagnosis.first_divergence == "logits"
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("interleaved_rope", "blocks.0.attn.q_rotated"),
+        ("positions_from_1", "blocks.0.attn.q_rotated"),
+        ("gate_up_swapped", "blocks.0.mlp.gate"),
+        ("no_qkv_bias", "blocks.0.attn.q"),
+        ("no_logn", "blocks.0.attn.q_scaled"),
+        ("no_score_scale", "blocks.0.attn.mixed"),
+        ("c_proj_transposed", "blocks.0.attn.out"),
+        ("gelu", "blocks.0.mlp.product"),
+        ("norms_swapped", "blocks.0.attn_norm"),
+        ("head_tied", "logits"),
+    ],
+)
+def test_stages_say_where_it_begins(tmp_path: Path, name: str, first: str) -> None:
+    diagnosis = planted(tmp_path, (name,), stages="all")
+    check_named(diagnosis, [SAID[name]])
+    assert diagnosis.alike == []
+    assert diagnosis.first_divergence == first
+
+
+# What a mistake changes by more than bfloat16 rounds: the margin is that of the rounding, no more.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "interleaved_rope",
+            "rope_base_1e4",
+            "rope_base_1e6",
+            "gate_up_swapped",
+            "no_qkv_bias",
+            "qkv_order_qvk",
+        ),
+        *("qkv_by_head", "norms_swapped", "no_logn", "logn_on_keys", "ntk_floor", "alpha_every_step"),
+        *("no_score_scale", "non_causal", "pads_not_masked", "head_tied", "c_attn_transposed", "relu"),
+    ],
+)
+def test_a_mistake_in_bfloat16_is_named_from_the_logits_alone(tmp_path: Path, name: str) -> None:
+    check_named(planted(tmp_path, (name,), dtype="bfloat16"), [SAID[name]], wide=5)
+
+
+@pytest.mark.parametrize("stages", ["logits", "all"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("folder", ["extended_base", "ntk_logn"])
+def test_a_right_port_is_rounding_only(tmp_path: Path, folder: str, dtype: str, stages: str) -> None:
+    diagnosis = planted(tmp_path, (), dtype, stages, folder)
+    assert (diagnosis.verdict, diagnosis.found, diagnosis.first_divergence) == ("rounding only", (), None)
+    assert diagnosis.ranking[0].mistakes == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "folder"),
+    [
+        (("interleaved_rope", "gate_up_swapped"), "extended_base"),
+        (("no_logn", "ntk_off"), "ntk_logn"),
+        (("eps_1e-5", "no_qkv_bias"), "extended_base"),
+        (("head_tied", "last_layer_dropped"), "extended_base"),
+        (("no_score_scale", "non_causal"), "extended_base"),  # rounds more than the reference does
+        (("alpha_every_step", "gelu"), "ntk_logn"),
+    ],
+)
+def test_two_mistakes_at_once_are_named(tmp_path: Path, names: tuple[str, ...], folder: str) -> None:
+    length = 24 if folder == "extended_base" else 70  # longer than the trained length where that matters
+    check_named(planted(tmp_path, names, folder=folder, length=length), [SAID[name] for name in names])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_nobody_lists_is_found(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(wrong_port.ROPE_BASES, "rope_base_23400", 23400.0)
+    monkeypatch.setattr(wrong_port, "MISTAKES", (*wrong_port.MISTAKES, "rope_base_23400"))
+    diagnosis = planted(tmp_path, ("rope_base_23400",), dtype)
+    (found,) = diagnosis.found
+    base = float(found.removeprefix("RoPE base ").removesuffix(" for 1e+06"))
+    assert base == pytest.approx(23400, rel=0 if dtype == "float32" else 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "first"),
+    [
+        ("value_rotated", "all", "blocks.0.attn.mixed"),
+        ("down_scaled", "all", "blocks.0.mlp.down"),
+        ("post_norm", "logits", "logits"),
+    ],
+)
+def test_a_mistake_that_is_not_known_is_said_to_be_none(
+    tmp_path: Path, name: str, stages: str, first: str
+) -> None:
+    diagnosis = planted(tmp_path, (name,), stages=stages, length=24)
+    assert (diagnosis.verdict, diagnosis.found) == ("none of these", ())
+    assert diagnosis.first_divergence == first
+
+
+# The kit's own mistakes, where the NumPy port has none like it
+
+
+def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: list[str]) -> Diagnosis:
+    """What the kit says of its own mistake, on a padded batch with cached steps."""
+    checkpoint = Checkpoint(folder)
+    ids = torch.randint(0, 320, (2, 72))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    port = Port(checkpoint, dtype, ids, mask, prefill_length=70)
+    (mistake,) = [mistake for mistake in mistakes(checkpoint.config) if mistake.text.startswith(text)]
+    mistake.make(port)
+    found: dict[str, list[torch.Tensor]] = {}
+    port.run(lambda stage, value, start: found.setdefault(stage, []).append(value), stages)
+    bundle = tmp_path / "port.safetensors"
+    parity.write_bundle(
+        bundle,
+        ids,
+        {stage: torch.cat(values, dim=1) for stage, values in found.items()},
+        dtype=dtype,
+        attention_mask=mask,
+        prefill_length=70,
+    )
+    return parity.diagnose(folder, bundle)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("no RoPE", "RoPE base 100000 ", "RoPE base 1e+07 ", "RoPE in float16", "rows of c_attn stored"),
+        *("LogN: natural logarithm", "layer_norm_epsilon 1e-08", "computed in float16"),
+    ],
+)
+def test_the_other_mistakes_are_named_as_well(tmp_path: Path, text: str) -> None:
+    diagnosis = planted_here(tmp_path, GOLDEN / "ntk_logn", text, "float32", ["logits"])
+    assert diagnosis.verdict == "mistake"
+    names = [diagnosis.found, *diagnosis.alike]
+    assert any(found[0].startswith(text) for found in names), names
+
+
+@pytest.mark.parametrize("text", ["norm weight applied before", "norm computed in the model's dtype"])
+def test_what_only_half_precision_shows_is_named_by_its_bits(tmp_path: Path, text: str) -> None:
+    diagnosis = planted_here(tmp_path, GOLDEN / "extended_base", text, "bfloat16", ["logits"])
+    assert diagnosis.verdict == "mistake"
+    assert diagnosis.found[0].startswith(text)
+    assert diagnosis.comparison.within  # it is rounding, but not the published code's
+
+
+def test_cosines_in_bfloat16_are_usual_in_bfloat16_and_a_mistake_in_float32(tmp_path: Path) -> None:
+    text = "RoPE in bfloat16: cosines"
+    half = planted_here(tmp_path, GOLDEN / "extended_base", text, "bfloat16", ["logits"])
+    assert half.verdict == "rounding only"
+    single = planted_here(tmp_path, GOLDEN / "extended_base", text, "float32", ["logits"])
+    assert single.found[0].startswith(text)
+
+
+# float16 overflow
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> Path:
+    """A golden model whose up times gate leaves float16's range in one layer, and nothing after."""
+    folder = tmp_path / "overflowing"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "ntk_logn" / "config.json", folder)
+    weights = load_file(GOLDEN / "ntk_logn" / "model.safetensors")
+    for name in ("w1", "w2"):
+        weights[f"transformer.h.1.mlp.{name}.weight"] *= 600
+    weights["transformer.h.1.mlp.c_proj.weight"] /= 360_000
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("stages", ["logits", "all"])
+def test_nan_from_float16_overflow_is_named(tmp_path: Path, overflowing: Path, stages: str) -> None:
+    ids = torch.randint(0, 320, (1, 20))
+    found = wrong_port.port(overflowing, ids.numpy(), mistakes=("float16_overflow",))
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items() if stages in ("all", n)}
+    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float16")
+    diagnosis = parity.diagnose(overflowing, tmp_path / "port.safetensors")
+    assert (diagnosis.verdict, diagnosis.found) == ("mistake", ("float16 overflow",))
+    assert any("blocks.1.mlp.product reaches" in note for note in diagnosis.notes)
+    assert diagnosis.first_divergence == ("logits" if stages == "logits" else "blocks.1.mlp.product")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_overflow_that_was_clamped_is_named(tmp_path: Path, overflowing: Path, dtype: str) -> None:
+    ids = torch.randint(0, 320, (1, 20))
+    port = Port(Checkpoint(overflowing), "float16", ids)
+    port.saturates = True
+    kept: dict[str, torch.Tensor] = {}
+    port.run(lambda stage, value, start: kept.update({stage: value}), ["logits"])
+    parity.write_bundle(tmp_path / "port.safetensors", ids, kept, dtype=dtype)
+    diagnosis = parity.diagnose(overflowing, tmp_path / "port.safetensors")
+    assert diagnosis.found == ("float16 overflow, clamped to 65504",)
+
+
+def test_nan_that_no_overflow_explains_is_bad_input(tmp_path: Path) -> None:
+    ids = torch.randint(0, 320, (1, 20))
+    found = wrong_port.port(GOLDEN / "extended_base", ids.numpy())
+    found["blocks.1.attn.mixed"][0, 3, 5] = np.nan
+    found["logits"][0, 3:] = np.nan
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items()}
+    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float32")
+    with pytest.raises(ValueError, match=r"first at blocks\.1\.attn\.mixed, row 0, position 3"):
+        parity.diagnose(GOLDEN / "extended_base", tmp_path / "port.safetensors")
+
+
+def test_nan_before_the_first_overflow_is_no_overflow(tmp_path: Path, overflowing: Path) -> None:
+    ids = torch.randint(0, 320, (1, 20))
+    found = wrong_port.port(overflowing, ids.numpy())
+    found["blocks.0.attn.mixed"][0, 3, 5] = np.nan
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items()}
+    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float32")
+    with pytest.raises(ValueError, match=r"first at blocks\.0\.attn\.mixed"):
+        parity.diagnose(overflowing, tmp_path / "port.safetensors")
+
+
+# What is left in place
+
+
+def test_nothing_of_a_mistake_stays_in_the_model(tmp_path: Path) -> None:
+    import qwen_ref.model
+
+    before = {name: value for name, value in vars(qwen_ref.model).items() if not name.startswith("__")}
+    forward = qwen_ref.model.RMSNorm.forward
+    planted(tmp_path, ("down_scaled",), length=8)
+    assert {name: vars(qwen_ref.model)[name] for name in before} == before
+    assert qwen_ref.model.RMSNorm.forward is forward
