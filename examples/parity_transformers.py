@@ -140,9 +140,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=bundled_checkpoint(), metavar="DIR")
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids instead of a prompt")
     args = parser.parse_args()
     config = QwenConfig.from_json(args.model / "config.json")
-    ids = torch.tensor([Tokenizer.from_file(args.model / "qwen.tiktoken").encode(args.prompt)])
+    ids = torch.tensor([args.ids or Tokenizer.from_file(args.model / "qwen.tiktoken").encode(args.prompt)])
     other = 1e4 if config.rotary_emb_base != 1e4 else 1e6
     codes = []
     with tempfile.TemporaryDirectory() as folder:

@@ -11,9 +11,9 @@ over all one-token prompts is compared there, which no luck moves.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -30,11 +30,13 @@ from golden_cases import (
     recorded_dtypes,
     truth,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import qwen_ref.model
 from qwen_ref import Qwen, load_model
 from qwen_ref.generate import generate, generate_uncached
+from qwen_ref.parity import Bundle, read_bundle, write_bundle
+from qwen_ref.parity.stages import Checkpoint, Port
 
 OVER_ALL_CASES = 1.1
 IN_ONE_CASE = 1.3
@@ -79,71 +81,37 @@ def test_the_float64_model_is_nearer_to_the_recording_than_float32_rounding(fold
 # Every stage
 
 
-STAGES = {  # published module name → ours
-    "transformer.wte": "embed",
-    "transformer.h.N": "blocks.N",
-    "transformer.h.N.ln_1": "blocks.N.attn_norm",
-    "transformer.h.N.attn.c_attn": "blocks.N.attn.qkv",
-    "transformer.h.N.attn.c_proj": "blocks.N.attn.out",
-    "transformer.h.N.ln_2": "blocks.N.mlp_norm",
-    "transformer.h.N.mlp": "blocks.N.mlp",
-    "transformer.h.N.mlp.w1": "blocks.N.mlp.up",
-    "transformer.h.N.mlp.w2": "blocks.N.mlp.gate",
-    "transformer.h.N.mlp.c_proj": "blocks.N.mlp.down",
-    "transformer.ln_f": "norm",
-    "lm_head": "lm_head",
-}
+def recorded_stages(folder: str, case: str, dtype: str, path: Path) -> Bundle:
+    """What the published code gave, under its module names."""
+    ending = f".{dtype}"
+    found = {
+        name.removeprefix(f"{case}.").removesuffix(ending): value
+        for name, value in golden(folder).items()
+        if name.startswith(f"{case}.") and name.endswith(ending)
+    }
+    write_bundle(path, golden(folder)[f"{case}.input_ids"], found, dtype=dtype)
+    return read_bundle(path)
 
 
-def stages(qwen: Qwen, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """Every recorded stage by its published name: module outputs by hooks, rotated q and k by a wrapper."""
-    captured: dict[str, Tensor] = {}
-    published = {ours: theirs for theirs, ours in STAGES.items()}
-    hooks = []
-    for name, module in qwen.named_modules():
-        layer = re.search(r"\d+", name)
-        theirs = published.get(re.sub(r"\d+", "N", name))
-        if theirs:
-            theirs = theirs.replace("N", layer.group() if layer else "")
-
-            def keep(_: nn.Module, __: tuple, output: Tensor, theirs: str = theirs) -> None:
-                captured[theirs] = output
-
-            hooks.append(module.register_forward_hook(keep))
-    rotated: list[Tensor] = []
-    rotate = qwen_ref.model.rotate
-
-    def keep_rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rotated.append(rotate(x, cos, sin))
-        return rotated[-1]
-
-    with monkeypatch.context() as patch, torch.inference_mode():
-        patch.setattr(qwen_ref.model, "rotate", keep_rotated)
-        qwen(ids)
-    for hook in hooks:
-        hook.remove()
-    for i in range(qwen.config.num_hidden_layers):
-        captured[f"transformer.h.{i}.attn.rotary_q"] = rotated[2 * i]
-        captured[f"transformer.h.{i}.attn.rotary_k"] = rotated[2 * i + 1]
-    return captured
+def stages(folder: str, bundle: Bundle, dtype: str) -> dict[str, Tensor]:
+    """What this implementation computes for the bundle's ids, stage by stage."""
+    kept: dict[str, Tensor] = {}
+    port = Port(Checkpoint(GOLDEN / folder), dtype, bundle.input_ids)
+    port.run(lambda stage, value, start: kept.update({stage: value.flatten(2)}))
+    return kept
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("folder", "case"), [("extended_base", "stages_17"), ("ntk_logn", "stages_40")])
 def test_every_stage_is_that_of_the_published_code(
-    folder: str, case: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    folder: str, case: str, dtype: str, tmp_path: Path
 ) -> None:
-    ids = golden(folder)[f"{case}.input_ids"]
-    ours = stages(model(folder, dtype), ids, monkeypatch)
-    exact = stages(model(folder, "float64"), ids, monkeypatch)
-    names = [
-        name.removeprefix(f"{case}.").removesuffix(f".{dtype}")
-        for name in golden(folder)
-        if name.startswith(case) and name.endswith(f".{dtype}")
-    ]
-    assert sorted(names) == sorted(ours)
-    for name in names:
-        found = error(ours[name], golden(folder)[f"{case}.{name}.{dtype}"], exact[name])
+    recorded = recorded_stages(folder, case, dtype, tmp_path / "published.safetensors")
+    ours, exact = (stages(folder, recorded, name) for name in (dtype, "float64"))
+    layers = model(folder, dtype).config.num_hidden_layers
+    assert len(recorded.stages) == 3 + 12 * layers
+    for name in recorded.stages:
+        found = error(ours[name], recorded.stage(name), exact[name])
         assert found.ratio <= IN_ONE_CASE, f"{name}: {found}"
 
 

@@ -201,10 +201,7 @@ def _diagnose(args: argparse.Namespace) -> int:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    if args.model is not None:
-        return args.model
-    say("with the tiny checkpoint that comes with the project; --model DIR takes another")
-    return bundled_checkpoint()
+    return bundled_checkpoint() if args.model is None else args.model
 
 
 def _decoder(folder: Path | None) -> Callable[[int], str] | None:

@@ -20,8 +20,8 @@ from qwen_ref.parity.stages import layer_of
 
 # Tolerance over measured rounding. Another order of adding makes as much rounding, but no equal amount: over
 # eight orders of a single float32 position the error went from 2.1e-7 to 7.0e-7. In bfloat16 transformers'
-# Qwen2 was at most 1.3 times as far from float64 as this implementation over all positions of a stage, and 1.7
-# in the worst one; a NumPy port 1.1 and 1.3.
+# Qwen2 was at most 1.3 times as far from float64 as this implementation over all positions of a stage, and
+# 1.7 in the worst one; a NumPy port 1.1 and 1.3.
 FACTOR = 4.0
 
 _CHUNK = 2**22  # numbers that are widened to float64 at once
