@@ -284,9 +284,14 @@ def test_a_writer_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: P
     path = tmp_path / "b"
     path.write_text("before")
     kinds = {"norm": (torch.float32, (1, 2, 4))}
-    with pytest.raises(KeyError), BundleWriter(path, kinds, META) as writer:
-        writer.write("norm", torch.zeros(1, 2, 4))
-        writer.write("logits", torch.zeros(1, 2, 4))
+
+    def fail() -> None:
+        with BundleWriter(path, kinds, META) as writer:
+            writer.write("norm", torch.zeros(1, 2, 4))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == ["b"]
 

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' Qwen2, which was not written here, is rounding only; its changed base is named."""
+"""Hugging Face transformers' Qwen2, not written here, is rounding only; with another base it is named."""
 
 from __future__ import annotations
 

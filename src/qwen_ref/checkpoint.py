@@ -23,7 +23,15 @@ from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from qwen_ref.cli import Parser, run
-from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, check_cut, read_json_object, shown
+from qwen_ref.config import (
+    GIT_LFS_PROBLEM,
+    GIT_LFS_START,
+    QwenConfig,
+    check_cut,
+    read_json_object,
+    require_folder,
+    shown,
+)
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import group_size, join, own_device
 
@@ -197,8 +205,7 @@ class StoredTensor(NamedTuple):
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, StoredTensor]]:
     """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
     folder = Path(folder)
-    if not os.path.isdir(folder):  # False, too, for paths that no folder can have
-        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
+    require_folder(folder)
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ValueError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []

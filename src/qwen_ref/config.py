@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -215,6 +216,12 @@ _short.maxstring = _short.maxother = 120
 def shown(value: object) -> str:
     """repr(value), cut short and shallow: a message must stay readable whatever a file holds."""
     return _short.repr(value)
+
+
+def require_folder(folder: str | Path) -> None:
+    """Raises ValueError where a checkpoint's folder is none."""
+    if not os.path.isdir(folder):  # False, too, for paths that no folder can have
+        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
 
 
 GIT_LFS_START = b"version https://git-lfs"

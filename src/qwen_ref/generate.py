@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
-from qwen_ref.config import QwenConfig, check_cut, read_json_object, shown
+from qwen_ref.config import QwenConfig, check_cut, read_json_object, require_folder, shown
 from qwen_ref.launch import TIMEOUT, RankLost, Ranks, launched
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
@@ -401,8 +401,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
+    require_folder(folder)
     prompt = read_prompt(args.prompt, args.file)
     config = QwenConfig.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")

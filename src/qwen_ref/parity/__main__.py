@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
+from qwen_ref.config import require_folder
 
 if TYPE_CHECKING:
     import torch
@@ -201,7 +202,9 @@ def _diagnose(args: argparse.Namespace) -> int:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    return bundled_checkpoint() if args.model is None else args.model
+    folder = bundled_checkpoint() if args.model is None else args.model
+    require_folder(folder)
+    return folder
 
 
 def _decoder(folder: Path | None) -> Callable[[int], str] | None:

@@ -37,6 +37,7 @@ MARGIN = 3.0
 # Where all is within rounding, a mistake whose effect is as large as the rounding makes it this much nearer;
 # among right ports no mistake came nearer by more than a tenth.
 _MARGIN_WITHIN = 1.5
+_LEAST = 0.1  # tolerances: a difference below that is less than rounding usually makes
 
 _SURE = 0.4  # tolerances: the quarter that rounding takes of its own tolerance, and some
 _NOISE = 0.5  # the largest relative error that is still called rounding
@@ -176,7 +177,7 @@ class _Search:
         half = self.theirs.dtype in ("bfloat16", "float16")
         if half and any(self.known[text].usual_in_half for text in hypothesis.mistakes):
             return False
-        return hypothesis.excess * _MARGIN_WITHIN < none.excess
+        return none.excess > _LEAST and hypothesis.excess * _MARGIN_WITHIN < none.excess
 
     def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
         """Of the best, those with which the port agrees to rounding, their own or the reference's."""
