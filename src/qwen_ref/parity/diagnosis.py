@@ -114,10 +114,10 @@ class _Search:
 
     def diagnosis(self) -> Diagnosis:
         comparison = self._comparison()
-        none = self._hypothesis(())
+        right = [self._hypothesis((), stepwise=stepwise) for stepwise in (False, True)]
+        none = min(right, key=_rank)
         singles = [self._hypothesis((text,)) for text in self.known]
-        key = (none.residual, none.stage, none.excess)
-        same = [h for h in singles if (h.residual, h.stage, h.excess) == key and math.isfinite(h.excess)]
+        same = [h for h in singles if _numbers(h) in map(_numbers, right) and math.isfinite(h.excess)]
         ranking = sorted((h for h in singles if h not in same), key=_rank)
         if comparison.within:
             # Nothing may be wrong; but what difference there is may be a mistake's.
@@ -166,9 +166,13 @@ class _Search:
             port.dtype = DTYPES[dtype]
         return port
 
-    def _hypothesis(self, texts: tuple[str, ...], stages: Sequence[str] | None = None) -> Hypothesis:
+    def _hypothesis(
+        self, texts: tuple[str, ...], stages: Sequence[str] | None = None, stepwise: bool = False
+    ) -> Hypothesis:
         self.tried += 1
-        measure = held_against(self._port(texts), self.theirs, stages or self.theirs.stages)
+        port = self._port(texts)
+        port.stepwise |= stepwise
+        measure = held_against(port, self.theirs, stages or self.theirs.stages)
         results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in measure.stages]
         worst = max(results, key=lambda result: result.excess)
         return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess)
@@ -300,6 +304,10 @@ class _Search:
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _numbers(hypothesis: Hypothesis) -> tuple[float, str, float]:
+    return hypothesis.residual, hypothesis.stage, hypothesis.excess
 
 
 def _rank(hypothesis: Hypothesis) -> tuple[float, float]:
