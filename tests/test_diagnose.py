@@ -27,7 +27,7 @@ SAID = {
     "rope_base_1e4": "RoPE base 10000 for 1e+06",
     "rope_base_1e6": "RoPE base 1e+06 for 10000",
     "rope_base_500000": "RoPE base 500000 for 1e+06",
-    "positions_from_1": "RoPE positions counted from 1",
+    "positions_from_1": "positions counted from 1, in RoPE and in LogN",
     "decode_position_plus_1": "RoPE positions of decoded tokens one too high",
     "decode_position_minus_1": "RoPE positions of decoded tokens one too low",
     "query_position_plus_1": "queries rotated one position ahead",
@@ -36,7 +36,10 @@ SAID = {
     "rope_bfloat16_tables": "RoPE in bfloat16: cosines and sines",
     "gate_up_swapped": "gate and up swapped",
     "no_qkv_bias": "bias of q, k and v missing",
-    **{f"qkv_order_{order}": f"in the order {order}" for order in ("kqv", "vkq", "qvk", "kvq", "vqk")},
+    **{
+        f"qkv_order_{order}": "c_attn's {}, {} and {} third".format(*order)
+        for order in ("kqv", "vkq", "qvk", "kvq", "vqk")
+    },
     "qkv_by_head": "read head by head",
     "eps_1e-5": "layer_norm_epsilon 1e-05 for 1e-06",
     "eps_1e-3": "layer_norm_epsilon 0.001 for 1e-06",
@@ -57,7 +60,7 @@ SAID = {
     "non_causal": "not causal",
     "pads_not_masked": "padding not masked",
     "mask_ignored": "attention_mask ignored",
-    "padded_positions": "positions count the padding",
+    "padded_positions": "padding counted in positions and in NTK's α",
     "head_tied": "head tied",
     "embed_tied": "embedding tied",
     "c_attn_transposed": "c_attn transposed: each",
@@ -245,7 +248,7 @@ def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: li
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     port = Port(checkpoint, dtype, ids, mask, prefill_length=70)
-    (mistake,) = [mistake for mistake in mistakes(checkpoint.config) if mistake.text.startswith(text)]
+    mistake = next(mistake for mistake in mistakes(checkpoint.config) if mistake.text.startswith(text))
     mistake.make(port)
     found: dict[str, list[torch.Tensor]] = {}
     port.run(lambda stage, value, start: found.setdefault(stage, []).append(value), stages)
@@ -264,7 +267,16 @@ def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: li
 @pytest.mark.parametrize(
     "text",
     [
-        *("no RoPE", "RoPE base 100000 ", "RoPE base 1e+07 ", "RoPE in float16", "rows of c_attn stored"),
+        *(
+            "no RoPE",
+            "RoPE positions of decoded tokens all 0",
+            "keys rotated one",
+            "RoPE base 100000 ",
+            "RoPE base 1e+07 ",
+            "RoPE in float16",
+            "rows of c_attn stored",
+        ),
+        *("padding counted in positions", "padding counted in NTK's α", "RoPE positions counted from 1"),
         *("LogN: natural logarithm", "layer_norm_epsilon 1e-08", "computed in float16"),
     ],
 )

@@ -44,7 +44,6 @@ _NOISE = 0.5  # the largest relative error that is still called rounding
 
 _FINALISTS = 4  # hypotheses whose own rounding is measured
 _LIKELY = 5  # mistakes that are tried together with every other in any case
-_FEW_STAGES = 8  # pairs are held against the last stage and so many of the first
 _PAIR_CALLS = 2500  # all pairs are tried while they cost no more than so many calls of a small model,
 _CALL_OPERATIONS = 2.5e8  # which are so many operations: some 10 s on two cores
 
@@ -57,6 +56,8 @@ class Hypothesis:
     residual: float  # relative RMS at the stage where it is worst
     stage: str  # that stage
     excess: float  # the error there in tolerances: up to 1 is rounding
+    residuals: tuple[float, ...]  # of every stage, in the order in which data flows
+    agrees: int  # stages before the first that is beyond tolerance
 
     @property
     def text(self) -> str:
@@ -117,7 +118,7 @@ class _Search:
         right = [self._hypothesis((), stepwise=stepwise) for stepwise in (False, True)]
         none = min(right, key=_rank)
         singles = [self._hypothesis((text,)) for text in self.known]
-        same = [h for h in singles if _numbers(h) in map(_numbers, right) and math.isfinite(h.excess)]
+        same = [h for h in singles if any(h.residuals == r.residuals for r in right) and h.excess < math.inf]
         ranking = sorted((h for h in singles if h not in same), key=_rank)
         if comparison.within:
             # Nothing may be wrong; but what difference there is may be a mistake's.
@@ -125,7 +126,10 @@ class _Search:
         else:
             fitting = self._fitting(ranking, none)
             if not fitting:
-                ranking = sorted([*ranking, self._fitted_base(), self._fitted_epsilon()], key=_rank)
+                fitted = [self._fitted_base(), self._fitted_epsilon()]
+                ranking = sorted(
+                    [*ranking, *(h for h in fitted if h.excess * MARGIN < none.excess)], key=_rank
+                )
                 fitting = self._fitting(ranking, none)
             if not fitting:
                 pairs = self._pairs(ranking)
@@ -166,16 +170,16 @@ class _Search:
             port.dtype = DTYPES[dtype]
         return port
 
-    def _hypothesis(
-        self, texts: tuple[str, ...], stages: Sequence[str] | None = None, stepwise: bool = False
-    ) -> Hypothesis:
+    def _hypothesis(self, texts: tuple[str, ...], stepwise: bool = False) -> Hypothesis:
         self.tried += 1
         port = self._port(texts)
         port.stepwise |= stepwise
-        measure = held_against(port, self.theirs, stages or self.theirs.stages)
+        measure = held_against(port, self.theirs, self.theirs.stages)
         results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in measure.stages]
         worst = max(results, key=lambda result: result.excess)
-        return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess)
+        agrees = next((i for i, result in enumerate(results) if not result.within), len(results))
+        residuals = tuple(result.relative_rms for result in results)
+        return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess, residuals, agrees)
 
     def _named_for_its_rounding(self, hypothesis: Hypothesis, none: Hypothesis) -> bool:
         half = self.theirs.dtype in ("bfloat16", "float16")
@@ -277,11 +281,9 @@ class _Search:
         count = max(len(likely), sum(total <= _PAIR_CALLS for total in totals))
         self.work.expect(self.checkpoint.bytes * count)
         found: list[Hypothesis] = []
-        few = [*self.theirs.stages[:_FEW_STAGES], self.theirs.stages[-1]]
         for i, j in chosen[:count]:
-            found.append(self._hypothesis((visible[i], visible[j]), few))
+            found.append(self._hypothesis((visible[i], visible[j])))
             if found[-1].excess < _SURE:
-                found[-1] = self._hypothesis((visible[i], visible[j]))
                 break
         else:
             if count < len(chosen):
@@ -298,7 +300,8 @@ class _Search:
         steps = 1 if port.cached and not port.stepwise else 1 + T - port.prefill_length
         attended = 4 * config.num_hidden_layers * config.hidden_size * B * T * T
         operations = self.checkpoint.bytes * B * T + attended  # 2 for each weight, which has 2 bytes
-        return max(steps, operations / _CALL_OPERATIONS * (steps if not port.cached else 1))
+        calls = max(steps, operations / _CALL_OPERATIONS * (1 if port.cached else steps))
+        return calls * (1 + len(self.theirs.stages) / 50)  # comparing takes its time, too
 
 
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
@@ -306,12 +309,8 @@ _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def _numbers(hypothesis: Hypothesis) -> tuple[float, str, float]:
-    return hypothesis.residual, hypothesis.stage, hypothesis.excess
-
-
-def _rank(hypothesis: Hypothesis) -> tuple[float, float]:
-    return hypothesis.excess, hypothesis.residual
+def _rank(hypothesis: Hypothesis) -> tuple[int, float, float]:
+    return -hypothesis.agrees, hypothesis.excess, hypothesis.residual
 
 
 def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
@@ -353,14 +352,14 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
     tolerances = Tolerances({}, "float16", "float16")
     results = [measure.result(s, tolerances.of(s)) for s in measure.stages]
     worst = max(results, key=lambda result: result.excess)
-    overflow = Hypothesis(("float16 overflow",), worst.relative_rms, worst.stage, worst.excess)
+    overflow = Hypothesis(("float16 overflow",), worst.relative_rms, worst.stage, worst.excess, (), 0)
     return Diagnosis(
         bundle=theirs.path,
         dtype=theirs.dtype,
         verdict="mistake",
         found=overflow.mistakes,
         alike=[],
-        ranking=[overflow, Hypothesis((), math.inf, stage, math.inf)],
+        ranking=[overflow, Hypothesis((), math.inf, stage, math.inf, (), 0)],
         comparison=None,
         first_divergence=stage,
         invisible=[],

@@ -35,13 +35,15 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
     """Every known mistake that can be made with a model."""
     bases = [base for base in (1e4, 1e5, 5e5, 1e6, 1e7) if base != config.rotary_emb_base]
     epsilons = [eps for eps in (1e-5, 1e-6, 1e-8, 1e-3) if eps != config.layer_norm_epsilon]
-    return [
+    known = [
         Mistake("interleaved RoPE: neighbours (2i, 2i + 1) turned together, not halves", _interleaved),
         *(Mistake(f"RoPE base {base:g} for {config.rotary_emb_base:g}", rope_base(base)) for base in bases),
-        Mistake("RoPE positions counted from 1", _positions_from_1),
+        Mistake("RoPE positions counted from 1", _positions_from_1(logn=False)),
         Mistake("RoPE positions of decoded tokens one too high", _decoded_position(1)),
         Mistake("RoPE positions of decoded tokens one too low", _decoded_position(-1)),
-        Mistake("queries rotated one position ahead of keys", _query_position),
+        Mistake("RoPE positions of decoded tokens all 0", _decoded_at_0),
+        Mistake("queries rotated one position ahead of keys", _rotated_ahead(0)),
+        Mistake("keys rotated one position ahead of queries", _rotated_ahead(1)),
         Mistake("RoPE in bfloat16: positions, frequencies and angles", _bfloat16_angles),
         Mistake("RoPE in bfloat16: the inverse frequencies", _bfloat16_frequencies),
         Mistake("RoPE in bfloat16: cosines and sines", _bfloat16_tables, usual_in_half=True),
@@ -50,7 +52,7 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("gate and up swapped", _renamed({"gate": "up", "up": "gate"})),
         Mistake("bias of q, k and v missing", _no_bias),
         *(
-            Mistake(f"q, k, v taken from the thirds of c_attn in the order {order}", _qkv_order(order))
+            Mistake("q, k and v taken from c_attn's {}, {} and {} third".format(*order), _qkv_order(order))
             for order in ("kqv", "vkq", "qvk", "kvq", "vqk")
         ),
         Mistake("rows of c_attn read head by head: q, k and v of head 0, then of head 1, …", _qkv_by_head),
@@ -70,6 +72,7 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("LogN: natural logarithm of the position over log10 of the length", _logn_ratio(1 / _LOG10)),
         Mistake("LogN off by one: log(p) for 0-based positions p", _logn_shifted(-1)),
         Mistake("LogN off by one: log(p + 2) for 0-based positions p", _logn_shifted(1)),
+        Mistake("positions counted from 1, in RoPE and in LogN", _positions_from_1(logn=True)),
         Mistake("NTK off: α stays 1", _ntk_off),
         Mistake("NTK with floor for ceil", _ntk_floor),
         Mistake("NTK's α recomputed at every decode step, older keys as they were", _alpha_every_step),
@@ -79,7 +82,9 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("attention not causal", _not_causal),
         Mistake("padding not masked", _padding_seen),
         Mistake("attention_mask ignored: padding seen and counted", _mask_ignored),
-        Mistake("positions count the padding, as the published code's batches do", _padding_counted),
+        Mistake("padding counted in positions", _padding_counted(positions=True, ntk=False)),
+        Mistake("padding counted in NTK's α", _padding_counted(positions=False, ntk=True)),
+        Mistake("padding counted in positions and in NTK's α", _padding_counted(positions=True, ntk=True)),
         Mistake("head tied: logits with the embedding's matrix", _renamed({"lm_head": "embed"})),
         Mistake("embedding tied: ids looked up in the head's matrix", _renamed({"embed": "lm_head"})),
         Mistake("c_attn transposed: each of its three squares", _transposed("qkv", 3)),
@@ -93,6 +98,8 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("computed in float16", _float16(saturates=False)),
         Mistake("float16 overflow, clamped to 65504", _float16(saturates=True)),
     ]
+    needs = {"LogN": config.use_logn_attn, "NTK": config.use_dynamic_ntk}
+    return [mistake for mistake in known if all(used for name, used in needs.items() if name in mistake.text)]
 
 
 # Rotation
@@ -130,8 +137,8 @@ def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> N
         port.logn_scale = lambda positions, *args: scale(move(positions), *args)
 
 
-def _positions_from_1(port: Port) -> None:
-    _moved(port, lambda positions: positions + 1)
+def _positions_from_1(logn: bool) -> Make:
+    return lambda port: _moved(port, lambda positions: positions + 1, logn)
 
 
 def _decoded_position(by: int) -> Make:
@@ -142,22 +149,32 @@ def _decoded_position(by: int) -> Make:
     return make
 
 
-def _query_position(port: Port) -> None:
-    tables, rotate = port.rotation_tables, port.rotate
-    ahead: Sequence[Tensor] = ()
-    calls = 0
+def _decoded_at_0(port: Port) -> None:
+    port.stepwise = True
+    _moved(port, lambda positions: positions - positions[:, :1], logn=False)
 
-    def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal ahead, calls
-        ahead, calls = tuple(tables(positions + 1, frequencies)), 0
-        return tables(positions, frequencies)
 
-    def rotate_query(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1  # of each layer the query comes first, then the key
-        return rotate(x, *(ahead if calls % 2 else (cos, sin)))
+def _rotated_ahead(which: int) -> Make:
+    """Queries (0) or keys (1) are rotated as the next token's would be."""
 
-    port.rotation_tables, port.rotate = both, rotate_query
+    def make(port: Port) -> None:
+        tables, rotate = port.rotation_tables, port.rotate
+        ahead: Sequence[Tensor] = ()
+        calls = 0
+
+        def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal ahead, calls
+            ahead, calls = tuple(tables(positions + 1, frequencies)), 0
+            return tables(positions, frequencies)
+
+        def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1  # of each layer the query comes first, then the key
+            return rotate(x, *(ahead if (calls - 1) % 2 == which else (cos, sin)))
+
+        port.rotation_tables, port.rotate = both, rotate_one
+
+    return make
 
 
 def _bfloat16_angles(port: Port) -> None:
@@ -432,13 +449,21 @@ def _mask_ignored(port: Port) -> None:
     port.mask = None
 
 
-def _padding_counted(port: Port) -> None:
-    padding, longest = port.padding, port.prefill_length
-    frequencies = port.rotary_frequencies
-    port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
-        config, [longest] * len(lengths), dtype
-    )
-    _moved(port, lambda positions: positions + padding[:, None] if padding.any() else positions)
+def _padding_counted(positions: bool, ntk: bool) -> Make:
+    """Both are what the published code does with a padded batch."""
+
+    def make(port: Port) -> None:
+        padding, prompt, frequencies = port.padding, port.prefill_length, port.rotary_frequencies
+        if not padding.any():
+            return
+        if positions:
+            _moved(port, lambda found: found + padding[:, None])
+        if ntk:
+            port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
+                config, [prompt] * len(lengths), dtype
+            )
+
+    return make
 
 
 def _activation(function: Callable[[Tensor], Tensor]) -> Make:
