@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,14 @@ from torch import Tensor
 
 from qwen_ref import QwenConfig, parity
 from qwen_ref.checkpoint import open_checkpoint
-from qwen_ref.parity.bundle import BundleWriter, read_bundle, read_ids, stage_shapes, write_bundle
+from qwen_ref.parity.bundle import (
+    LAYER_STAGES,
+    BundleWriter,
+    read_bundle,
+    read_ids,
+    stage_shapes,
+    write_bundle,
+)
 
 CONFIG = QwenConfig.from_json(GOLDEN / "ntk_logn" / "config.json")
 IDS = torch.arange(12).view(2, 6)
@@ -53,7 +63,7 @@ def test_a_bundle_gives_back_what_was_written(tmp_path: Path) -> None:
         attention_mask=mask,
         prefill_length=4,
         config=CONFIG,
-        weights_sha256="abc",
+        weights_sha256="ab" * 32,
     )
     bundle = read_bundle(tmp_path / "b")
     assert bundle.stages == list(stages)  # in the order in which data flows
@@ -61,7 +71,7 @@ def test_a_bundle_gives_back_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(bundle.stage(name), value)
     assert torch.equal(bundle.input_ids, IDS)
     assert torch.equal(bundle.attention_mask, mask)
-    assert (bundle.dtype, bundle.prefill_length, bundle.weights_sha256) == ("bfloat16", 4, "abc")
+    assert (bundle.dtype, bundle.prefill_length, bundle.weights_sha256) == ("bfloat16", 4, "ab" * 32)
     assert bundle.config == vars(CONFIG)
     bundle.check_model(CONFIG)
     assert os.listdir(tmp_path) == ["b"]
@@ -173,8 +183,8 @@ def refused(path: Path) -> str:
         ({"format_version": None}, 'not a bundle: its metadata has no "format_version"'),
         ({"format_version": None, "dtype": None}, "not a bundle"),
         ({"format_version": "2"}, "format_version is 2, and this qwen_ref reads up to 1; use a newer one"),
-        ({"format_version": "0"}, "should be a number from 1"),
-        ({"format_version": "1.0"}, "should be a number from 1"),
+        ({"format_version": "0"}, "should be 1"),
+        ({"format_version": "1.0"}, "should be 1"),
         ({"dtype": None}, "dtype is None, should be the one that was computed in: bfloat16"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"prefill_length": "0"}, "prefill_length is '0', should be a whole number from 1 to 6"),
@@ -182,6 +192,12 @@ def refused(path: Path) -> str:
         ({"prefill_length": "-1"}, "prefill_length is '-1'"),
         ({"config": "{"}, "config is no JSON"),
         ({"config": "[1]"}, "config must be a JSON object"),
+        ({"format_version": "٢"}, "should be 1"),
+        ({"prefill_length": "٣"}, "should be a whole number"),
+        ({"config": '{"hidden_size": "wide"}'}, "hidden_size is 'wide', should be a number"),
+        ({"weights_sha256": ""}, "should be 64 hexadecimal digits"),
+        ({"rounding": '{"float32": {"norm": [true, false]}}'}, "not two numbers"),
+        ({"rounding": '{"float32": {"norm": [1e308, 1e308]}}'}, "not two numbers from 0 to below 1"),
         ({"rounding": '{"float32": 3}'}, "rounding must be"),
         ({"rounding": '{"float32": {"norm": [1]}}'}, "rounding of 'norm' is [1], not two numbers"),
         ({"rounding": '{"float32": {"norm": [1, NaN]}}'}, "not two numbers"),
@@ -209,8 +225,25 @@ NORM = torch.zeros(2, 6, 64)
             "norm is [2, 5, 64], should begin with input_ids' [2, 6]",
         ),
         ({"input_ids": IDS, "norm": NORM[:, :, 0].clone()}, "norm is [2, 6], should begin with"),
-        ({"input_ids": IDS, "norms": NORM}, "norms: no stage of this format"),
-        ({"input_ids": IDS, "blocks.x.attn.q": NORM}, "blocks.x.attn.q: no stage"),
+        ({"input_ids": IDS, "norms": NORM}, "'norms': no stage of this format"),
+        *(
+            ({"input_ids": IDS, name: NORM}, f"{name!r}: no stage")
+            for name in (
+                "blocks.x.attn.q",
+                "blocks.-1.residual",
+                "blocks.01.residual",
+                "transformer.h.N.ln_1",
+            )
+        ),
+        ({"input_ids": IDS.bool(), "norm": NORM}, "input_ids is torch.bool, should be integers"),
+        (
+            {"input_ids": IDS, "norm": NORM, "attention_mask": torch.ones(3, 3).long()},
+            "attention_mask must have",
+        ),
+        (
+            {"input_ids": IDS, "norm": NORM, "attention_mask": torch.full((2, 6), 7)},
+            "attention_mask must have",
+        ),
         ({"input_ids": IDS, "transformer.h.0.attn.c_attn": NORM}, "no three equal parts for q, k and v"),
         (
             {"input_ids": IDS, "norm": NORM, "transformer.ln_f": NORM + 1},
@@ -251,7 +284,9 @@ def test_a_file_that_was_cut_is_refused(write: Callable, keep: int) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "not a bundle" in refused(GOLDEN / "ntk_logn" / "model.safetensors")
     assert "cannot be read: No such file" in refused(tmp_path / "none")
-    refused(tmp_path)
+    assert "not a file" in refused(tmp_path)
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused(tmp_path / "pointer")
     (tmp_path / "text").write_text("hello, I am no safetensors file at all")
     assert "not a complete safetensors file" in refused(tmp_path / "text")
 
@@ -277,7 +312,85 @@ def test_ids_outside_the_vocabulary_are_refused(write: Callable, wrong: int) -> 
         read_bundle(write({"input_ids": ids, "norm": NORM})).check_model(CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"input_ids": IDS.double()}, "input_ids is torch.float64"),
+        ({"input_ids": [[1, 2]]}, "should be a tensor"),
+        ({"stages": {}}, "no stage in it"),
+        ({"stages": {"foo": NORM}}, "'foo' is no tensor or no stage"),
+        ({"stages": {"norm": NORM.long()}}, "norm is torch.int64"),
+        ({"stages": {"norm": NORM.numpy()}}, "'norm' is no tensor"),
+        ({"stages": {"norm": NORM[:1]}}, "should begin with input_ids' [2, 6]"),
+        ({"dtype": "auto"}, "dtype is 'auto'"),
+        ({"prefill_length": 0}, "prefill_length is '0'"),
+        ({"prefill_length": 99}, "prefill_length is '99'"),
+        ({"attention_mask": IDS}, "attention_mask must have"),
+        ({"weights_sha256": "x"}, "64 hexadecimal digits"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path: Path, wrong: dict, said: str) -> None:
+    arguments = {"input_ids": IDS, "stages": {"norm": NORM}, "dtype": "float32", **wrong}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        write_bundle(tmp_path / "b", **arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bundle_of_another_size_is_refused_though_its_stages_fit(tmp_path: Path) -> None:
+    other = replace(CONFIG, num_hidden_layers=4)
+    write_bundle(tmp_path / "b", IDS, {"norm": NORM}, dtype="float32", config=other)
+    with pytest.raises(ValueError, match="of a model with num_hidden_layers=4, this one has 3"):
+        read_bundle(tmp_path / "b").check_model(CONFIG)
+
+
+def test_a_stage_twice_is_fine_if_it_is_the_same(write: Callable) -> None:
+    qkv = torch.randn(2, 6, 192)
+    q = qkv[..., :64].unflatten(-1, (4, 16)).contiguous()
+    path = write({"input_ids": IDS, "transformer.h.0.attn.c_attn": qkv, "blocks.0.attn.q": q})
+    assert torch.equal(read_bundle(path).stage("blocks.0.attn.q"), q.flatten(2))
+    refused(write({"input_ids": IDS, "transformer.h.0.attn.c_attn": qkv, "blocks.0.attn.q": q + 1}))
+
+
+def test_a_thousand_stages_take_no_time(write: Callable) -> None:
+    stages = {
+        f"blocks.{layer}.{stage}": torch.zeros(2, 6, 1) for layer in range(100) for stage in LAYER_STAGES
+    }
+    bundle = read_bundle(write({"input_ids": IDS, **stages}))
+    assert bundle.stages == list(stages)
+    assert parity.diff(bundle.path, bundle.path).within
+
+
 # Writing piece by piece
+
+
+@pytest.mark.parametrize("name", ["folder", "device", "none/b", ""])
+def test_only_a_file_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "device")
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_bundle(tmp_path / name if name else "", IDS, {"norm": NORM}, dtype="float32")
+    assert sorted(os.listdir(tmp_path)) == ["device", "folder"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from qwen_ref.parity import write_bundle\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_bundle(sys.argv[1], torch.ones(2, 6).long(), {'norm': torch.ones(2, 6, 64)}, dtype='float32')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "b")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert f"ValueError: {tmp_path / 'b'}: cannot be written: File too large" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_bundle(tmp_path / "link", IDS, {"norm": NORM}, dtype="float32")
+    assert (tmp_path / "link").is_symlink()
+    assert read_bundle(tmp_path / "target").stages == ["norm"]
 
 
 def test_a_writer_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
@@ -332,7 +445,8 @@ def test_ids_are_read_from_a_file(tmp_path: Path, text: str, rows: list[list[int
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a b", "1.5", "[1.5]", "[]", "[[]]", "[[1], 2]", "[true]", "-1", "[1", "9" * 5000]
+    "text",
+    ["", "a b", "1.5", "[1.5]", "[]", "[[]]", "[[1], 2]", "[true]", "-1", "[1", "9" * 5000, "1_0", "+5", "٣"],
 )
 def test_what_are_no_ids_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ids").write_text(text)

@@ -196,6 +196,14 @@ def test_a_right_port_is_rounding_only(tmp_path: Path, folder: str, dtype: str, 
 
 @pytest.mark.parametrize(
     ("names", "folder"),
+    [(("interleaved_rope", "gelu"), "extended_base"), (("ntk_off", "head_tied"), "ntk_logn")],
+)
+def test_two_mistakes_are_named_by_their_stages(tmp_path: Path, names: tuple[str, ...], folder: str) -> None:
+    check_named(planted(tmp_path, names, stages="all", folder=folder), [SAID[name] for name in names])
+
+
+@pytest.mark.parametrize(
+    ("names", "folder"),
     [
         (("interleaved_rope", "gate_up_swapped"), "extended_base"),
         (("no_logn", "ntk_off"), "ntk_logn"),
@@ -353,6 +361,26 @@ def test_nan_that_no_overflow_explains_is_bad_input(tmp_path: Path) -> None:
     parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float32")
     with pytest.raises(ValueError, match=r"first at blocks\.1\.attn\.mixed, row 0, position 3"):
         parity.diagnose(GOLDEN / "extended_base", tmp_path / "port.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_single_nan_is_no_overflow(tmp_path: Path, overflowing: Path, dtype: str) -> None:
+    ids = torch.randint(0, 320, (1, 20))
+    logits = torch.from_numpy(wrong_port.port(overflowing, ids.numpy())["logits"])
+    logits[0, 2, 1] = torch.nan
+    parity.write_bundle(tmp_path / "port.safetensors", ids, {"logits": logits}, dtype=dtype)
+    with pytest.raises(ValueError, match="1 of 320 numbers are NaN or infinite first at logits"):
+        parity.diagnose(overflowing, tmp_path / "port.safetensors")
+
+
+@pytest.mark.parametrize("padding", [(3,), (2, 5)])
+def test_a_batch_in_which_every_row_is_padded_is_diagnosed(tmp_path: Path, padding: tuple[int, ...]) -> None:
+    ids = torch.randint(0, 320, (len(padding), 12))
+    mask = torch.stack([torch.arange(12) >= pad for pad in padding]).long()
+    arguments = {"dtype": "float32", "attention_mask": mask}
+    path = tmp_path / "port.safetensors"
+    parity.write_bundle(path, ids, {"logits": torch.randn(len(padding), 12, 320)}, **arguments)
+    assert parity.diagnose(GOLDEN / "ntk_logn", path).verdict == "none of these"
 
 
 def test_nan_before_the_first_overflow_is_no_overflow(tmp_path: Path, overflowing: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,6 +132,33 @@ def test_stages_are_what_their_names_say(tmp_path: Path) -> None:
         assert close(at["residual"], at["attn_residual"] + at["mlp.down"])
         assert close(bundle.stage("norm"), qwen.norm(bundle.stage("blocks.2.residual")))
         assert close(bundle.stage("embed"), qwen.embed(ids))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"ids": torch.ones(1, 2, 3).long()}, "input_ids is"),
+        ({"ids": torch.ones(2, 0).long()}, "at least one token"),
+        ({"ids": torch.ones(2, 3)}, "should be integers"),
+        ({"ids": [[1, 2]]}, "should be a tensor"),
+        (
+            {"ids": torch.tensor([[5, 320]])},
+            "token id 320 is outside the vocabulary, 0 to 319: row 0, position 1",
+        ),
+        ({"mask": torch.ones(1, 2)}, "attention_mask must have"),
+        ({"mask": torch.tensor([[1, 1, 0]])}, "attention_mask must have"),
+        ({"stages": "foo"}, "stages='foo' is unknown"),
+        ({"decode": 1.5}, "decode=1.5 must be"),
+        ({"decode": 10**9}, "must be a whole number from 0 to"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown"),
+        ({"rounding": ("float64",)}, "rounding="),
+    ],
+)
+def test_wrong_arguments_are_value_errors_and_leave_nothing(tmp_path: Path, wrong: dict, said: str) -> None:
+    arguments = {"ids": torch.tensor([[1, 2, 3]]), **wrong}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parity.record(NTK, arguments.pop("ids"), tmp_path / "b", **arguments)
+    assert os.listdir(tmp_path) == []
 
 
 def test_decoded_steps_are_those_of_the_cache(tmp_path: Path) -> None:
@@ -549,7 +577,10 @@ def test_a_plot_without_matplotlib_says_what_to_install(
         (("record", "--out", "OUT"), "--prompt --ids is required"),
         (("record", "--prompt", "", "--out", "OUT"), "the prompt is empty"),
         (("record", "--prompt", "x", "--out", "none/OUT"), "its folder does not exist"),
-        (("record", "--prompt", "x", "--out", "OUT", "--decode", "-1"), "decode=-1 must be at least 0"),
+        (
+            ("record", "--prompt", "x", "--out", "OUT", "--decode", "-1"),
+            "decode=-1 must be a whole number from 0 to",
+        ),
         (("record", "--prompt", "x", "--out", "OUT", "--rounding", "int8"), "--rounding 'int8' is unknown"),
         (("record", "--prompt", "x", "--out", "OUT", "--model", "none"), "none: not a folder"),
         (("record", "--ids", "IDS", "--out", "OUT"), "token id 99999 is outside the vocabulary, 0 to 2751"),

@@ -121,8 +121,6 @@ def _record(args: argparse.Namespace) -> int:
     for name in rounding:
         if name not in _DTYPES[1:]:
             raise ValueError(f"--rounding {name!r} is unknown; use none or some of {', '.join(_DTYPES[1:])}")
-    if not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: its folder does not exist")
     ids, mask = read_ids(args.ids) if args.ids is not None else (_encoded(args, folder), None)
     with Progress("recording") as progress:
         bundle = record(
@@ -162,6 +160,7 @@ def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
 def _check(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import check
 
+    _check_plot(args)
     folder = _folder(args)
     with Progress("checking") as progress:
         comparison = check(folder, args.golden, args.dtype, progress.update)
@@ -171,9 +170,20 @@ def _check(args: argparse.Namespace) -> int:
 def _diff(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import diff
 
+    _check_plot(args)
     with Progress("measuring rounding") as progress:
         comparison = diff(args.truth, args.judged, args.model, progress.update)
     return _show_comparison(comparison, args, args.model)
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """Before the work is done: that there can be a plot."""
+    if args.plot is not None:
+        from qwen_ref.parity.bundle import output_path
+        from qwen_ref.parity.report import pyplot
+
+        output_path(args.plot)
+        pyplot()
 
 
 def _show_comparison(comparison: Comparison, args: argparse.Namespace, folder: Path | None) -> int:

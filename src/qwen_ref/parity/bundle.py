@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, StoredTensor
-from qwen_ref.config import QwenConfig, read_bytes, shown
+from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_bytes, shown
 
 FORMAT_VERSION = 1
 
@@ -67,7 +67,14 @@ _ALIASES = {
 }
 _FUSED = "transformer.h.N.attn.c_attn"
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What another model differs in; the other fields a port may have wrong.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "vocab_size")
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+_LAYER = re.compile(rf"blocks\.({_NUMBER.pattern})\.(.+)")
+_PUBLISHED_LAYER = re.compile(rf"transformer\.h\.({_NUMBER.pattern})((?:\..+)?)")
+_ORDER = {stage: i for i, stage in enumerate(LAYER_STAGES)}
+
 _STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()} | {torch.int64: "I64"}
 
 
@@ -93,9 +100,9 @@ def meaning(stage: str) -> str:
 
 def flow(stage: str) -> tuple[int, int, int]:
     """Sorts stages of any model into the order in which data flows."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", stage)
+    match = _LAYER.fullmatch(stage)
     if match:
-        return 1, int(match[1]), list(LAYER_STAGES).index(match[2])
+        return 1, int(match[1]), _ORDER[match[2]]
     return {"embed": 0, "norm": 2, "logits": 3}[stage], 0, 0
 
 
@@ -133,9 +140,7 @@ class Bundle:
 
     def stage(self, name: str) -> Tensor:
         """(B, T, numbers of the stage), as stored."""
-        tensor_name, third = self._places[name]
-        found = self._file.get_tensor(tensor_name).reshape(*self.input_ids.shape, -1)
-        return found if third is None else found.chunk(3, dim=-1)[third]
+        return _tensor(self._file, self._places[name], self.input_ids)
 
     def width(self, name: str) -> int:
         """How many numbers a position has at a stage."""
@@ -154,6 +159,10 @@ class Bundle:
                 f"{self.path}: token id {low if low < 0 else high} is outside the model's vocabulary, "
                 f"0 to {config.vocab_size - 1}"
             )
+        for name, value in self.config.items():
+            ours = getattr(config, name)
+            if name in _SIZES and value != ours:
+                raise ValueError(f"{self.path}: is of a model with {name}={value}, this one has {ours}")
         widths = stage_shapes(config)
         wrong = []
         for stage in self.stages:
@@ -191,7 +200,13 @@ class Bundle:
 
 def read_bundle(path: str | Path) -> Bundle:
     """Opens a bundle; ValueError for a file that is none, is cut short, newer, or contradicts itself."""
+    if not os.path.isfile(path):
+        problem = "not a file" if os.path.lexists(path) else "No such file"
+        raise ValueError(f"{path}: cannot be read: {problem}")
     try:
+        with open(path, "rb") as start:
+            if start.read(len(GIT_LFS_START)) == GIT_LFS_START:
+                raise ValueError(f"{path}: {GIT_LFS_PROBLEM}")
         file = safe_open(path, framework="pt")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -199,8 +214,8 @@ def read_bundle(path: str | Path) -> Bundle:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     try:
         return _read(str(path), file)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RuntimeError, SafetensorError) as error:  # also of shapes that nothing can hold
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def _read(path: str, file: safe_open) -> Bundle:
@@ -209,26 +224,18 @@ def _read(path: str, file: safe_open) -> Bundle:
     names = set(file.keys())
     if "input_ids" not in names:
         raise ValueError("no tensor input_ids: a bundle says for which ids it was computed")
-    input_ids = _integers(file, "input_ids")
-    if input_ids.ndim not in (1, 2) or input_ids.numel() == 0:
-        raise ValueError(f"input_ids is {list(input_ids.shape)}, should be (batch, at least one token)")
+    input_ids = as_ids(file.get_tensor("input_ids"))
     leading = tuple(input_ids.shape)
-    input_ids = input_ids.view(-1, leading[-1])  # one sequence may be given without its batch dimension
     mask = None
     if "attention_mask" in names:
-        mask = _integers(file, "attention_mask").view(-1, leading[-1])
-        real = torch.arange(leading[-1]) >= (mask == 0).sum(dim=-1, keepdim=True)
-        if mask.shape != input_ids.shape or not torch.equal((mask != 0), real) or not mask.any(dim=-1).all():
-            raise ValueError(
-                "attention_mask must have input_ids' shape and be 0 … 0 1 … 1 in every row: padding on the "
-                "left, at least one token"
-            )
+        mask = as_mask(file.get_tensor("attention_mask"), input_ids)
+    input_ids = input_ids.view(-1, leading[-1])  # one sequence may be given without its batch dimension
     places: dict[str, tuple[str, int | None]] = {}
     unknown = []
     for name in sorted(names - {"input_ids", "attention_mask"}):
         stages = _stages_of(name)
         if not stages:
-            unknown.append(name)
+            unknown.append(shown(name))
             continue
         header = file.get_slice(name)
         shape = tuple(header.get_shape())
@@ -239,11 +246,13 @@ def _read(path: str, file: safe_open) -> Bundle:
         if len(stages) == 3 and (math.prod(shape) // input_ids.numel()) % 3:
             raise ValueError(f"{name} is {list(shape)}, which has no three equal parts for q, k and v")
         for third, stage in enumerate(stages):
+            place = name, third if len(stages) == 3 else None
             if stage in places:
-                other = places[stage][0]
-                if not torch.equal(file.get_tensor(other), file.get_tensor(name)):
+                first, second = (_tensor(file, found, input_ids) for found in (places[stage], place))
+                if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
+                    other = places[stage][0]
                     raise ValueError(f"{other} and {name} are both {stage}, and differ; leave one out")
-            places[stage] = (name, third if len(stages) == 3 else None)
+            places[stage] = place
     if unknown:
         raise ValueError(
             f"{', '.join(unknown[:4])}: no stage of this format; the README lists them, "
@@ -255,14 +264,48 @@ def _read(path: str, file: safe_open) -> Bundle:
         path=path,
         dtype=_metadata_dtype(metadata),
         input_ids=input_ids,
-        attention_mask=None if mask is None or bool((mask != 0).all()) else (mask != 0).long(),
+        attention_mask=mask,
         prefill_length=_prefill_length(metadata, input_ids, mask),
         config=_metadata_config(metadata),
-        weights_sha256=metadata.get("weights_sha256"),
+        weights_sha256=_metadata_checksum(metadata),
         rounding=_metadata_rounding(metadata),
         _file=file,
         _places=places,
     )
+
+
+def _tensor(file: safe_open, place: tuple[str, int | None], input_ids: Tensor) -> Tensor:
+    """(B, T, numbers of the stage), as stored."""
+    name, third = place
+    found = file.get_tensor(name).reshape(*input_ids.shape, -1)
+    return found if third is None else found.chunk(3, dim=-1)[third]
+
+
+def as_ids(ids: Tensor) -> Tensor:
+    """Ids (B, T) or (T,) in int64; ValueError for anything else."""
+    if not isinstance(ids, Tensor) or ids.is_meta or ids.is_sparse:
+        raise ValueError(f"input_ids is {shown(ids)}, should be a tensor of integers")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"input_ids is {ids.dtype}, should be integers")
+    if ids.ndim not in (1, 2) or ids.numel() == 0:
+        raise ValueError(f"input_ids is {list(ids.shape)}, should be (batch, at least one token)")
+    return ids.long()
+
+
+def as_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
+    """A mask (B, T) of 0 and 1 in int64, None if nothing is padding; ValueError for anything else."""
+    right = isinstance(mask, Tensor) and not mask.is_meta and mask.shape == ids.shape
+    if right:
+        tokens = mask != 0
+        start = torch.arange(ids.shape[-1]) >= (~tokens).sum(dim=-1, keepdim=True)
+        right = torch.equal(tokens, start) and bool(tokens.any(dim=-1).all() and (mask.long() == mask).all())
+        right = right and bool(((mask == 1) | (mask == 0)).all())
+    if not right:
+        raise ValueError(
+            "attention_mask must have input_ids' shape and be 0 … 0 1 … 1 in every row: padding on the left, "
+            "at least one token"
+        )
+    return None if bool(tokens.all()) else mask.long().view(-1, ids.shape[-1])
 
 
 def _check_version(metadata: dict[str, str]) -> None:
@@ -272,35 +315,28 @@ def _check_version(metadata: dict[str, str]) -> None:
             'not a bundle: its metadata has no "format_version"; a writer puts {"format_version": "1", '
             '"dtype": "float32"} there, and the README says the rest'
         )
-    if not found.isdecimal() or int(found) < 1:
-        raise ValueError(f"format_version is {shown(found)}, should be a number from 1 to {FORMAT_VERSION}")
+    if not _NUMBER.fullmatch(found) or found == "0":
+        raise ValueError(f"format_version is {shown(found)}, should be {FORMAT_VERSION}")
     if int(found) > FORMAT_VERSION:
         raise ValueError(
             f"format_version is {found}, and this qwen_ref reads up to {FORMAT_VERSION}; use a newer one"
         )
 
 
-def _integers(file: safe_open, name: str) -> Tensor:
-    found = file.get_tensor(name)
-    if found.dtype.is_floating_point or found.dtype.is_complex:
-        raise ValueError(f"{name} is {found.dtype}, should be integers")
-    return found.long()
-
-
 def _stages_of(name: str) -> list[str]:
     """The stages that a tensor holds, by our names: none, one, or the three of the fused projection."""
-    number = re.search(r"(?<=^transformer\.h\.)(\d+)", name)
-    layer = number[0] if number else ""
-    generic = name if number is None else f"{name[: number.start()]}N{name[number.end() :]}"
-    if generic == _FUSED:
-        return [f"blocks.{int(layer)}.attn.{part}" for part in "qkv"]
-    if generic in _ALIASES:
-        return [_ALIASES[generic].replace("N", str(int(layer or 0)))]
-    try:
-        flow(name)
-    except (KeyError, ValueError):
-        return []
-    return [name]
+    published = _PUBLISHED_LAYER.fullmatch(name)
+    if published:
+        layer, rest = published.groups()
+        if f"transformer.h.N{rest}" == _FUSED:
+            return [f"blocks.{layer}.attn.{part}" for part in "qkv"]
+        stage = _ALIASES.get(f"transformer.h.N{rest}")
+        return [stage.replace("N", layer)] if stage else []
+    if name in _ALIASES and "N" not in name:
+        return [_ALIASES[name]]
+    ours = _LAYER.fullmatch(name)
+    known = ours[2] in LAYER_STAGES if ours else name in OUTER_STAGES
+    return [name] if known else []
 
 
 def _metadata_dtype(metadata: dict[str, str]) -> str:
@@ -316,7 +352,7 @@ def _prefill_length(metadata: dict[str, str], input_ids: Tensor, mask: Tensor | 
     T = input_ids.shape[1]
     found = metadata.get("prefill_length", str(T))
     least = 1 if mask is None else int((mask == 0).sum(dim=-1).max()) + 1  # behind all padding
-    if not found.isdecimal() or not least <= int(found) <= T:
+    if not _NUMBER.fullmatch(found) or not least <= int(found) <= T:
         raise ValueError(
             f"metadata's prefill_length is {shown(found)}, should be a whole number from {least} to {T}: "
             "the positions that were computed in the first pass"
@@ -327,7 +363,18 @@ def _prefill_length(metadata: dict[str, str], input_ids: Tensor, mask: Tensor | 
 def _metadata_config(metadata: dict[str, str]) -> dict[str, Any]:
     found = _metadata_json(metadata, "config")
     known = {field.name for field in fields(QwenConfig)}
-    return {name: value for name, value in found.items() if name in known}
+    config = {name: value for name, value in found.items() if name in known}
+    for name, value in config.items():
+        if not isinstance(value, int | float) or not abs(value) < 1e15:
+            raise ValueError(f"metadata's config: {name} is {shown(value)}, should be a number")
+    return config
+
+
+def _metadata_checksum(metadata: dict[str, str]) -> str | None:
+    found = metadata.get("weights_sha256")
+    if found is not None and not re.fullmatch("[0-9a-f]{64}", found):
+        raise ValueError(f"metadata's weights_sha256 is {shown(found)}, should be 64 hexadecimal digits")
+    return found
 
 
 def _metadata_rounding(metadata: dict[str, str]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -337,9 +384,12 @@ def _metadata_rounding(metadata: dict[str, str]) -> dict[str, dict[str, tuple[fl
             raise ValueError("metadata's rounding must be {dtype: {stage: [all, worst position]}}")
         rounding[dtype] = {}
         for stage, pair in stages.items():
-            numbers = isinstance(pair, list) and len(pair) == 2
-            if not numbers or not all(isinstance(x, int | float) and 0 <= x < math.inf for x in pair):
-                raise ValueError(f"metadata's rounding of {shown(stage)} is {shown(pair)}, not two numbers")
+            numbers = isinstance(pair, list) and len(pair) == 2 and not any(isinstance(x, bool) for x in pair)
+            if not numbers or not all(isinstance(x, int | float) and 0 <= x < 1 for x in pair):
+                raise ValueError(
+                    f"metadata's rounding of {shown(stage)} is {shown(pair)}, not two "
+                    "numbers from 0 to below 1"
+                )
             rounding[dtype][stage] = (float(pair[0]), float(pair[1]))
     return rounding
 
@@ -371,15 +421,30 @@ def write_bundle(
     """Writes what some implementation computed, for `check`, `diff` and `diagnose` to read.
 
     stages: by name, ours or the published code's, each (B, T, …). dtype: what was computed in.
+    Raises ValueError for whatever `read_bundle` would refuse; nothing is written then.
     """
-    metadata = bundle_metadata(dtype, prefill_length or input_ids.shape[-1], config, weights_sha256)
-    tensors = {"input_ids": input_ids.long(), **stages}
+    ids = as_ids(input_ids)
+    tensors = {"input_ids": ids}
     if attention_mask is not None:
+        as_mask(attention_mask, ids)
         tensors["attention_mask"] = attention_mask.long()
+    for name, tensor in stages.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_sparse or not _stages_of(str(name)):
+            raise ValueError(f"stages: {shown(name)} is no tensor or no stage of this format")
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{name} is {tensor.dtype}, should be {', '.join(DTYPES)}")
+        tensors[name] = tensor
+    length = ids.shape[-1] if prefill_length is None else prefill_length
+    metadata = bundle_metadata(dtype, length, config, weights_sha256)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with BundleWriter(path, kinds, metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+        writer.describe({})
+        try:
+            read_bundle(writer.partial)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(writer.partial), str(path))) from None
 
 
 def bundle_metadata(
@@ -399,6 +464,16 @@ def bundle_metadata(
     return metadata
 
 
+def output_path(path: str | Path) -> Path:
+    """Where a file is to be written, links followed; ValueError where none can be."""
+    found = Path(os.path.realpath(path))
+    if found.exists() and not found.is_file():
+        raise ValueError(f"{path}: cannot be written: it is there and is no file")
+    if not str(path) or not found.parent.is_dir():
+        raise ValueError(f"{path}: cannot be written: its folder does not exist")
+    return found
+
+
 class BundleWriter:
     """A safetensors file written piece by piece: a layer at a time, and position by position when decoding.
 
@@ -413,7 +488,7 @@ class BundleWriter:
         room: int = 0,
     ) -> None:
         """kinds: dtype and shape of every tensor. room: bytes for what `describe` adds to the metadata."""
-        self.path = Path(path)
+        self.path = output_path(path)
         self.partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         self.metadata, self.entries, end = metadata, {}, 0
         for name, (dtype, shape) in kinds.items():
@@ -426,20 +501,24 @@ class BundleWriter:
         self.header_size = -(-(len(self._header()) + room) // 8) * 8
         self.size = 8 + self.header_size + end
         self.file = self.partial.open("w+b")
+        self.file.truncate(self.size)
 
     def __enter__(self) -> BundleWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            with self.file:
+                if kind is None:
+                    self.describe({})
             if kind is None:
-                self.describe({})
-                self.file.flush()
-                self.file.truncate(self.size)
                 os.replace(self.partial, self.path)
+        except OSError as problem:
+            error = error or problem
         finally:
-            self.file.close()
             self.partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
         """Puts value (B, t, …) where the tensor's positions start to start + t are; or a whole tensor."""
@@ -487,6 +566,9 @@ def weights_checksum(
     return digest.hexdigest()
 
 
+_MOST_IDS = 2**26
+
+
 def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
     """Ids (B, T) and mask from a file: numbers apart by spaces, commas or lines, or a JSON list (of lists).
 
@@ -494,10 +576,12 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
     """
     text = read_bytes(path).decode("utf-8", errors="replace").strip()
     try:
-        found = json.loads(text) if text.startswith("[") else [int(x) for x in text.replace(",", " ").split()]
+        found = json.loads(text) if text.startswith("[") else _plain_ids(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no token ids: {str(error)[:200]}") from None
     rows = found if found and all(isinstance(row, list) for row in found) else [found]
+    if len(rows) * max(map(len, rows)) > _MOST_IDS:
+        raise ValueError(f"{path}: {len(rows)} rows of up to {max(map(len, rows))} token ids are too many")
     if not all(rows) or not all(type(x) is int and 0 <= x < 2**31 for row in rows for x in row):
         raise ValueError(
             f"{path}: should hold token ids, whole numbers from 0 on, apart by spaces or lines; or a JSON "
@@ -507,3 +591,11 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, None if bool(mask.all()) else mask
+
+
+def _plain_ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    wrong = next((word for word in words if not _NUMBER.fullmatch(word)), None)
+    if wrong is not None:
+        raise ValueError(f"{shown(wrong)} is none")
+    return [int(word) for word in words]

@@ -365,7 +365,8 @@ def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured, name: str
     name: what the truth is called in the result, if not by its path.
     """
     require_same_input(truth, judged)
-    common = [stage for stage in truth.stages if stage in set(judged.stages)]
+    theirs = set(judged.stages)
+    common = [stage for stage in truth.stages if stage in theirs]
     if not common:
         raise ValueError(f"{truth.path} and {judged.path} have no stage in common")
     for stage in common:
@@ -431,7 +432,8 @@ def _notes(truth: Bundle, judged: Bundle, named: bool) -> Iterator[str]:
         if truth.config[key] != judged.config[key]:
             yield f"{key} is {truth.config[key]} in the truth, {judged.config[key]} in {judged.path}"
     for bundle, other in ((truth, judged), (judged, truth)):
-        only = [stage for stage in bundle.stages if stage not in set(other.stages)]
+        others = set(other.stages)
+        only = [stage for stage in bundle.stages if stage not in others]
         if only:
             rest = f" and {len(only) - 3} more" if len(only) > 3 else ""
             yield f"only {bundle.path} has {', '.join(only[:3])}{rest}: not compared"

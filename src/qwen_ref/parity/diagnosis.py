@@ -42,6 +42,9 @@ _LEAST = 0.1  # tolerances: a difference below that is less than rounding usuall
 _SURE = 0.4  # tolerances: the quarter that rounding takes of its own tolerance, and some
 _NOISE = 0.5  # the largest relative error that is still called rounding
 
+# Of the numbers, so many must be finite, or not, in the reference in float16 as in a port that overflowed.
+_OVERFLOW_AGREES = 0.9
+
 _FINALISTS = 4  # hypotheses whose own rounding is measured
 _LIKELY = 5  # mistakes that are tried together with every other in any case
 _PAIR_CALLS = 2500  # all pairs are tried while they cost no more than so many calls of a small model,
@@ -236,23 +239,26 @@ class _Search:
         return min(exponents, key=lambda x: self._error(mistake(10**x), length)), step
 
     def _error(self, make: Make, length: int) -> float:
-        """How far a mistake leaves the port at the last stage, over the first positions of unpadded rows."""
-        rows, stage = self.theirs.real[:, 0], self.theirs.stages[-1]
+        """How far a mistake leaves the port at the last stage, over the first tokens of the longest rows."""
+        stage, padding = self.theirs.stages[-1], (~self.theirs.real).sum(dim=-1)
+        least = int(padding.min())
+        rows, columns = padding == least, slice(least, least + length)
+        prompt = self.theirs.prefill_length - least
         port = Port(
             self.checkpoint,
             self.theirs.dtype,
-            self.theirs.input_ids[rows, :length],
-            prefill_length=min(self.theirs.prefill_length, length),
+            self.theirs.input_ids[rows, columns],
+            prefill_length=min(prompt, self.theirs.input_ids[0, columns].numel()),
         )
         port.stepwise, port.progress = False, self.work.did
         self.work.expect(self.checkpoint.bytes)
         frequencies = port.rotary_frequencies
         # α belongs to the whole prompt.
         port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
-            config, [self.theirs.prefill_length] * len(lengths), dtype
+            config, [prompt] * len(lengths), dtype
         )
         make(port)
-        theirs = self.theirs.stage(stage)[rows, :length]
+        theirs = self.theirs.stage(stage)[rows, columns]
         measure = Measure(port.ids, torch.ones_like(port.ids, dtype=torch.bool))
         port.run(lambda name, value, start: measure.add(name, theirs, value), [stage])
         return measure.rounding(stage).all
@@ -349,6 +355,8 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
     port = reference(checkpoint, "float16", theirs)
     port.stepwise, port.progress = False, work.did
     port.run(keep_finite, theirs.stages)
+    if agreeing < _OVERFLOW_AGREES * count:
+        theirs.require_finite()
     tolerances = Tolerances({}, "float16", "float16")
     results = [measure.result(s, tolerances.of(s)) for s in measure.stages]
     worst = max(results, key=lambda result: result.excess)

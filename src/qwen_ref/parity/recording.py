@@ -15,7 +15,10 @@ from qwen_ref.checkpoint import DTYPES
 from qwen_ref.parity.bundle import (
     Bundle,
     BundleWriter,
+    as_ids,
+    as_mask,
     bundle_metadata,
+    output_path,
     read_bundle,
     stage_shapes,
     weights_checksum,
@@ -32,6 +35,8 @@ from qwen_ref.parity.compare import (
 from qwen_ref.parity.stages import Checkpoint, Port
 
 ROUNDING_DTYPES = ("float32", "bfloat16", "float16")
+
+_MOST_STEPS = 2**20
 
 Progress = Callable[[int, int], None]  # bytes of weights done, and in all
 
@@ -73,17 +78,27 @@ def record(
     Memory is that of one matrix in dtype, one position's numbers of a stage times T, and the cache.
     Raises ValueError for a folder that is no checkpoint and for ids outside its vocabulary.
     """
+    output_path(out)
+    if stages not in ("all", "logits"):
+        raise ValueError(f"{stages=} is unknown; use all or logits")
+    if not isinstance(decode, int) or not 0 <= decode <= _MOST_STEPS:
+        raise ValueError(f"{decode=} must be a whole number from 0 to {_MOST_STEPS}")
+    ids = as_ids(ids)
+    mask = None if mask is None else as_mask(mask, ids)
+    ids = ids.view(-1, ids.shape[-1])
     checkpoint = Checkpoint(folder)
     dtype = checkpoint.dtype(dtype)
-    rounding = tuple(rounding) if dtype == "float64" else ()
-    for name in (dtype, *rounding):
-        if name not in DTYPES:
-            raise ValueError(f"dtype {name!r} is unknown; use {', '.join(DTYPES)}")
-    if decode < 0:
-        raise ValueError(f"{decode=} must be at least 0")
-    low, high, V = int(ids.min()), int(ids.max()), checkpoint.config.vocab_size
-    if low < 0 or high >= V:
-        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    rounding = tuple(dict.fromkeys(rounding)) if dtype == "float64" else ()
+    if not set(rounding) <= set(ROUNDING_DTYPES):
+        raise ValueError(f"{rounding=} must be some of {', '.join(ROUNDING_DTYPES)}")
+    V = checkpoint.config.vocab_size
+    for row, position in ((ids < 0) | (ids >= V)).nonzero()[:1].tolist():
+        raise ValueError(
+            f"token id {ids[row, position]} is outside the vocabulary, 0 to {V - 1}: row {row}, "
+            f"position {position}"
+        )
     port = Port(checkpoint, dtype, ids, mask)
     work = Work(progress)
     work.expect(checkpoint.bytes * (1 + (1 + decode) * (1 + len(rounding))))

@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
-from qwen_ref.parity.bundle import meaning
+from qwen_ref.parity.bundle import meaning, output_path
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis
 from qwen_ref.parity.stages import layer_of
@@ -40,7 +41,11 @@ def comparison_lines(comparison: Comparison, decode: Decode | None, full: bool =
             f"nearest to it at {largest.stage}, {largest.excess:.2f} of it"
         )
     else:
-        far = f"{_times(first.excess)} as far as that" if math.isfinite(first.excess) else "not finite"
+        far = (
+            f"{_times(first.excess)} as far as that"
+            if math.isfinite(first.excess)
+            else "infinitely far from it"
+        )
         yield f"first stage beyond its tolerance: {first.stage}, {far}{_since(first)}"
         yield f"look at {meaning(first.stage)}"
     if comparison.logits is not None:
@@ -179,11 +184,8 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         )
 
 
-def plot(comparison: Comparison, out: str | Path) -> None:
-    """Error against depth, one line a dtype: what is judged, and the measured rounding of each dtype.
-
-    Raises ValueError where matplotlib is not installed.
-    """
+def pyplot() -> ModuleType:
+    """matplotlib without a screen; ValueError where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -191,8 +193,16 @@ def plot(comparison: Comparison, out: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(comparison: Comparison, out: str | Path) -> None:
+    """Error against depth, one line a dtype: what is judged, and the measured rounding of each dtype.
+
+    Raises ValueError where matplotlib is not installed.
+    """
     names = [stage.stage for stage in comparison.stages]
-    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(10, 5), layout="constrained")
     for dtype, rounding in sorted(comparison.rounding.items()):
         values = [rounding.get(name) or math.nan for name in names]
         axes.plot(values, linewidth=1, label=f"rounding of {dtype}, measured")
@@ -208,11 +218,11 @@ def plot(comparison: Comparison, out: str | Path) -> None:
     axes.set_xticks([starts[layer] for layer in chosen], [f"layer {layer}" for layer in chosen])
     axes.grid(alpha=0.3)
     axes.legend()
-    out = Path(out)
+    out = output_path(out)
     partial = out.with_name(f"{out.name}.{os.getpid()}.part")
     try:
         figure.savefig(partial, format="png", dpi=120)
         os.replace(partial, out)
     finally:
-        pyplot.close(figure)
+        pyplot().close(figure)
         partial.unlink(missing_ok=True)

@@ -49,7 +49,10 @@ class Checkpoint:
             return name
         kinds = {STORED_DTYPES[tensor.dtype] for tensor in self.stored.values()}
         if len(kinds) > 1:
-            raise ValueError(f"{self.folder}: the weights are stored in several dtypes; name the one wanted")
+            raise ValueError(
+                f"{self.folder}: the weights are stored in several dtypes; name the one to "
+                "compute in (--dtype)"
+            )
         (kind,) = kinds
         return next(name for name, dtype in DTYPES.items() if dtype == kind)
 
@@ -123,7 +126,11 @@ class Port:
             if self.prefill_length < T + greedy:
                 shape = (B, self.config.num_attention_heads, T + greedy, self.config.kv_channels)
                 like = torch.empty(0, dtype=self.dtype)
-                cache = KVCache(self.config.num_hidden_layers, shape, self.prefill_length, like)
+                try:
+                    cache = KVCache(self.config.num_hidden_layers, shape, self.prefill_length, like)
+                except RuntimeError:
+                    problem = f"a cache of {B} × {T + greedy} positions does not fit into memory"
+                    raise ValueError(problem) from None
             calls = [self.ids[:, :first], *(self.ids[:, i : i + 1] for i in range(first, T))]
             ids, start, logits = [], 0, None
             for step in range(len(calls) + greedy):
