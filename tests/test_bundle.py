@@ -378,7 +378,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
         "from qwen_ref.parity import write_bundle\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "write_bundle(sys.argv[1], torch.ones(2, 6).long(), {'norm': torch.ones(2, 6, 64)}, dtype='float32')\n"
+        "stages = {'norm': torch.ones(2, 6, 64)}\n"
+        "write_bundle(sys.argv[1], torch.ones(2, 6).long(), stages, dtype='float32')\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "b")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -254,7 +254,7 @@ def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: li
     checkpoint = Checkpoint(folder)
     ids = torch.randint(0, 320, (2, 72))
     mask = torch.ones_like(ids)
-    mask[1, :5] = 0
+    mask[1, :6] = 0  # 64 tokens of 70: with and without padding, α differs
     port = Port(checkpoint, dtype, ids, mask, prefill_length=70)
     mistake = next(mistake for mistake in mistakes(checkpoint.config) if mistake.text.startswith(text))
     mistake.make(port)
@@ -285,7 +285,12 @@ def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: li
             "rows of c_attn stored",
         ),
         *("padding counted in positions", "padding counted in NTK's α", "RoPE positions counted from 1"),
-        *("LogN: natural logarithm", "layer_norm_epsilon 1e-08", "computed in float16"),
+        *(
+            "LogN: natural logarithm",
+            "layer_norm_epsilon 1e-08",
+            "computed in float16",
+            "computed in bfloat16",
+        ),
     ],
 )
 def test_the_other_mistakes_are_named_as_well(tmp_path: Path, text: str) -> None:
@@ -296,6 +301,13 @@ def test_the_other_mistakes_are_named_as_well(tmp_path: Path, text: str) -> None
 
 
 @pytest.mark.parametrize("text", ["norm weight applied before", "norm computed in the model's dtype"])
+def test_a_layer_that_the_port_has_was_not_dropped(tmp_path: Path) -> None:
+    """Two layers swapped: what lacks the last one must neither fit nor fail."""
+    found = planted(tmp_path, ("down_scaled",), stages="all", length=12)
+    (dropped,) = [h for h in found.ranking if h.mistakes == ("last layer dropped",)]
+    assert dropped.excess == np.inf
+
+
 def test_what_only_half_precision_shows_is_named_by_its_bits(tmp_path: Path, text: str) -> None:
     diagnosis = planted_here(tmp_path, GOLDEN / "extended_base", text, "bfloat16", ["logits"])
     assert diagnosis.verdict == "mistake"

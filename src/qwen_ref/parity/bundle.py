@@ -499,9 +499,7 @@ class BundleWriter:
                 "data_offsets": [start, end],
             }
         self.header_size = -(-(len(self._header()) + room) // 8) * 8
-        self.size = 8 + self.header_size + end
         self.file = self.partial.open("w+b")
-        self.file.truncate(self.size)
 
     def __enter__(self) -> BundleWriter:
         return self

@@ -178,7 +178,10 @@ class _Search:
         port = self._port(texts)
         port.stepwise |= stepwise
         measure = held_against(port, self.theirs, self.theirs.stages)
-        results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in measure.stages]
+        for index, stage in enumerate(self.theirs.stages):
+            if stage not in measure.stages:  # they have a layer that this port lacks
+                return Hypothesis(texts, math.inf, stage, math.inf, (), index)
+        results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in self.theirs.stages]
         worst = max(results, key=lambda result: result.excess)
         agrees = next((i for i, result in enumerate(results) if not result.within), len(results))
         residuals = tuple(result.relative_rms for result in results)

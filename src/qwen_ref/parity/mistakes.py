@@ -95,8 +95,9 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("ReLU for SiLU", _activation(F.relu)),
         Mistake("last layer dropped", _layer_dropped(last=True)),
         Mistake("first layer dropped", _layer_dropped(last=False)),
-        Mistake("computed in float16", _float16(saturates=False)),
-        Mistake("float16 overflow, clamped to 65504", _float16(saturates=True)),
+        Mistake("computed in bfloat16", _computed_in(torch.bfloat16)),
+        Mistake("computed in float16", _computed_in(torch.float16)),
+        Mistake("float16 overflow, clamped to 65504", _computed_in(torch.float16, saturates=True)),
     ]
     needs = {"LogN": config.use_logn_attn, "NTK": config.use_dynamic_ntk}
     return [mistake for mistake in known if all(used for name, used in needs.items() if name in mistake.text)]
@@ -473,8 +474,8 @@ def _activation(function: Callable[[Tensor], Tensor]) -> Make:
     return make
 
 
-def _float16(saturates: bool) -> Make:
+def _computed_in(dtype: torch.dtype, saturates: bool = False) -> Make:
     def make(port: Port) -> None:
-        port.dtype, port.saturates = torch.float16, saturates
+        port.dtype, port.saturates = dtype, saturates
 
     return make

@@ -124,6 +124,7 @@ def _recorded(
 ) -> Iterator[BundleWriter]:
     """The writer of a bundle in which everything stands but the rounding of so many dtypes."""
     widths = stage_shapes(port.config)
+    names = [name for name in names if name in widths]  # a port may lack a layer
     B, T = port.ids.shape[0], port.ids.shape[1] + decode
     kinds = {"input_ids": (torch.int64, (B, T))}
     if port.mask is not None:

@@ -173,6 +173,8 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"look at {meaning(diagnosis.first_divergence)}; nearest was: {best.text}"
         return
     yield f"the mistake: {best.text}" if len(best.mistakes) == 1 else f"the mistakes: {best.text}"
+    if diagnosis.first_divergence is None:
+        yield "  (what it changes is no more than this dtype rounds; the rounding itself gave it away)"
     for name in sorted(alike):
         yield f"  or, with the same numbers for these ids: {name}"
     second = next((h for h in others if h.text not in alike), None)
