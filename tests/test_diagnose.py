@@ -300,7 +300,6 @@ def test_the_other_mistakes_are_named_as_well(tmp_path: Path, text: str) -> None
     assert any(found[0].startswith(text) for found in names), names
 
 
-@pytest.mark.parametrize("text", ["norm weight applied before", "norm computed in the model's dtype"])
 def test_a_layer_that_the_port_has_was_not_dropped(tmp_path: Path) -> None:
     """Two layers swapped: what lacks the last one must neither fit nor fail."""
     found = planted(tmp_path, ("down_scaled",), stages="all", length=12)
@@ -308,6 +307,7 @@ def test_a_layer_that_the_port_has_was_not_dropped(tmp_path: Path) -> None:
     assert dropped.excess == np.inf
 
 
+@pytest.mark.parametrize("text", ["norm weight applied before", "norm computed in the model's dtype"])
 def test_what_only_half_precision_shows_is_named_by_its_bits(tmp_path: Path, text: str) -> None:
     diagnosis = planted_here(tmp_path, GOLDEN / "extended_base", text, "bfloat16", ["logits"])
     assert diagnosis.verdict == "mistake"

@@ -40,9 +40,12 @@ Measured = Mapping[str, Mapping[str, tuple[float, float]]]  # dtype → stage �
 class Measure:
     """Adds up the differences between a truth and what is judged by it, position by position."""
 
-    def __init__(self, ids: Tensor, real: Tensor) -> None:
-        """ids, real: (B, T); what stands at padding means nothing and is left out."""
-        self.ids, self.real = ids, real
+    def __init__(self, ids: Tensor, real: Tensor, text: bool = True) -> None:
+        """ids, real: (B, T); what stands at padding means nothing and is left out.
+
+        text: whether to find out what different logits mean for the text, for `logits_result`.
+        """
+        self.ids, self.real, self.text = ids, real, text
         self._sums: dict[str, Tensor] = {}  # (5, B, T): Δ², truth², value², truth · value, largest |Δ|
         self._widths: dict[str, int] = {}
         self._logits: dict[str, Tensor] = {}  # (B, T) each
@@ -71,7 +74,7 @@ class Measure:
                     delta.abs().amax(-1),
                 )
             )
-            if stage == "logits":
+            if stage == "logits" and self.text:
                 self._add_logits(part, other, at)
 
     def _add_logits(self, truth: Tensor, value: Tensor, at: slice) -> None:
@@ -112,20 +115,20 @@ class Measure:
         return Rounding(0.0 if delta == 0 else error, float(self.positions(stage).max()))
 
     def result(self, stage: str, tolerance: Rounding) -> StageResult:
+        delta, truth, value, product = self._sums[stage][:4, self.real].sum(dim=-1).tolist()
         positions = self.positions(stage)
         row, position = divmod(int(positions.argmax()), positions.shape[1])
-        beyond = positions > tolerance.worst
-        truth, value, product = (float(x[self.real].sum()) for x in self._sums[stage][1:4])
+        beyond = (positions > tolerance.worst).any(dim=0).nonzero()
         both = math.sqrt(truth * value)
         return StageResult(
             stage=stage,
-            max_abs=float(self._sums[stage][4][self.real].max()),
-            relative_rms=self.rounding(stage).all,
+            max_abs=float(self._sums[stage][4, self.real].max()),
+            relative_rms=0.0 if delta == 0 else math.sqrt(delta / truth) if truth > 0 else math.inf,
             cosine=product / both if both > 0 else 1.0 if truth == value else 0.0,
-            worst=self.rounding(stage).worst,
+            worst=float(positions[row, position]),
             worst_row=row,
             worst_position=position,
-            first_position=int(beyond.any(dim=0).nonzero()[0]) if beyond.any() else None,
+            first_position=int(beyond[0]) if len(beyond) else None,
             tolerance=tolerance.all,
             worst_tolerance=tolerance.worst,
         )

@@ -46,8 +46,9 @@ _NOISE = 0.5  # the largest relative error that is still called rounding
 _OVERFLOW_AGREES = 0.9
 
 _FINALISTS = 4  # hypotheses whose own rounding is measured
-_LIKELY = 5  # mistakes that are tried together with every other in any case
-_PAIR_CALLS = 2500  # all pairs are tried while they cost no more than so many calls of a small model,
+_FITTED_LENGTH = 256  # positions that a number is fitted to
+_LIKELY = 3  # mistakes that are tried together with every other in any case
+_PAIR_CALLS = 1300  # all pairs are tried while they cost no more than so many calls of a small model,
 _CALL_OPERATIONS = 2.5e8  # which are so many operations: some 10 s on two cores
 
 
@@ -177,7 +178,7 @@ class _Search:
         self.tried += 1
         port = self._port(texts)
         port.stepwise |= stepwise
-        measure = held_against(port, self.theirs, self.theirs.stages)
+        measure = held_against(port, self.theirs, self.theirs.stages, text=False)
         for index, stage in enumerate(self.theirs.stages):
             if stage not in measure.stages:  # they have a layer that this port lacks
                 return Hypothesis(texts, math.inf, stage, math.inf, (), index)
@@ -205,7 +206,7 @@ class _Search:
         with temporary_record(
             self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
         ) as truth:
-            measure = held_against(port, truth, truth.stages)
+            measure = held_against(port, truth, truth.stages, text=False)
             measured = {dtype: {stage: measure.rounding(stage) for stage in measure.stages}}
             judged = measure_bundles(truth, self.theirs, truth.stages)
         tolerances = Tolerances(measured, "float64", dtype)
@@ -215,7 +216,7 @@ class _Search:
 
     def _fitted_base(self) -> Hypothesis:
         """The RoPE base that comes nearest. A few positions turn little: they lead to the many."""
-        T = self.theirs.input_ids.shape[1]
+        T = min(self.theirs.input_ids.shape[1], _FITTED_LENGTH)
         lengths = [2**power for power in range(2, T.bit_length()) if 2**power < T]
         found, step = self._nearest(rope_base, 5.5, 3.5 / 28, 57, lengths[0] if lengths else T)
         for length in [*lengths[1:], T]:
@@ -226,7 +227,7 @@ class _Search:
         return self._rounded(rope_base, "RoPE base {} for {:g}", right, found)
 
     def _fitted_epsilon(self) -> Hypothesis:
-        T = self.theirs.input_ids.shape[1]
+        T = min(self.theirs.input_ids.shape[1], _FITTED_LENGTH)
         found, step = self._nearest(norm_epsilon, -6.5, 0.5, 27, T)
         for _ in range(3):
             found, step = self._nearest(norm_epsilon, found, step / 4, 9, T)
@@ -262,7 +263,7 @@ class _Search:
         )
         make(port)
         theirs = self.theirs.stage(stage)[rows, columns]
-        measure = Measure(port.ids, torch.ones_like(port.ids, dtype=torch.bool))
+        measure = Measure(port.ids, torch.ones_like(port.ids, dtype=torch.bool), text=False)
         port.run(lambda name, value, start: measure.add(name, theirs, value), [stage])
         return measure.rounding(stage).all
 
@@ -310,7 +311,7 @@ class _Search:
         attended = 4 * config.num_hidden_layers * config.hidden_size * B * T * T
         operations = self.checkpoint.bytes * B * T + attended  # 2 for each weight, which has 2 bytes
         calls = max(steps, operations / _CALL_OPERATIONS * (1 if port.cached else steps))
-        return calls * (1 + len(self.theirs.stages) / 50)  # comparing takes its time, too
+        return calls * (1 + len(self.theirs.stages) / 25)  # comparing takes its time, too
 
 
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
@@ -342,7 +343,7 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
     if first is None or order.index(stage) < order.index(first):
         theirs.require_finite()
 
-    measure = Measure(theirs.input_ids, theirs.real)
+    measure = Measure(theirs.input_ids, theirs.real, text=False)
     agreeing = count = 0
 
     def keep_finite(name: str, value: Tensor, start: int) -> None:

@@ -155,9 +155,9 @@ def temporary_record(port: Port, names: Sequence[str], work: Work) -> Iterator[B
         yield read_bundle(out)
 
 
-def held_against(port: Port, truth: Bundle, names: Iterable[str]) -> Measure:
-    """How far a port is from a bundle, at each of these stages that the port has."""
-    measure = Measure(truth.input_ids, truth.real)
+def held_against(port: Port, truth: Bundle, names: Iterable[str], text: bool = True) -> Measure:
+    """How far a port is from a bundle, at each of these stages that the port has; text: see Measure."""
+    measure = Measure(truth.input_ids, truth.real, text)
 
     def keep(stage: str, value: Tensor, start: int) -> None:
         measure.add(stage, truth.stage(stage)[:, start : start + value.shape[1]], value, start)
@@ -176,7 +176,7 @@ def _measure(
 ) -> dict[str, Rounding]:
     port = reference(checkpoint, dtype, truth)
     port.progress = work.did
-    measure = held_against(port, truth, names)
+    measure = held_against(port, truth, names, text=False)
     return {stage: measure.rounding(stage) for stage in measure.stages}
 
 
