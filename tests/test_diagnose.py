@@ -17,7 +17,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from qwen_ref import parity
-from qwen_ref.parity.diagnosis import Diagnosis
+from qwen_ref.parity.diagnosis import Diagnosis, Hypothesis, _rank
 from qwen_ref.parity.mistakes import mistakes
 from qwen_ref.parity.stages import Checkpoint, Port
 
@@ -210,6 +210,7 @@ def test_two_mistakes_are_named_by_their_stages(tmp_path: Path, names: tuple[str
         (("eps_1e-5", "no_qkv_bias"), "extended_base"),
         (("head_tied", "last_layer_dropped"), "extended_base"),
         (("no_score_scale", "non_causal"), "extended_base"),  # rounds more than the reference does
+        (("no_score_scale", "non_causal"), "ntk_logn"),
         (("alpha_every_step", "gelu"), "ntk_logn"),
     ],
 )
@@ -403,6 +404,12 @@ def test_nan_before_the_first_overflow_is_no_overflow(tmp_path: Path, overflowin
     parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float32")
     with pytest.raises(ValueError, match=r"first at blocks\.0\.attn\.mixed"):
         parity.diagnose(overflowing, tmp_path / "port.safetensors")
+
+
+def test_what_agrees_further_is_likelier_however_far_it_is_then() -> None:
+    further = Hypothesis(("a",), 1.0, "logits", 1e6, (), agrees=9)
+    nearer = Hypothesis(("b",), 0.1, "blocks.0.attn.q", 2.0, (), agrees=2)
+    assert sorted([nearer, further], key=_rank) == [further, nearer]
 
 
 # What is left in place

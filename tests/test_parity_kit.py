@@ -410,6 +410,16 @@ def test_numbers_that_are_not_finite_on_both_sides_agree_and_on_one_do_not() -> 
     assert measure.positions("logits").tolist() == [[0, torch.inf, 0]]
 
 
+def test_a_tolerance_is_four_times_the_rounding_of_both_sides() -> None:
+    measured = {"float32": {"norm": (3e-6, 5e-6)}, "bfloat16": {"norm": (4e-3, 1e-2)}}
+    one = Tolerances(measured, "float64", "bfloat16").of("norm")
+    assert (one.all, one.worst) == (pytest.approx(1.6e-2), pytest.approx(4e-2))
+    both = Tolerances(measured, "float32", "float32").of("norm")
+    assert (both.all, both.worst) == (pytest.approx(2**0.5 * 1.2e-5), pytest.approx(2**0.5 * 2e-5))
+    exact = Tolerances(measured, "float64", "float64").of("norm")  # 29 bits below float32
+    assert exact.all == pytest.approx(2**0.5 * 1.2e-5 / 2**29)
+
+
 def test_float16_that_overflows_has_no_measured_tolerance() -> None:
     tolerances = Tolerances({"float16": {"norm": (torch.inf, torch.inf)}}, "float64", "float16")
     assert tolerances.of("norm").all < 1
@@ -518,6 +528,7 @@ def test_a_mistake_is_printed_with_its_margin(cli: Callable, tmp_path: Path) -> 
 def test_nothing_wrong_is_exit_code_0(cli: Callable, tmp_path: Path, truth: Path) -> None:
     result = cli("diagnose", "--model", NTK, "--bundle", truth)
     assert result.code == 0
+    assert parity.diagnose(NTK, truth).ranking[0].residual == 0  # step for step what was recorded
     assert result.out.splitlines()[-1] == "rounding only: nothing is wrong that this dtype could show"
 
 
