@@ -27,10 +27,13 @@ bench: .venv/installed vocab
 	$(BIN)/python examples/bench_loading.py
 
 # Holds transformers' Qwen2, which was not written here, to the parity kit.
-parity: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'
+parity: .venv/transformers
 	$(BIN)/python examples/parity_transformers.py
 	$(BIN)/python -m pytest tests/test_parity_transformers.py
+
+.venv/transformers: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'
+	touch $@
 
 # torch first, by its pin: a range could pull a build of several GB.
 .venv/installed: pyproject.toml constraints.txt

@@ -26,7 +26,7 @@ from qwen_ref.parity.bundle import (
     BundleWriter,
     read_bundle,
     read_ids,
-    stage_shapes,
+    stage_widths,
     write_bundle,
 )
 
@@ -53,7 +53,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_bundle_gives_back_what_was_written(tmp_path: Path) -> None:
-    stages = {name: torch.randn(2, 6, width) for name, width in stage_shapes(CONFIG).items()}
+    stages = {name: torch.randn(2, 6, width) for name, width in stage_widths(CONFIG).items()}
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     write_bundle(
         tmp_path / "b",
@@ -78,7 +78,7 @@ def test_a_bundle_gives_back_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_stage_comes_before_what_is_made_of_it() -> None:
-    names = list(stage_shapes(CONFIG))
+    names = list(stage_widths(CONFIG))
     assert len(names) == 1 + 16 * CONFIG.num_hidden_layers + 2
     assert names.index("blocks.0.residual") < names.index("blocks.1.attn_norm") < names.index("norm")
 
@@ -143,7 +143,7 @@ def test_numbers_at_padding_are_not_looked_at(write: Callable) -> None:
 
 
 def test_the_first_stage_with_nan_is_named(write: Callable) -> None:
-    values = {name: torch.randn(2, 6, width) for name, width in stage_shapes(CONFIG).items()}
+    values = {name: torch.randn(2, 6, width) for name, width in stage_widths(CONFIG).items()}
     values["blocks.1.mlp.gate"][1, 4, 7] = torch.inf
     values["logits"][:] = torch.nan
     values["blocks.1.attn.out"] = values["blocks.1.attn.out"].to(torch.bfloat16)

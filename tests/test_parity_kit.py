@@ -25,7 +25,7 @@ import qwen_ref.model
 from qwen_ref import QwenConfig, Tokenizer, parity
 from qwen_ref.generate import generate
 from qwen_ref.parity.__main__ import main
-from qwen_ref.parity.bundle import stage_shapes
+from qwen_ref.parity.bundle import stage_widths
 from qwen_ref.parity.compare import FACTOR, Comparison, Measure, Tolerances
 from qwen_ref.parity.stages import Checkpoint, Port
 
@@ -87,7 +87,7 @@ def test_what_is_recorded_is_what_the_model_computes(tmp_path: Path, folder: str
     with torch.inference_mode():
         logits = model(folder, dtype)(ids, attention_mask=mask)
     assert torch.equal(bundle.stage("logits"), logits)
-    assert bundle.stages == list(stage_shapes(model(folder, dtype).config))
+    assert bundle.stages == list(stage_widths(model(folder, dtype).config))
     assert bundle.rounding == {}
     assert torch.equal(bundle.attention_mask, mask)
     assert os.listdir(tmp_path) == ["b"]
@@ -248,7 +248,7 @@ def test_this_implementation_is_within_tolerance_of_its_own_truth(truth: Path, d
     comparison = parity.check(NTK, truth, dtype)
     assert comparison.within
     assert comparison.judged_dtype == ("bfloat16" if dtype == "auto" else dtype)
-    assert len(comparison.stages) == len(stage_shapes(model("ntk_logn", "float32").config))
+    assert len(comparison.stages) == len(stage_widths(model("ntk_logn", "float32").config))
     if dtype != "float64":
         # The same measurement as the recorded rounding: the tolerance is FACTOR times it, and no more.
         excess = {stage.stage: stage.excess for stage in comparison.stages}

@@ -135,7 +135,7 @@ def load_model(
     with ranks.together():
         target = _device(own_device(device, size))
         config, stored = open_checkpoint(folder)
-        wanted = _dtype(dtype, stored)
+        wanted = compute_dtype(dtype, stored)
         marks = _marks(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
 
@@ -348,7 +348,8 @@ def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> st
     return separator.join(items[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _dtype(name: str, stored: dict[str, StoredTensor]) -> torch.dtype:
+def compute_dtype(name: str, stored: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")

@@ -78,7 +78,7 @@ _ORDER = {stage: i for i, stage in enumerate(LAYER_STAGES)}
 _STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()} | {torch.int64: "I64"}
 
 
-def stage_shapes(config: QwenConfig) -> dict[str, int]:
+def stage_widths(config: QwenConfig) -> dict[str, int]:
     """Every stage of a model, in the order in which data flows, and how many numbers a position has there."""
     D, F = config.hidden_size, config.mlp_width
     widths = {stage: F if stage in ("mlp.gate", "mlp.up", "mlp.product") else D for stage in LAYER_STAGES}
@@ -92,10 +92,14 @@ def stage_shapes(config: QwenConfig) -> dict[str, int]:
 
 def meaning(stage: str) -> str:
     """What is computed between a stage and those before it."""
-    layer = re.match(r"blocks\.(\d+)\.", stage)
-    if layer is None:
-        return OUTER_STAGES[stage]
-    return f"{LAYER_STAGES[stage[layer.end() :]]} in layer {layer[1]}"
+    layer = _LAYER.fullmatch(stage)
+    return f"{LAYER_STAGES[layer[2]]} in layer {layer[1]}" if layer else OUTER_STAGES[stage]
+
+
+def layer_of(stage: str) -> int | None:
+    """The layer of a stage; None for embed, norm and logits."""
+    layer = _LAYER.fullmatch(stage)
+    return int(layer[1]) if layer else None
 
 
 def flow(stage: str) -> tuple[int, int, int]:
@@ -163,7 +167,7 @@ class Bundle:
             ours = getattr(config, name)
             if name in _SIZES and value != ours:
                 raise ValueError(f"{self.path}: is of a model with {name}={value}, this one has {ours}")
-        widths = stage_shapes(config)
+        widths = stage_widths(config)
         wrong = []
         for stage in self.stages:
             name, third = self._places[stage]
@@ -298,8 +302,7 @@ def as_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
     if right:
         tokens = mask != 0
         start = torch.arange(ids.shape[-1]) >= (~tokens).sum(dim=-1, keepdim=True)
-        right = torch.equal(tokens, start) and bool(tokens.any(dim=-1).all() and (mask.long() == mask).all())
-        right = right and bool(((mask == 1) | (mask == 0)).all())
+        right = torch.equal(tokens, start) and bool(tokens.any(dim=-1).all() and (mask[tokens] == 1).all())
     if not right:
         raise ValueError(
             "attention_mask must have input_ids' shape and be 0 … 0 1 … 1 in every row: padding on the left, "

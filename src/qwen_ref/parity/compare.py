@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
-from qwen_ref.parity.bundle import Bundle, flow
-from qwen_ref.parity.stages import layer_of
+from qwen_ref.parity.bundle import Bundle, flow, layer_of
 
 # Tolerance over measured rounding. Another order of adding makes as much rounding, but no equal amount: over
 # eight orders of a single float32 position the error went from 2.1e-7 to 7.0e-7. In bfloat16 transformers'

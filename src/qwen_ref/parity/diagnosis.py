@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
-from qwen_ref.parity.bundle import Bundle, meaning, stage_shapes
+from qwen_ref.parity.bundle import Bundle, meaning, stage_widths
 from qwen_ref.parity.compare import Comparison, Measure, Tolerances, compare_bundles, measure_bundles, plain
 from qwen_ref.parity.mistakes import Make, Mistake, mistakes, norm_epsilon, rope_base
 from qwen_ref.parity.recording import (
@@ -202,7 +202,7 @@ class _Search:
     def _within_its_own_rounding(self, hypothesis: Hypothesis) -> bool:
         """A mistake may make a model that rounds more, as attention without 1/√K does."""
         port = self._port(hypothesis.mistakes)
-        dtype = _NAMES[port.dtype]
+        dtype = str(port.dtype).removeprefix("torch.")
         with temporary_record(
             self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
         ) as truth:
@@ -316,8 +316,6 @@ class _Search:
 
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 def _rank(hypothesis: Hypothesis) -> tuple[int, float, float]:
     return -hypothesis.agrees, hypothesis.excess, hypothesis.residual
@@ -325,7 +323,7 @@ def _rank(hypothesis: Hypothesis) -> tuple[int, float, float]:
 
 def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
     """For a bundle with NaN or infinities: float16 overflow, or ValueError where that cannot be it."""
-    order = list(stage_shapes(checkpoint.config))
+    order = list(stage_widths(checkpoint.config))
     limit = torch.finfo(torch.float16).max
     beyond: dict[str, float] = {}  # stage → the largest number there, where float16 ends before it
 

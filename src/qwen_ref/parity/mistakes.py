@@ -451,7 +451,7 @@ def _mask_ignored(port: Port) -> None:
 
 
 def _padding_counted(positions: bool, ntk: bool) -> Make:
-    """Both are what the published code does with a padded batch."""
+    """In positions, as in the published code's batches; and in the prompt's length, which fixes α."""
 
     def make(port: Port) -> None:
         padding, prompt, frequencies = port.padding, port.prefill_length, port.rotary_frequencies

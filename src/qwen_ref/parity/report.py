@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from qwen_ref.parity.bundle import meaning, output_path
+from qwen_ref.parity.bundle import layer_of, meaning, output_path
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis
-from qwen_ref.parity.stages import layer_of
 
 Decode = Callable[[int], str]  # a token's text, for people
 

@@ -7,7 +7,6 @@ the memory runs too, in any dtype.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qwen_ref.model
-from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, NoInitialisation, open_checkpoint, tensor_table
+from qwen_ref.checkpoint import (
+    DTYPES,
+    STORED_DTYPES,
+    NoInitialisation,
+    compute_dtype,
+    open_checkpoint,
+    tensor_table,
+)
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
@@ -44,17 +50,8 @@ class Checkpoint:
         return self.stored[self._published[name]].read()
 
     def dtype(self, name: str) -> str:
-        """The name of a dtype to compute in, "auto" made out."""
-        if name != "auto":
-            return name
-        kinds = {STORED_DTYPES[tensor.dtype] for tensor in self.stored.values()}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{self.folder}: the weights are stored in several dtypes; name the one to "
-                "compute in (--dtype)"
-            )
-        (kind,) = kinds
-        return next(name for name, dtype in DTYPES.items() if dtype == kind)
+        """The name of a dtype to compute in, "auto" made out; ValueError for an unknown one."""
+        return str(compute_dtype(name, self.stored)).removeprefix("torch.")
 
 
 class Port:
@@ -307,9 +304,3 @@ def _captured(model: Qwen, keep: Keep, only: Sequence[str] | None, start: int) -
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def layer_of(stage: str) -> int | None:
-    """The layer of a stage; None for embed, norm and logits."""
-    match = re.match(r"blocks\.(\d+)\.", stage)
-    return int(match[1]) if match else None
