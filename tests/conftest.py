@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,6 +29,33 @@ def read_golden(folder: str) -> dict[str, Tensor]:
 
 def read_jsonl(name: str) -> list[dict]:
     return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines()]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def refused(result: Result) -> str:
+    """The one line that says what was wrong."""
+    assert result.code == 2
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("qwen_ref: error: ")
+    return line
+
+
+@pytest.fixture
+def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command's main in this process; its code and output. stdin: the bytes to find there."""
+
+    def call(main: Callable[[list[str]], int], *arguments: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call
 
 
 def relative_rms(values: Tensor, truth: Tensor) -> float:

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, WEIGHTS
+from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
 from safetensors.torch import load_file, save_file
 
 from qwen_ref import cli as shared
@@ -27,22 +27,9 @@ ANSWER = "亚的斯亚贝巴（Addis Ababa）"
 COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs the command in this process; its code and output. stdin: the bytes to find there."""
-
-    def call(*arguments: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = main([str(argument) for argument in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return call
+def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
+    return partial(run_command, main)
 
 
 @pytest.fixture
@@ -53,15 +40,6 @@ def folder(tmp_path: Path) -> Path:
 
 def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def refused(result: Result) -> str:
-    """The one line that says what was wrong."""
-    assert result.code == 2
-    assert result.out == ""
-    (line,) = result.err.splitlines()
-    assert line.startswith("qwen_ref: error: ")
-    return line
 
 
 # What it prints

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -11,13 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, WEIGHTS
+from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
 from golden_cases import golden, model
 from torch import Tensor
 
@@ -32,22 +31,9 @@ from qwen_ref.parity.stages import Checkpoint, Port
 NTK = GOLDEN / "ntk_logn"
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs the command in this process; its code and output. stdin: the bytes to find there."""
-
-    def call(*arguments: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = main([str(argument) for argument in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return call
+def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
+    return partial(run_command, main)
 
 
 @pytest.fixture
@@ -458,15 +444,6 @@ def test_bundles_that_cannot_be_compared_are_refused(
 
 
 # The command
-
-
-def refused(result: Result) -> str:
-    """The one line that says what was wrong."""
-    assert result.code == 2
-    assert result.out == ""
-    (line,) = result.err.splitlines()
-    assert line.startswith("qwen_ref: error: ")
-    return line
 
 
 def test_a_prompt_is_recorded_checked_and_judged(cli: Callable, tmp_path: Path) -> None:
