@@ -182,12 +182,18 @@ class Attention(nn.Module):
         if at.query_scale is not None:
             q = q * at.query_scale
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
+        mixed = self.mix(q, k, v, at.mask, cache, layer)  # (B, H, T, K)
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·K) → (B, T, D)
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """What every query reads from the values of the positions that it sees."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, K)
         # The flag counts from the first key: right for a whole prompt. One new token sees every key.
-        causal = at.mask is None and T > 1
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask, is_causal=causal)  # (B, H, T, K)
-        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·K) → (B, T, D)
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class MLP(nn.Module):
@@ -231,6 +237,7 @@ class Qwen(nn.Module):
         self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = VocabularyParallelHead(config.hidden_size, config.vocab_size, group)
+        self.cache_type = KVCache  # what new_cache makes; a tool may want one of another layout
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
@@ -277,7 +284,7 @@ class Qwen(nn.Module):
         heads = self.config.num_attention_heads // self.group.size
         shape = (batch_size, heads, max_length, self.config.kv_channels)
         try:
-            return KVCache(len(self.blocks), shape, prompt_length, like=self.embed.weight)
+            return self.cache_type(len(self.blocks), shape, prompt_length, like=self.embed.weight)
         except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one; TypeError: beyond 64 bits
             size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
             raise ValueError(

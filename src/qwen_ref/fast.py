@@ -1,0 +1,433 @@
+"""The same model, faster on a CPU: its matrices laid out, once after loading, for one token at a time.
+
+    model = fasten(load_model("Qwen-1_8B", "auto"))                 # same dtype
+    model = fasten(load_model("Qwen-1_8B", "auto"), "int8")         # half the bytes
+    model = fasten(load_model("Qwen-1_8B", "auto"), "int4")         # a quarter
+
+model.py stays what it is, the default and the oracle; here its linear layers are swapped for others with the
+same meaning, and attention reads its cache in another order.
+
+A decoded token multiplies every matrix W (out, in) by one vector x, so that each weight is read from memory
+and used once. Nothing but the rate at which memory is read matters then, and the common product kernels reach
+two thirds of it. But
+
+    y = Σ over i of x[i] · W[:, i]
+
+is a weighted sum of the rows of Wᵀ. That is an embedding bag, an operation made for tables larger than any
+cache: its kernel asks for the rows that it will need next before it needs them, and reads memory as fast as
+summing it up does. It adds in float32. The table is cut into blocks of outputs, so that a row's sums stay in
+the processor's registers and each thread has blocks of its own:
+
+    W (out, in) → table (blocks, in, width ≤ 352): row i of block b is W[b · width : (b + 1) · width, i]
+
+What few rows x do not fill, whole prompts, is left to the ordinary product of matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_ref.model import Attention, KVCache, Qwen
+from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
+from qwen_ref.quantize import check_group, quantize_int4, quantize_int8
+
+QUANTIZATIONS = ("int8", "int4")
+GROUP_SIZE = 64
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# The most rows of x that go through the embedding bag, each reading the block again from the processor's
+# cache. 6192 × 2048 in bfloat16, 2 cores: 4 rows take 1.6 ms and 8 take 2.6, as products of matrices 1.9, 2.1.
+_FEW_ROWS = 4
+# From here on the table is turned back into a matrix first: 512 rows then take 33.5 ms instead of 38.3, but
+# 16 rows would take 3.9 instead of 2.8.
+_MANY_ROWS = 64
+_WORKSPACE = 2**22  # numbers of the matrix turned back at a time: 8 MB of bfloat16
+
+
+def fasten(
+    model: Qwen,
+    quantize: str | None = None,
+    group_size: int = GROUP_SIZE,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Qwen:
+    """Swaps the layers of a model that load_model made for faster ones, in place; returns it.
+
+    quantize: None keeps the dtype; "int8" rounds weights to 8 bits, with a scale for each output; "int4" to 4
+    bits, with a scale and a zero for each group_size inputs, and the output head to int8, which is as fast.
+    The embedding, the norms and the biases keep their dtype; activations and cache, too.
+    Every weight is copied, a layer at a time, and the checkpoint's files are let go: the most memory taken is
+    that of the fast model and one layer. progress is called with the bytes done and the bytes in all.
+    Several ranks call it alike, each for its part. Raises ValueError where the device, the dtype or the
+    widths do not allow it, before anything is changed.
+    """
+    _check(model, quantize, group_size)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
+    for name, layer in layers.items():
+        owner, _, attribute = name.rpartition(".")
+        bits = "int8" if quantize == "int4" and isinstance(layer, VocabularyParallelHead) else quantize
+        size = layer.weight.nbytes
+        setattr(model.get_submodule(owner), attribute, FastLinear(layer, model.group, bits, group_size))
+        done += size
+        if progress is not None:
+            progress(done, total)
+    for module in list(model.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
+    for block in model.blocks:
+        block.attn = FastAttention(block.attn)
+    model.cache_type = FastCache
+    if progress is not None:
+        progress(total, total)
+    return model
+
+
+def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
+    weight = model.embed.weight
+    if model.cache_type is FastCache:
+        raise ValueError("this model is fast already; load it again to make it so in another way")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize={quantize!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
+    if weight.device.type != "cpu":
+        raise ValueError(
+            f"the faster layers are made for the CPU, the model is on {weight.device}; leave --fast and "
+            "--quantize out there"
+        )
+    if weight.dtype not in _DTYPES:
+        works = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(
+            f"{str(weight.dtype).removeprefix('torch.')} has no faster layers; load the model in {works}"
+        )
+    if quantize == "int4":
+        D, width, ranks = model.config.hidden_size, model.config.mlp_width, model.group.size
+        for inputs in sorted({D, D // ranks, width // ranks}):
+            check_group(inputs, group_size)
+
+
+class FastLinear(nn.Module):
+    """A linear layer of the model with its weight in another form; the ranks add up or gather as before."""
+
+    def __init__(self, layer: nn.Linear, group: Group, quantize: str | None, group_size: int) -> None:
+        super().__init__()
+        self.group = group
+        self.sums = group.size > 1 and isinstance(layer, RowParallelLinear)
+        self.gathers = group.size > 1 and isinstance(layer, VocabularyParallelHead)
+        weight = layer.weight.detach().flatten(0, -2)  # qkv's of several ranks is (3, rows, in)
+        if quantize is None:
+            self.weight: Matrix = Table(weight, wide=self.sums)
+        elif quantize == "int8":
+            self.weight = Int8Table(weight, wide=self.sums)
+        else:
+            self.weight = Int4Matrix(weight, wide=self.sums, group_size=group_size)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
+        y = self.weight(x)
+        if self.sums:
+            y = self.group.sum(y)
+        y = y.to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias
+        return self.group.gather(y, only_rank_0) if self.gathers else y
+
+
+class Matrix(nn.Module):
+    """W (out, in) in some form: x (…, in) → x Wᵀ (…, out), in float32 where the results are to be added up
+    unrounded (wide), else in x's dtype or wider.
+    """
+
+    def __init__(self, weight: Tensor, width: int, wide: bool) -> None:
+        super().__init__()
+        self.outputs, self.inputs = weight.shape
+        self.width = width  # outputs of a block; zeros fill up the last one
+        self.blocks = -(-self.outputs // width)
+        self.dtype = weight.dtype
+        # Where the processor has no products of half precision, those of float32 are sooner done.
+        self.product_dtype = torch.float32 if wide or not _has_products(weight.dtype) else weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.inputs)
+        y = self.few(rows) if self.takes_few(len(rows)) else self.many(rows)  # (rows, blocks · width)
+        return y[:, : self.outputs].unflatten(0, x.shape[:-1])
+
+    def takes_few(self, rows: int) -> bool:
+        return rows <= _FEW_ROWS
+
+    def few(self, rows: Tensor) -> Tensor:
+        """The product with a few rows, straight from memory."""
+        raise NotImplementedError
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """The blocks from start to stop of Wᵀ, (stop - start, in, width)."""
+        raise NotImplementedError
+
+    def many(self, rows: Tensor) -> Tensor:
+        """The product with many rows: a stretch of Wᵀ is turned back into a matrix, then used for all."""
+        x = rows.to(self.product_dtype)
+        step = max(1, _WORKSPACE // (self.inputs * self.width))
+        workspace = _workspace(self.inputs * self.width * min(step, self.blocks), self.product_dtype)
+        y = x.new_empty(len(x), self.blocks * self.width)
+        for start in range(0, self.blocks, step):
+            columns = self.columns(start, min(start + step, self.blocks))
+            matrix = workspace[: columns.numel()].view(self.inputs, -1, self.width)
+            matrix.copy_(columns.transpose(0, 1))
+            stop = start * self.width + columns.shape[0] * self.width
+            y[:, start * self.width : stop] = x @ matrix.flatten(1)
+        return y
+
+
+class Table(Matrix):
+    """Rows of Wᵀ, a block of outputs at a time, in the model's dtype."""
+
+    def __init__(self, weight: Tensor, wide: bool) -> None:
+        super().__init__(weight, _block_width(len(weight)), wide)
+        self.wide = wide and self.dtype != torch.float32  # the bag rounds its sums to the table's dtype
+        self.register_buffer("table", _blocked(weight, self.width).flatten(0, 1))  # (blocks · in, width)
+
+    def takes_few(self, rows: int) -> bool:
+        return rows <= _FEW_ROWS and not self.wide
+
+    def few(self, rows: Tensor) -> Tensor:
+        bags = _bags(self.blocks, self.inputs, len(rows))
+        return _side_by_side(_bag(self.table, bags, rows.expand(self.blocks, -1, -1)), self.blocks)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self.table.view(self.blocks, self.inputs, self.width)[start:stop]
+
+    def many(self, rows: Tensor) -> Tensor:
+        if len(rows) < _MANY_ROWS and self.product_dtype == self.dtype:
+            return _side_by_side((rows @ self.columns(0, self.blocks)).flatten(0, 1), self.blocks)
+        return super().many(rows)
+
+
+class Int8Table(Matrix):
+    """Rows of Wᵀ in 8 bits, and a scale for each output.
+
+    torch's bag of bytes takes a byte u of a row for u · scale + bias, with scale and bias of the row in the
+    eight bytes behind it. A scale of ours belongs to a column: there they are 1 and -128, and the sums, which
+    are float32, are scaled.
+    """
+
+    def __init__(self, weight: Tensor, wide: bool) -> None:
+        super().__init__(weight, _block_width(len(weight)), wide)
+        q, scale = quantize_int8(weight)
+        table = torch.empty(self.blocks, self.inputs, self.width + 8, dtype=torch.uint8)
+        table[:, :, : self.width] = _blocked((q.short() + 128).to(torch.uint8), self.width)
+        table[:, :, self.width :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+        self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
+        self.register_buffer("scale", F.pad(scale[:, 0], (0, self.blocks * self.width - len(scale))))
+
+    def few(self, rows: Tensor) -> Tensor:
+        indices, offsets = _bags(self.blocks, self.inputs, len(rows))
+        weights = rows.float().expand(self.blocks, -1, -1).reshape(-1)
+        bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+        sums = bag(self.table, indices, offsets, False, 0, False, weights, None, True)
+        return _side_by_side(sums, self.blocks) * self.scale
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        blocks = self.table.view(self.blocks, self.inputs, -1)[start:stop, :, : self.width]
+        return blocks.to(self.product_dtype).sub_(128)  # exact: 8 bits are what bfloat16 has
+
+    def many(self, rows: Tensor) -> Tensor:
+        return super().many(rows) * self.scale
+
+
+class Int4Matrix(Matrix):
+    """W in 4 bits, with a scale and a zero for each group of inputs, as torch's product takes them.
+
+    torch packs 64 outputs at a time: byte n of row i of a block holds outputs n (low half) and n + 32 of
+    input i. Where it packs otherwise (without AVX-512), its product does whole prompts, too.
+    """
+
+    def __init__(self, weight: Tensor, wide: bool, group_size: int) -> None:
+        super().__init__(weight, 64, wide)
+        self.group_size = group_size
+        self.scale_dtype = torch.float32 if wide else self.dtype
+        q, scale, zero = quantize_int4(weight, group_size, self.scale_dtype)
+        padding = (0, 0, 0, self.blocks * 64 - self.outputs)
+        q, scale, zero = (F.pad(part, padding) for part in (q, scale, zero))
+        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q.int(), 1))
+        self.register_buffer("scales", torch.stack((scale.t(), zero.t()), dim=2).contiguous())
+        self.known = torch.equal(self._values(0, self.blocks), _blocked(q, 64))
+
+    def takes_few(self, rows: int) -> bool:
+        return rows < _MANY_ROWS or not self.known
+
+    def few(self, rows: Tensor) -> Tensor:
+        x = rows.to(self.scale_dtype)
+        return torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales)
+
+    def _values(self, start: int, stop: int) -> Tensor:
+        packed = self.packed.view(self.blocks, self.inputs, 32)[start:stop]
+        return torch.cat((packed & 15, packed >> 4), dim=2)  # (blocks, in, 64)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        scales = self.scales.unflatten(1, (self.blocks, 64))[:, start:stop].to(self.product_dtype)
+        scale, zero = scales.transpose(0, 1)[:, :, None].unbind(-1)  # (blocks, groups, 1, 64) each
+        values = self._values(start, stop).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
+        return (values.sub_(8) * scale + zero).flatten(1, 2)
+
+
+def _block_width(outputs: int) -> int:
+    """As many blocks for every thread, the fewest of at most 352 outputs; a multiple of 8.
+
+    A row's sums then fit into the registers of AVX-512 (28 of 16 numbers), and a row is long enough to be
+    read at full speed: blocks of 64 take 1.3 times as long, of 1024 twice.
+    """
+    threads = torch.get_num_threads()
+    blocks = threads * -(-outputs // (352 * threads))
+    return -(-outputs // (8 * blocks)) * 8
+
+
+def _blocked(weight: Tensor, width: int) -> Tensor:
+    """(out, in) → (blocks, in, width), with zeros for the outputs that the last block lacks."""
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % width))
+    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+
+
+def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
+    """(blocks · rows, width) → (rows, blocks · width)."""
+    return sums.unflatten(0, (blocks, -1)).transpose(0, 1).flatten(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _bags(blocks: int, inputs: int, rows: int) -> tuple[Tensor, Tensor]:
+    """For each block and each row of x a bag of all the block's table rows."""
+    numbers = torch.arange(blocks * inputs, dtype=torch.int32).view(blocks, 1, inputs)
+    return _numbered(numbers.expand(-1, rows, -1))
+
+
+@functools.lru_cache(maxsize=4)
+def _workspace(size: int, dtype: torch.dtype) -> Tensor:
+    """Memory that many products use one after another: taken anew each time, it costs as much as the copy."""
+    return torch.empty(size, dtype=dtype)
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies matrices of this dtype faster than those of float32."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32
+
+
+# Attention of one new token
+
+
+class FastAttention(Attention):
+    """The attention of model.py, whose one new token reads the cache as FastLinear reads weights."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        self.head_size, self.qkv, self.out = attention.head_size, attention.qkv, attention.out
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        if not isinstance(cache, FastCache) or q.shape[2] > 1:
+            return super().mix(q, k, v, mask, cache, layer)
+        cache.write(layer, k, v)
+        return cache.attend(layer, q, mask)
+
+
+class FastCache(KVCache):
+    """A cache in which both products of one query with all positions are weighted sums of rows.
+
+    Values already are what is summed, a position a row. Keys are transposed, a dimension a row, in blocks of
+    128 positions: the scores of a block are the sum over dimensions d of q[d] · row d.
+
+    The bag rounds its sums to the cache's dtype. Scores must not be rounded to half precision: they stand in
+    an exponent. So a block has one row more, which takes the rounded scores, and a second bag sums what is
+    left when they are subtracted: both together are the score as float32 had it.
+    """
+
+    BLOCK = 128
+
+    def __init__(
+        self, layers: int, shape: tuple[int, int, int, int], prompt_length: int | None, like: Tensor
+    ) -> None:
+        super().__init__(0, shape, prompt_length, like)
+        B, H, max_length, K = shape
+        self.blocks = -(-max_length // self.BLOCK)
+        self.rounds = like.dtype != torch.float32
+        key_shape = (B, H, self.blocks, K + self.rounds, self.BLOCK)
+        self.keys = [like.new_empty(key_shape) for _ in range(layers)]
+        # Zeros: positions not yet filled are summed up as well, with weight 0, and 0 · NaN is NaN.
+        self.values = [like.new_zeros((B, H, self.blocks * self.BLOCK, K)) for _ in range(layers)]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.write(layer, k, v)
+        if self.length == 0:
+            return k, v
+        end, K = self.length + k.shape[2], k.shape[3]
+        keys = self.keys[layer][:, :, : -(-end // self.BLOCK), :K].transpose(3, 4).flatten(2, 3)
+        return keys[:, :, :end], self.values[layer][:, :, :end]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts the keys and values of T new positions, (B, H, T, K) each, behind those that are there."""
+        K, end = k.shape[3], self.length + k.shape[2]
+        self.values[layer][:, :, self.length : end] = v
+        start = self.length
+        while start < end:
+            block, offset = divmod(start, self.BLOCK)
+            stop = min(end, (block + 1) * self.BLOCK)
+            part = k[:, :, start - self.length : stop - self.length].transpose(2, 3)  # (B, H, K, positions)
+            self.keys[layer][:, :, block, :K, offset : offset + stop - start] = part
+            start = stop
+
+    def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q kᵀ / √K) v for one query (B, H, 1, K), which was written as the last position."""
+        B, H, _, K = q.shape
+        S = self.length + 1
+        used = -(-S // self.BLOCK)
+        keys, values = self.keys[layer], self.values[layer]
+        rows = _rows_in_use(B * H, self.blocks, used, keys.shape[3], K, self.BLOCK)
+        weights = q.expand(-1, -1, used, -1)  # (B, H, blocks in use, K)
+        scores = _bag(keys, rows.keys, weights)
+        if self.rounds:
+            rounded = scores.view(B, H, used, self.BLOCK)
+            keys[:, :, :used, K] = rounded
+            weights = torch.cat((weights.new_full((), -1).expand(B, H, used, 1), weights), dim=3)
+            scores = scores.float() + _bag(keys, rows.keys_and_rounded, weights).float()
+        scores = scores.view(B, H, 1, -1) / math.sqrt(K)
+        scores[..., S:] = -torch.inf
+        if mask is not None:
+            scores[..., :S].masked_fill_(~mask, -torch.inf)
+        return _bag(values, rows.values, scores.softmax(dim=-1).to(q.dtype)).view(B, H, 1, K)
+
+
+class _Rows(NamedTuple):
+    """Which rows of a cache's tables the bags hold."""
+
+    keys: tuple[Tensor, Tensor]
+    keys_and_rounded: tuple[Tensor, Tensor]
+    values: tuple[Tensor, Tensor]
+
+
+@functools.lru_cache(maxsize=4)  # every layer uses the same, for as many tokens as a block has positions
+def _rows_in_use(heads: int, blocks: int, used: int, rows: int, K: int, positions: int) -> _Rows:
+    """heads: of all sequences; each has blocks of so many rows, of which some are used."""
+    block = torch.arange(heads)[:, None] * blocks + torch.arange(used)  # (heads, used)
+    keys = block[:, :, None] * rows + torch.arange(K)
+    rounded = block[:, :, None] * rows + K
+    values = torch.arange(heads)[:, None] * (blocks * positions) + torch.arange(used * positions)
+    return _Rows(*map(_numbered, (keys, torch.cat((rounded, keys), dim=2), values)))
+
+
+def _numbered(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Bags of rows (…, rows of a bag) → their numbers, where bags start (and the last one ends)."""
+    return rows.flatten().int(), torch.arange(0, rows.numel() + 1, rows.shape[-1], dtype=torch.int32)
+
+
+def _bag(table: Tensor, rows: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
+    """A weighted sum of rows of a table (…, width) for each bag → (bags, width)."""
+    numbers, starts = rows
+    table = table.view(-1, table.shape[-1])
+    return torch.embedding_bag(table, numbers, starts, False, 0, False, weights.reshape(-1), True)[0]
