@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen_ref import QwenConfig, Tokenizer, load_model, parity
 from qwen_ref.cli import bundled_checkpoint
 from qwen_ref.parity.__main__ import main as parity_command
+from qwen_ref.peers import qwen2
 
 PROMPT = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
 
@@ -45,54 +46,6 @@ INPUTS = {  # what a module reads → the stage
     "model.layers.N.post_attention_layernorm": "blocks.N.attn_residual",
     "model.layers.N.mlp.down_proj": "blocks.N.mlp.product",
 }
-
-
-def qwen2(folder: Path, dtype: str, rope_theta: float | None = None) -> torch.nn.Module:
-    """transformers' Qwen2 with a checkpoint's weights, and perhaps with another base."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    ours = load_model(folder, dtype)
-    config = ours.config
-    theta = rope_theta or config.rotary_emb_base
-    # Made in its dtype, as from_pretrained does: .to(dtype) would round the rotary frequencies, too.
-    theirs = AutoModelForCausalLM.from_config(
-        Qwen2Config(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.layer_norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            max_position_embeddings=config.seq_length,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        ),
-        dtype=ours.embed.weight.dtype,
-    )
-    weights = {
-        "model.embed_tokens.weight": ours.embed.weight,
-        "model.norm.weight": ours.norm.weight,
-        "lm_head.weight": ours.lm_head.weight,
-    }
-    for number, block in enumerate(ours.blocks):
-        layer = f"model.layers.{number}"
-        weights |= {
-            f"{layer}.input_layernorm.weight": block.attn_norm.weight,
-            f"{layer}.self_attn.o_proj.weight": block.attn.out.weight,
-            f"{layer}.post_attention_layernorm.weight": block.mlp_norm.weight,
-            f"{layer}.mlp.gate_proj.weight": block.mlp.gate.weight,
-            f"{layer}.mlp.up_proj.weight": block.mlp.up.weight,
-            f"{layer}.mlp.down_proj.weight": block.mlp.down.weight,
-        }
-        thirds = zip("qkv", block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True)
-        for part, weight, bias in thirds:
-            weights[f"{layer}.self_attn.{part}_proj.weight"] = weight
-            weights[f"{layer}.self_attn.{part}_proj.bias"] = bias
-    theirs.load_state_dict(weights)
-    return theirs.eval()
 
 
 def record(model: torch.nn.Module, ids: Tensor, layers: int) -> dict[str, Tensor]:
@@ -148,7 +101,7 @@ def main() -> int:
     codes = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype, theta in (("float32", None), ("bfloat16", None), ("float32", other), ("bfloat16", other)):
-            stages = record(qwen2(args.model, dtype, theta), ids, config.num_hidden_layers)
+            stages = record(qwen2(load_model(args.model, dtype), theta), ids, config.num_hidden_layers)
             if theta is not None:
                 stages = {"logits": stages["logits"]}
             bundle = Path(folder) / "qwen2.safetensors"

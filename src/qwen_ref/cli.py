@@ -8,7 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS
+
+if TYPE_CHECKING:
+    from qwen_ref.model import Qwen
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,11 +105,56 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         raise ValueError(_not_utf8(source, error)) from None
 
 
-class Progress:
-    """One line on stderr with bytes done and time left, redrawn in a terminal, else repeated every 10 s."""
+def add_speed_options(parser: argparse._ActionsContainer) -> None:
+    """--fast, --quantize, --group-size, --compile."""
+    add = parser.add_argument
+    add(
+        "--fast",
+        action="store_true",
+        help="lay the weights out for decoding on the CPU, as a copy",
+    )
+    add("--quantize", choices=("int8", "int4"), help="--fast, with the weights rounded to 8 or 4 bits")
+    add(
+        "--group-size",
+        type=int,
+        choices=INT4_GROUPS,
+        metavar="G",
+        help=f"with --quantize int4: inputs that share a scale, {', '.join(map(str, INT4_GROUPS))} "
+        f"(default: {INT4_GROUP})",
+    )
+    add("--compile", action="store_true", help="compile the layers with torch.compile; takes a minute or so")
 
-    def __init__(self, what: str) -> None:
-        self.what, self.stream = what, sys.stderr
+
+def speed_options(args: argparse.Namespace) -> list[str]:
+    """Those of add_speed_options that were given; ValueError where they do not go together."""
+    if args.group_size is not None and args.quantize != "int4":
+        raise ValueError("--group-size is for --quantize int4")
+    given = ["--fast"] * args.fast + ["--compile"] * args.compile
+    for name in ("quantize", "group_size"):
+        if getattr(args, name) is not None:
+            given.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    return given
+
+
+def speed_up(model: Qwen, args: argparse.Namespace) -> Qwen:
+    """What the options of add_speed_options ask for."""
+    if args.fast or args.quantize is not None:
+        from qwen_ref.fast import fasten
+
+        with Progress("laying out") as progress:
+            fasten(model, args.quantize, args.group_size or INT4_GROUP, progress=progress.update)
+    if args.compile:
+        from qwen_ref.fast import compile_layers
+
+        compile_layers(model)
+    return model
+
+
+class Progress:
+    """One line on stderr with what is done and the time left, redrawn in a terminal, else every 10 s."""
+
+    def __init__(self, what: str, unit: str = "GB") -> None:
+        self.what, self.unit, self.stream = what, unit, sys.stderr
         self.interval = 0.1 if self.stream.isatty() else 10.0
         self.start = self.shown = time.monotonic()
 
@@ -121,7 +171,8 @@ class Progress:
             return
         self.shown = now
         left = (now - self.start) * (total - done) / max(done, 1)
-        line = f"qwen_ref: {self.what} {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
+        count = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self.unit == "GB" else f"{done} of {total}"
+        line = f"qwen_ref: {self.what} {count} {self.unit}, {left:.0f} s left"
         if self.stream.isatty():
             print(f"\r{line}", end="    ", file=self.stream, flush=True)
         else:

@@ -34,6 +34,10 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised checkpoints are not read; use the bfloat16 or float16 release"),
 }
 
+# Inputs that may share a scale in int4 weights: what torch's product knows, and what is taken by default.
+INT4_GROUPS = (32, 64, 128, 256)
+INT4_GROUP = 64
+
 # Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
 _LARGEST = {
     "hidden_size": 2**20,

@@ -34,16 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_ref.config import INT4_GROUP
 from qwen_ref.model import Attention, KVCache, Qwen
 from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
 from qwen_ref.quantize import check_group, quantize_int4, quantize_int8
 
 QUANTIZATIONS = ("int8", "int4")
-GROUP_SIZE = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The most rows of x that go through the embedding bag, each reading the block again from the processor's
-# cache. 6192 × 2048 in bfloat16, 2 cores: 4 rows take 1.6 ms and 8 take 2.6, as products of matrices 1.9, 2.1.
+# cache. 6192 × 2048 in bfloat16, 2 cores: 4 rows take 1.6 ms, 8 take 2.6; as products of matrices 1.9, 2.1.
 _FEW_ROWS = 4
 # From here on the table is turned back into a matrix first: 512 rows then take 33.5 ms instead of 38.3, but
 # 16 rows would take 3.9 instead of 2.8.
@@ -54,7 +54,7 @@ _WORKSPACE = 2**22  # numbers of the matrix turned back at a time: 8 MB of bfloa
 def fasten(
     model: Qwen,
     quantize: str | None = None,
-    group_size: int = GROUP_SIZE,
+    group_size: int = INT4_GROUP,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Qwen:
@@ -110,6 +110,12 @@ def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
         D, width, ranks = model.config.hidden_size, model.config.mlp_width, model.group.size
         for inputs in sorted({D, D // ranks, width // ranks}):
             check_group(inputs, group_size)
+
+
+def compile_layers(model: Qwen) -> None:
+    """Has torch.compile fuse what lies between the products: norms, rotation, SwiGLU, residuals."""
+    for block in model.blocks:
+        block.compile(dynamic=True)
 
 
 class FastLinear(nn.Module):

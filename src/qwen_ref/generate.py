@@ -19,7 +19,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
+from qwen_ref.cli import (
+    Parser,
+    Progress,
+    add_speed_options,
+    bundled_checkpoint,
+    read_prompt,
+    run,
+    say,
+    speed_options,
+    speed_up,
+    utf8,
+)
 from qwen_ref.config import QwenConfig, check_cut, read_json_object, require_folder, shown
 from qwen_ref.launch import TIMEOUT, RankLost, Ranks, launched
 from qwen_ref.streaming import TextStream
@@ -354,6 +365,7 @@ def _parser() -> Parser:
     add("--seed", type=int, help="the same seed gives the same text (default: a new one, printed)")
     add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …; under torchrun cuda: one for each rank")
+    add_speed_options(parser)
     add(
         "--timeout",
         type=float,
@@ -379,6 +391,7 @@ def _parser() -> Parser:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    speed_options(args)
     folder = args.model or bundled_checkpoint()
     launch = launched()
     if launch is not None:
@@ -394,7 +407,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
     from qwen_ref.checkpoint import load_model
 
-    model = load_model(folder, args.dtype, args.device, group="world")
+    model = speed_up(load_model(folder, args.dtype, args.device, group="world"), args)
     for _ in generate(model, **request):
         pass
     return 0
@@ -471,14 +484,16 @@ def _load(args: argparse.Namespace, folder: Path, config: QwenConfig, ranks: Ran
 
         group = "world" if ranks.size > 1 else None
         model = load_model(folder, args.dtype, args.device, group, progress=update)
+    speed_up(model, args)
     seconds = time.perf_counter() - start
     name = args.model or "the tiny checkpoint that comes with the project"
     count = sum(math.prod(spec.shape) for spec in tensor_table(config))
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+    form = args.quantize or dtype
     say(
-        f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {dtype}{each} on {args.device} "
+        f"{name}: {count:,} parameters, {size / 1e9:.3f} GB of {form}{each} on {args.device} "
         f"in {seconds:.2f} s"
     )
     return model

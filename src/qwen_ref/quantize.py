@@ -1,7 +1,7 @@
 """A weight in fewer bits: int8 with a scale for each output, int4 with scale and zero for groups of inputs.
 
-Only weights are rounded; activations keep their dtype. Both are plain round-to-nearest: no calibration text is
-needed, and every weight is off by at most half a step of its row or group.
+Only weights are rounded; activations keep their dtype. Both are plain round-to-nearest: no calibration text
+is needed, and every weight is off by at most half a step of its row or group.
 
     int8    W[o, i] ≈ q[o, i] · scale[o]                                        q from -127 to 127
     int4    W[o, i] ≈ (q[o, i] - 8) · scale[o, i // G] + zero[o, i // G]        q from 0 to 15, groups of G
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128, 256)  # those that torch's int4 product knows
+from qwen_ref.config import INT4_GROUPS
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +59,12 @@ def dequantize_int4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def check_group(inputs: int, group_size: int) -> None:
     """Raises ValueError where int4 groups of this size cannot be, naming those that can."""
-    works = [size for size in GROUP_SIZES if inputs % size == 0]
+    works = [size for size in INT4_GROUPS if inputs % size == 0]
     if group_size not in works:
         can = f"use {_either(works)}" if works else "no size does; use int8"
         raise ValueError(
             f"groups of {group_size} do not work for a weight of {inputs} inputs: a group is one of "
-            f"{_either(GROUP_SIZES)} inputs and divides them; {can}"
+            f"{_either(INT4_GROUPS)} inputs and divides them; {can}"
         )
 
 
