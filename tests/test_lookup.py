@@ -23,9 +23,10 @@ from golden_cases import model as golden_model
 from lookup_worker import PROMPT
 from torch import Tensor
 
-from qwen_ref import KVCache, Qwen, Tokenizer, load_model
-from qwen_ref.generate import generate, main
+from qwen_ref import KVCache, Qwen, Tokenizer, load_model, lookup
+from qwen_ref.generate import Step, generate, main
 from qwen_ref.lookup import MARGIN, Passes, Text, generate_lookup
+from qwen_ref.steps import choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 TINY = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
@@ -216,6 +217,41 @@ def test_what_is_decided_again_has_the_bits_of_the_plain_loop(
     assert passes.passes <= 120
 
 
+def test_a_close_call_is_decided_by_the_bits_of_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind passes over several tokens that were believed, though the keys that they leave are others:
+    the fifth is the first that is not."""
+    qwen, ids = golden_model("extended_base", "float32"), PROMPT[:12]
+    decided: list[Tensor] = []
+    passes = Passes()
+
+    def seen(qwen: Qwen, logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+        decided.append(logits)
+        return choose(qwen, logits, *others)
+
+    def doubted(*arguments: object) -> list[Step]:
+        steps = sure_steps(*arguments)
+        return [Step(-1, 0.0)] * len(steps) if passes.passes == 1 + 5 else steps
+
+    monkeypatch.setattr("qwen_ref.generate.choose", seen)
+    plain = tokens(generate(qwen, ids, 46))
+    bits, decided = decided, []
+    right = ids + plain
+    drafts_of(lambda text, limit: right[len(text) : len(text) + limit], monkeypatch)
+    sure_steps = lookup._sure_steps
+    monkeypatch.setattr(lookup, "_sure_steps", doubted)
+    monkeypatch.setattr(lookup, "choose", seen)
+    assert tokens(generate_lookup(qwen, ids, 46, draft_tokens=4, passes=passes)) == plain
+    assert passes.repeated == 1 + 4 * 5  # what four passes had taken, and the last token before the call
+    assert torch.equal(decided[1], bits[1 + 4 * 5])
+
+
+def test_where_calls_are_close_the_guessing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MARGIN, 32, math.inf)
+    _, passes = counted(tiny("float32"), TINY.encode(FACTS * 2), 120)
+    assert 1 < passes.repeated < 10
+    assert passes.passes == 120 + passes.repeated
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["a tie", "a tie that rounding turns"])
 def test_a_planted_tie_is_decided_as_the_plain_loop_decides_it(moved: bool) -> None:
     """The token that comes most often gets a twin with the same row of the head. Passes over several tokens
@@ -366,13 +402,13 @@ def test_the_command_prints_the_same_and_says_how_many_passes(cli: Callable, ext
 def test_json_has_the_same_numbers(cli: Callable) -> None:
     plain = json.loads(cli(REPETITIVE[0], "--json").out)
     report = json.loads(cli(REPETITIVE[0], "--json", "--lookup", "4").out)
-    lookup = report["lookup"]
+    numbers = report["lookup"]
     assert "lookup" not in plain
     assert (report["text"], report["finish_reason"]) == (plain["text"], plain["finish_reason"])
-    assert lookup["draft_tokens"] == 4
-    assert lookup["tokens"] == len(report["tokens"]) == len(plain["tokens"])
-    assert lookup["tokens_per_pass"] == lookup["tokens"] / lookup["passes"] > 1
-    assert lookup["repeated"] == 0
+    assert numbers["draft_tokens"] == 4
+    assert numbers["tokens"] == len(report["tokens"]) == len(plain["tokens"])
+    assert numbers["tokens_per_pass"] == numbers["tokens"] / numbers["passes"] > 1
+    assert numbers["repeated"] == 0
 
 
 def test_close_calls_are_said(cli: Callable) -> None:
