@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
-import operator
 import os
 import random
 import sys
@@ -32,21 +32,16 @@ from qwen_ref.cli import (
     utf8,
 )
 from qwen_ref.config import QwenConfig, check_cut, read_json_object, require_folder, shown
-from qwen_ref.launch import TIMEOUT, RankLost, Ranks, launched
+from qwen_ref.launch import TIMEOUT, Ranks, launched
+from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
+from qwen_ref.steps import Step, check_settings, checked_ids, choose, in_step
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator
 
     from qwen_ref.model import Qwen
-
-
-class Step(NamedTuple):
-    """One generated token and its log-probability under the model, before any sampling parameter acts."""
-
-    token: int
-    logprob: float
 
 
 def generate(
@@ -98,7 +93,7 @@ def generate_batch(
     group = model.group
     with group.together():
         check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        prompts = [_checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
+        prompts = [checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
         if not prompts:
             raise ValueError("there is no prompt to continue")
     stop_ids = frozenset(stop_ids)
@@ -118,7 +113,7 @@ def generate_batch(
     generators = [_generator(device, None if seed is None else seed + row) for row in range(B)]
     ids, mask = ids.to(device), mask.to(device)
 
-    def steps() -> Iterator[list[Step | None]]:
+    def steps() -> Iterator[tuple[list[Step | None], bool]]:
         ended = [False] * B
         for n in range(longest, longest + max_new_tokens):
             with torch.inference_mode():
@@ -128,25 +123,18 @@ def generate_batch(
                     states = model.hidden_states(ids[:, n - 1 : n], cache=cache)
                 # (B, V): of all positions only the last one's, of all ranks only rank 0
                 logits = model.lm_head(states[:, -1], only_rank_0=True)
-                tokens, logprobs = _choose(model, logits, ids[:, :n], sampling, generators)
+                tokens, logprobs = choose(model, logits, ids[:, :n], sampling, generators)
                 ids[:, n] = tokens
             rows: list[Step | None] = []
             for row, step in enumerate(map(Step, tokens.tolist(), logprobs.tolist())):
                 rows.append(None if ended[row] else step)
                 ended[row] = ended[row] or step.token in stop_ids
             last = all(ended) or n + 1 == longest + max_new_tokens
-            try:
-                yield rows
-            except GeneratorExit:  # this rank's caller wants no more: then the others, too, get no more
-                if not last:
-                    # ValueError: where the whole process ends, its process group may have ended before.
-                    with contextlib.suppress(RankLost, ValueError):
-                        group.any(True)
-                raise
-            if last or group.any(False):
+            yield rows, last
+            if last:
                 return
 
-    return steps()
+    return in_step(group, steps())
 
 
 def generate_uncached(
@@ -168,103 +156,18 @@ def generate_uncached(
     import torch
 
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    prompt_ids = _checked_ids(prompt_ids, model.config.vocab_size)
+    prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
     ids = torch.tensor([prompt_ids], device=model.embed.weight.device)
     generators, sampling = [_generator(ids.device, seed)], (temperature, top_k, top_p, repetition_penalty)
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
             logits = model(ids, cache=cache)[:, -1]
-            tokens, logprobs = _choose(model, logits, ids, sampling, generators)
+            tokens, logprobs = choose(model, logits, ids, sampling, generators)
             ids = torch.cat((ids, tokens[:, None]), dim=1)
         yield Step(int(tokens), float(logprobs))
         if int(tokens) in stop_ids:
             return
-
-
-def check_settings(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
-    seed: int | None = None,
-) -> None:
-    """Raises ValueError where a setting of the loop is out of range."""
-    from qwen_ref.sampling import check_parameters
-
-    check_parameters(temperature, top_k, top_p, repetition_penalty)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
-
-
-def _checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
-    try:
-        ids = [operator.index(token) for token in prompt]
-    except TypeError as error:
-        raise ValueError(f"a prompt must be a list of token ids: {error}") from None
-    if not ids:
-        raise ValueError(
-            "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
-        )
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
-    return ids
-
-
-def _choose(
-    model: Qwen,
-    logits: Tensor | None,
-    previous_ids: Tensor,
-    sampling: tuple[float, int, float, float],
-    generators: list[Generator],
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B) and their log-probabilities (B): rank 0 draws them from its logits, every rank has them."""
-    import torch
-
-    B, group, problem = len(previous_ids), model.group, None
-    tokens = previous_ids.new_full((B,), -1)
-    logprobs = torch.zeros(B, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32))
-    logprobs = logprobs.to(previous_ids.device)
-    if group.rank == 0:
-        try:
-            tokens, logprobs = _draw(logits, previous_ids, sampling, generators)
-        except Exception as error:  # logits that are not finite, say
-            problem = error
-    tokens = group.from_rank_0(tokens)
-    if tokens[0] < 0:
-        with group.together():
-            if problem is not None:
-                raise problem
-    return tokens, group.from_rank_0(logprobs)
-
-
-def _draw(
-    logits: Tensor,
-    previous_ids: Tensor,
-    sampling: tuple[float, int, float, float],
-    generators: list[Generator],
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B) drawn from logits (B, V), a generator a row, and their log-probabilities (B).
-
-    sampling: temperature, top_k, top_p and repetition_penalty.
-    """
-    import torch
-
-    from qwen_ref.sampling import probabilities
-
-    probs = probabilities(logits, previous_ids, *sampling)
-    if sampling[0] == 0:
-        tokens = probs.argmax(dim=-1)
-    else:
-        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]
-        tokens = torch.cat(draws)
-    wide = logits.to(probs.dtype)
-    chosen = wide.gather(1, tokens[:, None])[:, 0]
-    return tokens, chosen - wide.logsumexp(dim=-1)
 
 
 def _generator(device: Any, seed: int | None) -> Generator:
@@ -383,11 +286,28 @@ def _parser() -> Parser:
         help="end before this text; may be given several times",
     )
     add(
+        "--lookup",
+        nargs="?",
+        type=_draft_tokens,
+        const=DRAFT_TOKENS,
+        metavar="N",
+        help="after the prompt: guess up to N tokens a pass (default: %(const)s) from the text so far; "
+        "the same greedy text in fewer passes where it repeats itself",
+    )
+    add(
         "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in the prompt"
     )
     add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
     add("--json", action="store_true", help="print one JSON object at the end")
     return parser
+
+
+def _draft_tokens(argument: str) -> int:
+    try:
+        return int(argument)
+    except ValueError:
+        message = f"{argument!r} is no number of tokens; a prompt goes before --lookup"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -408,7 +328,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     from qwen_ref.checkpoint import load_model
 
     model = speed_up(load_model(folder, args.dtype, args.device, group="world"), args)
-    for _ in generate(model, **request):
+    for _ in _loop(model, request, Passes()):
         pass
     return 0
 
@@ -436,6 +356,9 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if "" in stop_texts:
         raise ValueError("--stop is empty: it would end every text at once")
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
+    if args.lookup is not None:
+        _check_lookup(args, folder, settings)
+        request["lookup"] = args.lookup
     ranks.share(json.dumps(request))
     ranks.meet(args.device)
     model = _load(args, folder, config, ranks)
@@ -448,9 +371,9 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "the text beyond them will be worse"
         )
 
-    clock = _Clock()
+    clock, passes = _Clock(), Passes()
     # Closed by its end in any case: the other ranks are waiting for its next step.
-    with contextlib.closing(generate(model, **request)) as steps:
+    with contextlib.closing(_loop(model, request, passes)) as steps:
         watched = clock.watch(ranks.until_interrupted(steps))
         stream = TextStream(watched, tokenizer, defaults.stop_ids, stop_texts)
         text, code = _print_stream(stream, args, tokenizer)
@@ -465,9 +388,41 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "prefill_tokens_per_second": clock.prefill_rate(len(prompt_ids)),
             "decode_tokens_per_second": clock.decode_rate(),
         }
+        if args.lookup is not None:
+            each = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
+            report["lookup"] = {**dataclasses.asdict(passes), **each}
         print(json.dumps(report, ensure_ascii=False), flush=True)
-    say(clock.report(len(prompt_ids)))
+    say(clock.report(len(prompt_ids)) + ("" if args.lookup is None else f"; {_passes_report(passes)}"))
     return code
+
+
+def _loop(model: Qwen, request: dict[str, Any], passes: Passes) -> Iterator[Step]:
+    """The loop that rank 0's command asks every rank for."""
+    if "lookup" not in request:
+        return generate(model, **request)
+    names = ("prompt_ids", "max_new_tokens", "stop_ids", *GREEDY)
+    settings = {name: request[name] for name in names}
+    return generate_lookup(model, **settings, draft_tokens=request["lookup"], passes=passes)
+
+
+def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where --lookup cannot be, with where the other settings come from and the remedy."""
+    check_lookup(LONGEST_MATCH, args.lookup)
+    wrong = [name for name, greedy in GREEDY.items() if settings[name] != greedy]
+    if wrong:
+        config = folder / "generation_config.json"
+        there = [
+            f"{name}={settings[name]:g}" + ("" if getattr(args, name) is not None else f" (from {config})")
+            for name in wrong
+        ]
+        remedy = [f"--{name.replace('_', '-')} {GREEDY[name]:g}" for name in wrong]
+        raise ValueError(f"--lookup is greedy only, without {' and '.join(there)}; add {' '.join(remedy)}")
+
+
+def _passes_report(passes: Passes) -> str:
+    repeated = f" ({passes.repeated} of them repeated for close calls)" if passes.repeated else ""
+    each = f"{passes.tokens_per_pass:.1f} tokens per pass"
+    return f"lookup: {passes.tokens} tokens in {passes.passes} passes{repeated}, {each}"
 
 
 def _load(args: argparse.Namespace, folder: Path, config: QwenConfig, ranks: Ranks) -> Qwen:

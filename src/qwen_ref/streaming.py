@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
-    from qwen_ref.generate import Step
+    from qwen_ref.steps import Step
 
 
 class TextStream:

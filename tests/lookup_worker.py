@@ -1,0 +1,56 @@
+"""What every rank of a cut model generates by lookup, for tests/test_lookup.py: `torchrun … FOLDER`.
+
+Each rank writes its results into FOLDER, to lookup-N.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from conftest import GOLDEN
+
+from qwen_ref import load_model
+from qwen_ref.generate import Step, generate
+from qwen_ref.lookup import Passes, generate_lookup
+
+PROMPT = list(range(3, 15)) * 4
+
+
+def main() -> None:
+    found: dict[str, object] = {}
+    for dtype in ("float64", "bfloat16"):
+        qwen = load_model(GOLDEN / "extended_base", dtype, group="world")
+        rank, passes = qwen.group.rank, Passes()
+        found[f"{dtype} plain"] = list(generate(qwen, PROMPT, 40))
+        found[f"{dtype} lookup"] = list(generate_lookup(qwen, PROMPT, 40, passes=passes))
+        found[f"{dtype} passes"] = [passes.tokens, passes.passes, passes.repeated]
+    qwen = load_model(GOLDEN / "extended_base", "float64", group="world")
+    for leaver in (0, 1):
+        steps: list[Step] = []
+        for step in generate_lookup(qwen, PROMPT, 40):
+            steps.append(step)
+            if rank == leaver and len(steps) == 7:
+                break
+        found[f"rank {leaver} leaves"] = steps
+
+    def message(call: Callable[[], Iterator[Step]]) -> str:
+        try:
+            list(call())
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+    found["drafts differ"] = message(lambda: generate_lookup(qwen, PROMPT, draft_tokens=3 + rank))
+    found["empty"] = message(lambda: generate_lookup(qwen, PROMPT if rank == 0 else []))
+    if rank == 1:
+        qwen.lm_head.weight[5] = torch.nan
+    found["not finite"] = message(lambda: generate_lookup(qwen, PROMPT))
+    (Path(sys.argv[1]) / f"lookup-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
