@@ -19,7 +19,7 @@ import torch
 from conftest import read_jsonl
 
 from qwen_ref import Tokenizer
-from qwen_ref.tokenizer import StreamDecoder, merge_pairs
+from qwen_ref.tokenizer import StreamDecoder, merge_pairs, read_ranks
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -619,6 +619,20 @@ def test_line_ends_of_windows_and_blank_lines_at_the_end_are_harmless(tmp_path: 
     path = tmp_path / "windows.tiktoken"
     path.write_bytes(b"\r\n".join(vocabulary_lines([*BYTES, b"ab"])) + b"\r\n\r\n")
     assert Tokenizer.from_file(path).encode("abc") == [256, ord("c")]
+
+
+def test_a_file_that_is_written_otherwise_but_right_holds_the_same_tokens(tmp_path: Path) -> None:
+    tokens = [*BYTES, b"ab", "é中".encode()]
+    lines, path = vocabulary_lines(tokens), tmp_path / "otherwise.tiktoken"
+    for content in (
+        b"\n".join(lines) + b"\n",
+        b"\n".join(lines),
+        b"\n".join(reversed(lines)),
+        b"\n\n".join(lines) + b"\n",
+        b"\n".join(line.replace(b" ", b"\t  0") for line in lines),
+    ):
+        path.write_bytes(content)
+        assert read_ranks(path) == tokens
 
 
 def test_a_missing_vocabulary_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}
 
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
 _LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would make the memory unbounded
-_BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
+_SINGLE_BYTES = [bytes([value]) for value in range(256)]
 _ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what errors="surrogateescape" decodes to
 
 
@@ -165,7 +165,9 @@ def split(text: str) -> list[str]:
     >>> split("It's 2024")
     ['It', "'s", ' ', '2', '0', '2', '4']
     """
-    pattern = regex.compile(PATTERN) if _BEYOND_BMP.search(text) else _bmp_pattern()
+    # Characters beyond U+FFFF are two units of UTF-16. Asking so takes a tenth of a search for them.
+    beyond_bmp = len(text.encode("utf-16-le", "surrogatepass")) > 2 * len(text)
+    pattern = regex.compile(PATTERN) if beyond_bmp else _bmp_pattern()
     return pattern.findall(text)
 
 
@@ -304,7 +306,27 @@ class StreamDecoder:
 
 def read_ranks(path: str | Path) -> list[bytes]:
     """The tokens of a qwen.tiktoken file in the order of their ranks, checked to be 0, 1, 2, …"""
-    lines = read_bytes(path).splitlines()
+    content = read_bytes(path)
+    return _tokens_if_canonical(content) or _tokens_line_by_line(content, path)
+
+
+def _tokens_if_canonical(content: bytes) -> list[bytes] | None:
+    """The tokens of a file without fault, in half the time: it is what they would be written as, in order."""
+    try:
+        tokens = list(map(binascii.a2b_base64, content.split()[::2]))
+    except ValueError:
+        return None
+    lines = (
+        b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens)
+    )
+    distinct = set(tokens)
+    complete = len(distinct) == len(tokens) and b"" not in distinct and distinct.issuperset(_SINGLE_BYTES)
+    return tokens if complete and b"".join(lines) == content else None
+
+
+def _tokens_line_by_line(content: bytes, path: str | Path) -> list[bytes]:
+    """The tokens of any file of the format, or what is wrong with it."""
+    lines = content.splitlines()
     tokens: dict[int, bytes] = {}
     line_of: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
@@ -329,7 +351,7 @@ def read_ranks(path: str | Path) -> list[bytes]:
         raise ValueError(
             f"{path}: no token has rank {gap}; {len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
         )
-    bytes_missing = [value for value in range(256) if bytes([value]) not in line_of]
+    bytes_missing = [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]
     if bytes_missing:
         shown = ", ".join(f"0x{value:02x}" for value in bytes_missing[:8])
         raise ValueError(
