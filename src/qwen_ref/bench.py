@@ -167,11 +167,12 @@ class TransformersSubject(Subject):
 
 
 class Timing(NamedTuple):
-    """Of one subject at one length: tokens per second of every repeat, and seconds to the first token."""
+    """Of one subject at one length, a number for each repeat."""
 
-    prefill: list[float]
-    decode: list[float]
-    first_token: list[float]
+    prefill: list[float]  # tokens per second
+    first_token: list[float]  # seconds
+    decode: list[float]  # tokens per second
+    read_rate: list[float]  # of the memory, in turns with the decoded tokens, bytes per second
 
 
 def measure(
@@ -183,41 +184,40 @@ def measure(
     repeats: int,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[dict[tuple[str, int], Timing], list[float]]:
-    """Every subject's timings at every length, by (name, length), and the memory's read rate in bytes/s.
+) -> dict[tuple[str, int], Timing]:
+    """Every subject's timings at every length, by (name, length).
 
-    Subjects take turns within each repeat, and the memory's rate is measured before each of them. A repeat
-    prefills `length` tokens of every row and decodes `tokens` more; the first one, which makes what is made
-    once, is not counted. Rates count the tokens of all rows.
+    Subjects take turns within each repeat. A repeat prefills `length` tokens of every row and decodes
+    `tokens` more, and after each of them the memory's rate is measured. The first repeat, which makes what
+    is made once, is not counted. Rates count the tokens of all rows.
     """
     import torch
 
     sync, rate = _sync(device), ReadRate(device)
     generator = torch.Generator().manual_seed(0)
-    found = {(s.name, length): Timing([], [], []) for s in subjects for length in lengths}
-    rates: list[float] = []
+    found = {(s.name, length): Timing([], [], [], []) for s in subjects for length in lengths}
     turns = list(itertools.product(range(-1, repeats), lengths, subjects))
     for done, (repeat, length, subject) in enumerate(turns):
         progress(done, len(turns))
         vocab_size = subject.model.config.vocab_size
         ids = torch.randint(vocab_size, (batch, length), generator=generator).to(device)
-        read = rate.measure()
         with torch.inference_mode():
             with _Timer(sync) as first:
                 token = subject.prefill(ids, tokens)
-            times = []
+            times, rates = [], []
             for _ in range(tokens):
                 with _Timer(sync) as timer:
                     token = subject.decode(token)
                 times.append(timer.seconds)
+                rates.append(rate.measure())
         subject.cache = None
         if repeat >= 0:
-            rates.append(read)
             timing = found[subject.name, length]
             timing.first_token.append(first.seconds)
             timing.prefill.append(batch * length / first.seconds)
             timing.decode.append(batch / median(times))
-    return found, rates
+            timing.read_rate.append(median(rates))
+    return found
 
 
 def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
@@ -437,7 +437,7 @@ def _measure(
     if len(set(names)) < len(names):
         raise ValueError(f"--against names one of these twice: {', '.join(names)}")
     with Progress("timing", unit="turns") as progress:
-        timings, rates = measure(
+        timings = measure(
             subjects,
             args.lengths,
             tokens=args.tokens,
@@ -462,7 +462,6 @@ def _measure(
             "cache": cache,
         },
         "resident_weights": sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers())),
-        "read_rate": rates,
         "bytes_per_token": total_read,
         "subjects": {
             subject.name: {length: timings[subject.name, length]._asdict() for length in args.lengths}
@@ -492,7 +491,7 @@ def table(result: dict[str, Any]) -> str:
     m, subjects = result["machine"], result["subjects"]
     ours, *others = subjects
     lengths = list(subjects[ours])
-    memory, rate = result["peak_memory"], median(result["read_rate"])
+    memory = result["peak_memory"]
     lines = [
         f"{m.get('gpu', m['processor'])}, {m['cores']} cores, {m['threads']} threads, {m['instructions']}, "
         f"torch {m['torch']}",
@@ -509,7 +508,7 @@ def table(result: dict[str, Any]) -> str:
             f"peak memory {when}: {_gb(peak['anonymous'])} anonymous and {_gb(peak['mapped'])} mapped more "
             "than before"
         )
-    lines += [f"memory is read at {_spread(result['read_rate'], 1e9)} GB/s", ""]
+    lines.append("")
     rows = [["", ours]]
     for other in others:
         rows[0] += [other, "ratio"]
@@ -526,10 +525,13 @@ def table(result: dict[str, Any]) -> str:
                 row += [_spread(theirs, 1, digits), "" if key == "first_token" else f"{ratio:.2f}"]
             rows.append(row)
         read = result["bytes_per_token"][length]
+        rate = subjects[ours][length]["read_rate"]
         achieved = [read * speed / result["batch"] for speed in subjects[ours][length]["decode"]]
+        shares = [one / other for one, other in zip(achieved, rate, strict=True)]
         rows.append(["  read for a token, GB", f"{read / 1e9:.3f}"])
         rows.append(["  read, GB/s", _spread(achieved, 1e9)])
-        rows.append(["  of the memory's rate", f"{median(achieved) / rate:.2f}"])
+        rows.append(["  memory can be read at, GB/s", _spread(rate, 1e9)])
+        rows.append(["  share of that", _spread(shares, 1, 2)])
     columns = max(map(len, rows))
     rows = [row + [""] * (columns - len(row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -69,14 +69,17 @@ def fasten(
     widths do not allow it, before anything is changed.
     """
     _check(model, quantize, group_size)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
-    for name, layer in layers.items():
+    for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]:
+        layer = model.get_submodule(name)
         owner, _, attribute = name.rpartition(".")
         bits = "int8" if quantize == "int4" and isinstance(layer, VocabularyParallelHead) else quantize
-        size = layer.weight.nbytes
-        setattr(model.get_submodule(owner), attribute, FastLinear(layer, model.group, bits, group_size))
-        done += size
+        try:
+            fast = FastLinear(layer, model.group, bits, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+        setattr(model.get_submodule(owner), attribute, fast)
+        done += layer.weight.nbytes
         if progress is not None:
             progress(done, total)
     for module in list(model.modules()):
@@ -196,7 +199,11 @@ class Table(Matrix):
     def __init__(self, weight: Tensor, wide: bool) -> None:
         super().__init__(weight, _block_width(len(weight)), wide)
         self.wide = wide and self.dtype != torch.float32  # the bag rounds its sums to the table's dtype
-        self.register_buffer("table", _blocked(weight, self.width).flatten(0, 1))  # (blocks · in, width)
+        table = weight.new_empty(self.blocks, self.inputs, self.width)
+        for block, rows in zip(table, weight.split(self.width), strict=True):
+            block[:, : len(rows)] = rows.t()
+            block[:, len(rows) :] = 0
+        self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width)
 
     def takes_few(self, rows: int) -> bool:
         return rows <= _FEW_ROWS and not self.wide
@@ -224,12 +231,15 @@ class Int8Table(Matrix):
 
     def __init__(self, weight: Tensor, wide: bool) -> None:
         super().__init__(weight, _block_width(len(weight)), wide)
-        q, scale = quantize_int8(weight)
         table = torch.empty(self.blocks, self.inputs, self.width + 8, dtype=torch.uint8)
-        table[:, :, : self.width] = _blocked((q.short() + 128).to(torch.uint8), self.width)
-        table[:, :, self.width :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+        scales = torch.zeros(self.blocks, self.width)
+        for block, scale, rows in zip(table, scales[:, :, None], weight.split(self.width), strict=True):
+            q, scale[: len(rows)] = quantize_int8(rows)
+            block[:, : len(rows)] = (q.short() + 128).t()
+            block[:, len(rows) : self.width] = 128
+            block[:, self.width :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
-        self.register_buffer("scale", F.pad(scale[:, 0], (0, self.blocks * self.width - len(scale))))
+        self.register_buffer("scale", scales.flatten())
 
     def few(self, rows: Tensor) -> Tensor:
         indices, offsets = _bags(self.blocks, self.inputs, len(rows))
@@ -257,12 +267,16 @@ class Int4Matrix(Matrix):
         super().__init__(weight, 64, wide)
         self.group_size = group_size
         self.scale_dtype = torch.float32 if wide else self.dtype
-        q, scale, zero = quantize_int4(weight, group_size, self.scale_dtype)
-        padding = (0, 0, 0, self.blocks * 64 - self.outputs)
-        q, scale, zero = (F.pad(part, padding) for part in (q, scale, zero))
-        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q.int(), 1))
-        self.register_buffer("scales", torch.stack((scale.t(), zero.t()), dim=2).contiguous())
-        self.known = torch.equal(self._values(0, self.blocks), _blocked(q, 64))
+        packed = torch.empty(self.blocks, self.inputs * 32, dtype=torch.uint8)
+        scales = torch.empty(self.inputs // group_size, self.blocks, 64, 2, dtype=self.scale_dtype)
+        for block, rows in enumerate(weight.split(64)):
+            parts = quantize_int4(rows, group_size, self.scale_dtype)
+            q, scale, zero = (F.pad(part, (0, 0, 0, 64 - len(rows))) for part in parts)
+            packed[block] = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
+            scales[:, block] = torch.stack((scale.t(), zero.t()), dim=2)
+        self.known = torch.equal(_unpacked(packed[-1:].view(1, -1, 32))[0], q.t())
+        self.register_buffer("packed", packed.view(self.blocks * 64, -1))
+        self.register_buffer("scales", scales.flatten(1, 2))
 
     def takes_few(self, rows: int) -> bool:
         return rows < _MANY_ROWS or not self.known
@@ -271,14 +285,11 @@ class Int4Matrix(Matrix):
         x = rows.to(self.scale_dtype)
         return torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales)
 
-    def _values(self, start: int, stop: int) -> Tensor:
-        packed = self.packed.view(self.blocks, self.inputs, 32)[start:stop]
-        return torch.cat((packed & 15, packed >> 4), dim=2)  # (blocks, in, 64)
-
     def columns(self, start: int, stop: int) -> Tensor:
         scales = self.scales.unflatten(1, (self.blocks, 64))[:, start:stop].to(self.product_dtype)
         scale, zero = scales.transpose(0, 1)[:, :, None].unbind(-1)  # (blocks, groups, 1, 64) each
-        values = self._values(start, stop).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
+        packed = self.packed.view(self.blocks, self.inputs, 32)[start:stop]
+        values = _unpacked(packed).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
         return (values.sub_(8) * scale + zero).flatten(1, 2)
 
 
@@ -293,10 +304,9 @@ def _block_width(outputs: int) -> int:
     return -(-outputs // (8 * blocks)) * 8
 
 
-def _blocked(weight: Tensor, width: int) -> Tensor:
-    """(out, in) → (blocks, in, width), with zeros for the outputs that the last block lacks."""
-    padded = F.pad(weight, (0, 0, 0, -len(weight) % width))
-    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+def _unpacked(packed: Tensor) -> Tensor:
+    """torch's blocks of 64 outputs, (blocks, in, 32) bytes → their values, (blocks, in, 64)."""
+    return torch.cat((packed & 15, packed >> 4), dim=2)
 
 
 def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
