@@ -17,40 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from bench_loading import anonymous_memory, write_checkpoint
 
 from qwen_ref import QwenConfig, load_model
+from qwen_ref.bench import Memory, write_checkpoint
 from qwen_ref.checkpoint import tensor_table
 
 PROMPT = 16
-
-
-class Memory(threading.Thread):
-    """The most anonymous memory of this process, looked at every 5 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_bytes = self.peak = anonymous_memory()
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        while not self.over.wait(0.005):
-            self.peak = max(self.peak, anonymous_memory())
-
-    def __enter__(self) -> Memory:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.join()
-        self.peak = max(self.peak, anonymous_memory())
 
 
 def sent_over_loopback() -> int:
@@ -102,8 +79,7 @@ def measure(folder: Path, tokens: int) -> None:
             model.lm_head(states[:, -1], only_rank_0=True)
             times.append(time.perf_counter() - start)
             sent.append(sent_over_loopback() - before)
-    added = memory.peak - memory.start_bytes
-    own = f"{read / 1e9:.2f} | {added / 1e6:,.0f} | {columns / 1e6:,.0f} | {seconds:.2f}"
+    own = f"{read / 1e9:.2f} | {memory.anonymous / 1e6:,.0f} | {columns / 1e6:,.0f} | {seconds:.2f}"
     rows = model.group.texts(own)
     if model.group.rank == 0:
         worst = max(rows, key=lambda row: float(row.split("|")[1].replace(",", "")))

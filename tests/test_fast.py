@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fast_worker
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from safetensors.torch import load_file
 from torch import Tensor
 
 import qwen_ref.fast
 from qwen_ref import KVCache, Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.bench import write_checkpoint
-from qwen_ref.fast import FastCache, Int4Matrix, Int8Table, Table, fasten
+from qwen_ref.fast import FastCache, Int4Matrix, Int8Table, Table, compile_layers, fasten
 from qwen_ref.generate import generate, main
+from qwen_ref.parallel import Group
 from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
 
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
@@ -252,6 +258,25 @@ def test_the_tokens_are_those_of_the_plain_model() -> None:
     assert [step.token for step in one] == [step.token for step in other]
 
 
+def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+    """Quantised weights are the same for one rank and two, but for int4's scales of what is cut by columns,
+    which stay float32 there. Partial sums are not rounded; the rest rounds as with one rank.
+    """
+    worker = Path(__file__).with_name("fast_worker.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, worker, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"fast-{rank}.safetensors") for rank in (0, 1))
+    alone = fast_worker.logits(None)
+    with torch.inference_mode():
+        truth = load_model(WEIGHTS, "float64")(torch.tensor([fast_worker.IDS]))
+    for name, values in alone.items():
+        assert torch.equal(first[name], second[name])
+        if "tokens" not in name:
+            one, two = relative_rms(values, truth), relative_rms(first[name], truth)
+            assert two < 1.2 * one
+
+
 # Memory
 
 MEASURE = """
@@ -287,7 +312,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=20_000,
         num_hidden_layers=10,
     )
-    write_checkpoint(folder, config, lambda done, total: None)
+    write_checkpoint(folder, config)
     return folder
 
 
@@ -356,6 +381,41 @@ def test_the_command_answers_as_before(options: list[str], run_command) -> None:
     assert (done.code, done.out) == (0, "雷克雅未克（Reykjavik）\n\n")
 
 
+def compiled(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "qwen_ref.generate",
+        "冰岛的首都是",
+        "--max-new-tokens",
+        "7",
+        "--compile",
+    ]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_compiled_layers_answer_as_before(tmp_path: Path) -> None:
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    done = compiled(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "雷克雅未克（Reykjavik）\n\n"), done.stderr
+    assert any(tmp_path.iterdir())  # something was compiled
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
+    done = compiled(tmp_path, CXX="/no/compiler")
+    line = refused(Result(done.returncode, done.stdout, done.stderr))
+    assert re.search(r"torch.compile failed \(.*compiler.*\); leave --compile out", line)
+
+
+def test_ranks_are_not_compiled() -> None:
+    model = load_model(WEIGHTS, "float32")
+    model.group = Group(0, 2)
+    with pytest.raises(ValueError, match="in one process; leave --compile out"):
+        compile_layers(model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -368,6 +428,4 @@ def test_the_command_answers_as_before(options: list[str], run_command) -> None:
     ids=str,
 )
 def test_the_command_says_what_does_not_work(options: list[str], message: str, run_command) -> None:
-    import re
-
     assert re.search(message, refused(run_command(main, "1+1=", *options)))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
+from conftest import GOLDEN, WEIGHTS, Result, refused
 from golden_cases import golden, model
 from torch import Tensor
 
@@ -192,8 +192,8 @@ def test_the_rounding_kept_with_the_truth_is_that_of_the_model(truth: Path) -> N
 RECORD_IN_LITTLE_MEMORY = """
 import sys, torch
 from pathlib import Path
-from bench_loading import anonymous_memory, write_checkpoint
 from qwen_ref import QwenConfig, parity
+from qwen_ref.bench import resident_memory, write_checkpoint
 from qwen_ref.parity.stages import Checkpoint
 
 torch.set_num_threads(1)
@@ -207,17 +207,17 @@ write_checkpoint(folder, config)
 size = Checkpoint(folder).bytes * 4  # in float64
 ids = torch.arange(8)[None]
 parity.record(folder, ids, folder / "warm", stages="logits", rounding=())
-peak, before = 0, anonymous_memory()
+peak, before = 0, resident_memory()[0]
 def watch(done, total):
     global peak
-    peak = max(peak, anonymous_memory())
+    peak = max(peak, resident_memory()[0])
 parity.record(folder, ids, folder / "out", stages="logits", rounding=(), progress=watch)
 print(size, peak - before)
 """
 
 
 def test_recording_takes_a_matrix_at_a_time(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples"), "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-c", RECORD_IN_LITTLE_MEMORY, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     size, peak = map(int, done.stdout.split())

@@ -183,20 +183,21 @@ def measure(
     batch: int,
     repeats: int,
     device: str = "cpu",
+    warm_up: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, int], Timing]:
     """Every subject's timings at every length, by (name, length).
 
     Subjects take turns within each repeat. A repeat prefills `length` tokens of every row and decodes
-    `tokens` more, and after each of them the memory's rate is measured. The first repeat, which makes what
-    is made once, is not counted. Rates count the tokens of all rows.
+    `tokens` more, and after each of them the memory's rate is measured. Rates count the tokens of all rows.
+    warm_up: a repeat before the others, which makes what is made once, is not counted.
     """
     import torch
 
     sync, rate = _sync(device), ReadRate(device)
     generator = torch.Generator().manual_seed(0)
     found = {(s.name, length): Timing([], [], [], []) for s in subjects for length in lengths}
-    turns = list(itertools.product(range(-1, repeats), lengths, subjects))
+    turns = list(itertools.product(range(-warm_up, repeats), lengths, subjects))
     for done, (repeat, length, subject) in enumerate(turns):
         progress(done, len(turns))
         vocab_size = subject.model.config.vocab_size
@@ -234,7 +235,9 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
 # A model of a published size, without its weights
 
 
-def write_checkpoint(folder: Path, config: QwenConfig, progress: Callable[[int, int], None]) -> None:
+def write_checkpoint(
+    folder: Path, config: QwenConfig, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
     """A folder in the published form, a file for each layer, bfloat16: noise, repeated; only sizes matter."""
     import dataclasses
 
@@ -260,7 +263,7 @@ def write_checkpoint(folder: Path, config: QwenConfig, progress: Callable[[int, 
 
 
 @contextlib.contextmanager
-def synthetic(size: str, layers: int | None) -> Iterator[Path]:
+def synthetic(size: str, layers: int | None = None) -> Iterator[Path]:
     """A folder with a checkpoint of a published size, removed at the end."""
     import dataclasses
 
@@ -348,14 +351,14 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--layers needs --synthetic: a checkpoint has the layers that it has")
     speed_options(args)
     launch = launched()
+    if args.against and (launch is not None or args.tp > 1):
+        raise ValueError("--against needs one process: leave --tp out")
     if launch is None and args.tp > 1:
         with _folder(args) as folder:
             check_cut(folder, args.tp)
             return _launch(args, folder)
     if launch is not None and args.synthetic is not None:
         raise ValueError("under torchrun every rank would write a model of its own; use --tp instead")
-    if args.against and launch is not None:
-        raise ValueError("--against needs one process: leave --tp out")
     peers = [_peer(peer, args) for peer in args.against]
     with _folder(args) as folder, Ranks(launch, args.timeout) as ranks:
         ranks.meet(args.device)

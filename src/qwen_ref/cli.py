@@ -122,7 +122,11 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         help=f"with --quantize int4: inputs that share a scale, {', '.join(map(str, INT4_GROUPS))} "
         f"(default: {INT4_GROUP})",
     )
-    add("--compile", action="store_true", help="compile the layers with torch.compile; takes a minute or so")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile norms and MLPs; it takes up to a minute, and on a CPU gains nothing",
+    )
 
 
 def speed_options(args: argparse.Namespace) -> list[str]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.config import INT4_GROUP
+from qwen_ref.launch import first_line
 from qwen_ref.model import Attention, KVCache, Qwen
 from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
 from qwen_ref.quantize import check_group, quantize_int4, quantize_int8
@@ -116,9 +118,24 @@ def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
 
 
 def compile_layers(model: Qwen) -> None:
-    """Has torch.compile fuse what lies between the products: norms, rotation, SwiGLU, residuals."""
+    """Has torch.compile fuse norms and MLPs, in place; the first pass, made here, takes seconds to a minute.
+
+    It pays where starting an operation costs more than the operation. On the CPU it was measured to gain
+    nothing: see the README. Raises ValueError for several ranks, which the compiler would have to follow
+    through their collectives, and where there is no compiler.
+    """
+    if model.group.size > 1:
+        raise ValueError("torch.compile is for a model in one process; leave --compile out")
     for block in model.blocks:
-        block.compile(dynamic=True)
+        for part in (block.attn_norm, block.mlp_norm, block.mlp):
+            part.compile(dynamic=True)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not trace into remembered bags
+            for T in (8, 1):
+                model.hidden_states(torch.zeros(1, T, dtype=torch.int64, device=model.embed.weight.device))
+    except RuntimeError as error:
+        raise ValueError(f"torch.compile failed ({first_line(error)}); leave --compile out") from error
 
 
 class FastLinear(nn.Module):
@@ -165,7 +182,7 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs)
         y = self.few(rows) if self.takes_few(len(rows)) else self.many(rows)  # (rows, blocks · width)
-        return y[:, : self.outputs].unflatten(0, x.shape[:-1])
+        return y[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
 
     def takes_few(self, rows: int) -> bool:
         return rows <= _FEW_ROWS
@@ -311,7 +328,8 @@ def _unpacked(packed: Tensor) -> Tensor:
 
 def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
     """(blocks · rows, width) → (rows, blocks · width)."""
-    return sums.unflatten(0, (blocks, -1)).transpose(0, 1).flatten(1)
+    rows = len(sums) // blocks
+    return sums.view(blocks, rows, -1).transpose(0, 1).reshape(rows, -1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -375,6 +393,7 @@ class FastCache(KVCache):
         self.rounds = like.dtype != torch.float32
         key_shape = (B, H, self.blocks, K + self.rounds, self.BLOCK)
         self.keys = [like.new_empty(key_shape) for _ in range(layers)]
+        self.minus_one = like.new_full((B, H, 1, 1), -1)
         # Zeros: positions not yet filled are summed up as well, with weight 0, and 0 · NaN is NaN.
         self.values = [like.new_zeros((B, H, self.blocks * self.BLOCK, K)) for _ in range(layers)]
 
@@ -405,14 +424,12 @@ class FastCache(KVCache):
         used = -(-S // self.BLOCK)
         keys, values = self.keys[layer], self.values[layer]
         rows = _rows_in_use(B * H, self.blocks, used, keys.shape[3], K, self.BLOCK)
-        weights = q.expand(-1, -1, used, -1)  # (B, H, blocks in use, K)
-        scores = _bag(keys, rows.keys, weights)
+        scores = _bag(keys, rows.keys, q.expand(B, H, used, K))  # (B · H · blocks in use, positions)
         if self.rounds:
-            rounded = scores.view(B, H, used, self.BLOCK)
-            keys[:, :, :used, K] = rounded
-            weights = torch.cat((weights.new_full((), -1).expand(B, H, used, 1), weights), dim=3)
-            scores = scores.float() + _bag(keys, rows.keys_and_rounded, weights).float()
-        scores = scores.view(B, H, 1, -1) / math.sqrt(K)
+            keys[:, :, :used, K] = scores.view(B, H, used, self.BLOCK)
+            minus_rounded = torch.cat((self.minus_one, q), dim=3).expand(B, H, used, K + 1)
+            scores = scores.float().add_(_bag(keys, rows.keys_and_rounded, minus_rounded))
+        scores = scores.view(B, H, 1, -1).div_(math.sqrt(K))
         scores[..., S:] = -torch.inf
         if mask is not None:
             scores[..., :S].masked_fill_(~mask, -torch.inf)

@@ -1,0 +1,85 @@
+"""What faster layers and quantised weights cost in accuracy: the README's table.
+
+    python examples/fast_accuracy.py [FOLDER ...]
+
+For the tiny trained checkpoint and the golden models of the tests, in bfloat16, against float64 of the same
+weights: the KL divergence of the next-token distributions, how often the first choice is the same, and the
+perplexity. The trained model is given 4,096 tokens of what it was trained on, in lines and chats drawn anew;
+a golden model, which is random, tokens that it samples itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+from tiny_corpus import Encoder, documents
+from torch import Tensor
+
+from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.fast import fasten
+from qwen_ref.generate import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = [ROOT / "weights", *(ROOT / "tests" / "golden" / name for name in ("extended_base", "ntk_logn"))]
+FORMS = {
+    "plain": lambda model: model,
+    "fast": fasten,
+    "int8": lambda model: fasten(model, "int8"),
+    "int4, groups of 32": lambda model: fasten(model, "int4", 32),
+    "int4, groups of 64": lambda model: fasten(model, "int4", 64),
+    "int4, groups of 128": lambda model: fasten(model, "int4", 128),
+}
+SEED = 2024  # of the documents: not the one of the training
+
+
+def sequences(folder: Path, truth: Qwen) -> Tensor:
+    """(8, 512) ids that a model of this folder has something to say about."""
+    if (folder / "qwen.tiktoken").exists():
+        encoder = Encoder(Tokenizer.from_file(folder / "qwen.tiktoken"))
+        ids = itertools.chain.from_iterable(map(encoder.document, documents(SEED)))
+        return torch.tensor(list(itertools.islice(ids, 8 * 512))).view(8, 512)
+    length = min(512, truth.config.seq_length)
+    rows = [
+        [row, *(s.token for s in generate(truth, [row], length - 1, temperature=1.0, seed=row))]
+        for row in range(8)
+    ]
+    return torch.tensor(rows)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
+    print("| model | form | bytes of the weights | KL, nats | largest | first choice agrees | perplexity |")
+    print("|---|---|---|---|---|---|---|")
+    for folder in parser.parse_args().folders:
+        truth = load_model(folder, "float64")
+        ids = sequences(folder, truth)
+        want = truth(ids).log_softmax(dim=-1)
+
+        def perplexity(logprobs: Tensor, ids: Tensor = ids) -> float:
+            return float((-logprobs[:, :-1].gather(2, ids[:, 1:, None])).mean().exp())
+
+        print(f"| {folder.name} | float64, the truth | | | | | {perplexity(want):.4f} |")
+        for name, form in FORMS.items():
+            try:
+                model = form(load_model(folder, "bfloat16"))
+            except ValueError as error:
+                print(f"| {folder.name} | {name} | {error} | | | | |")
+                continue
+            found = model(ids).double().log_softmax(dim=-1)
+            kl = (want.exp() * (want - found)).sum(dim=-1)
+            agree = (want.argmax(dim=-1) == found.argmax(dim=-1)).double().mean()
+            size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            print(
+                f"| {folder.name} | {name} | {size:,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
+                f"| {perplexity(found):.4f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

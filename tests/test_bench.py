@@ -1,0 +1,213 @@
+"""The bench counts what it says it counts, in the order that it says, and refuses what it cannot time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WEIGHTS, Result, refused
+
+from qwen_ref import QwenConfig, bench, load_model
+from qwen_ref.bench import Memory, Subject, bytes_per_token, main, measure
+from qwen_ref.fast import fasten
+
+QUICK = ("--lengths", "3", "5", "--tokens", "2", "--repeats", "2")
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_READ_BYTES", 2**20)
+
+
+def test_the_table_has_a_row_for_everything_asked(run_command: Callable[..., Result]) -> None:
+    done = run_command(main, *QUICK, "--fast", "--against", "plain", "plain:float32")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert re.search(r"\d+ cores, \d+ threads, .*, torch \d", lines[0])
+    assert "4 layers; batch 1, 2 tokens decoded, 2 repeats: median (smallest to largest)" in lines[1]
+    heads = next(line for line in lines if "ratio" in line).split("  ")
+    assert [head.strip() for head in heads if head.strip()] == [
+        "qwen_ref bfloat16 fast",
+        "plain bfloat16",
+        "ratio",
+        "plain float32",
+        "ratio",
+    ]
+    for length in (3, 5):
+        at = next(n for n, line in enumerate(lines) if line.startswith(f"prefill of {length}, tokens/s"))
+        names = [line.split("  ")[0] or line.split("  ")[1] for line in lines[at : at + 7]]
+        assert names == [
+            f"prefill of {length}, tokens/s",
+            "first token after, s",
+            f"decode at {length}, tokens/s",
+            "read for a token, GB",
+            "read, GB/s",
+            "memory can be read at, GB/s",
+            "share of that",
+        ]
+
+
+def test_json_has_every_repeat(run_command: Callable[..., Result]) -> None:
+    done = run_command(main, *QUICK, "--quantize", "int8", "--against", "plain", "--json")
+    found = json.loads(done.out)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert set(found["subjects"]) == {"qwen_ref bfloat16 quantize=int8", "plain bfloat16"}
+    for lengths in found["subjects"].values():
+        assert set(lengths) == {"3", "5"}
+        for timing in lengths.values():
+            assert all(len(values) == 2 and min(values) > 0 for values in timing.values())
+            for speed, first in zip(timing["prefill"], timing["first_token"], strict=True):
+                assert math.isclose(speed * first, 3, rel_tol=1e-9) or math.isclose(speed * first, 5)
+    assert found["peak_memory"].keys() == {"while loading", "while running", "cache"}
+
+
+def test_ranks_are_started(capfd: pytest.CaptureFixture) -> None:
+    assert main(["--tp", "2", *QUICK, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["ranks"] == 2
+    # Half of every matrix; the norms whole.
+    half = sum(p.nbytes for p in load_model(WEIGHTS, "auto").parameters()) / 2
+    assert half < found["resident_weights"] < 1.01 * half
+
+
+def test_a_published_size_is_made_and_removed(
+    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(QwenConfig.from_json(WEIGHTS / "config.json"), num_hidden_layers=7)
+    monkeypatch.setattr(QwenConfig, "preset", lambda size: config)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = run_command(main, "--synthetic", "7b", "--layers", "2", *QUICK, "--json")
+    assert json.loads(done.out)["layers"] == 2
+    assert json.loads(done.out)["model"] == "7b, synthetic"
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_for_the_disk_is_said_before(
+    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    line = refused(run_command(main, "--synthetic", "72b"))
+    assert "the 72b takes 144.6 GB in" in line
+    assert "1.0 GB left; --layers N makes fewer" in line
+    assert not list(tmp_path.iterdir())
+
+
+class Slow:
+    """A model that takes a known time: 20 ms a call and 1 ms a token, in a cache that counts."""
+
+    config = QwenConfig.from_json(WEIGHTS / "config.json")
+
+
+class SlowSubject(Subject):
+    calls: list[tuple[str, str, tuple]] = []  # noqa: RUF012
+
+    def prefill(self, ids: torch.Tensor, more: int) -> torch.Tensor:
+        self.calls.append((self.name, "prefill", tuple(ids.shape)))
+        time.sleep(0.02 + 0.001 * ids.shape[1])
+        return ids[:, :1]
+
+    def decode(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls.append((self.name, "decode", tuple(ids.shape)))
+        time.sleep(0.02)
+        return ids
+
+
+def test_rates_are_tokens_by_seconds_and_subjects_take_turns() -> None:
+    SlowSubject.calls.clear()
+    found = measure([SlowSubject("a", Slow), SlowSubject("b", Slow)], [30], tokens=3, batch=2, repeats=2)
+    for name in "ab":
+        timing = found[name, 30]
+        assert all(len(values) == 2 for values in timing)
+        # A sleep takes longer than asked, on a busy machine much longer, and never shorter.
+        assert all(0.05 <= seconds < 1 for seconds in timing.first_token)
+        assert all(1 < speed <= 2 * 30 / 0.05 for speed in timing.prefill)
+        assert all(1 < speed <= 2 / 0.02 for speed in timing.decode)
+    prefills = [name for name, what, _ in SlowSubject.calls if what == "prefill"]
+    assert prefills == list("ababab")  # the first two are not counted
+    assert {shape for _, what, shape in SlowSubject.calls if what == "decode"} == {(2, 1)}
+    assert len(SlowSubject.calls) == 6 * 4
+
+
+def test_what_is_read_for_a_token_is_all_but_the_embedding_and_the_cache() -> None:
+    model = load_model(WEIGHTS, "bfloat16")
+    config = model.config
+    D, F, V, layers = config.hidden_size, config.mlp_width, config.vocab_size, config.num_hidden_layers
+    matrices = layers * (4 * D * D + 3 * D * F) + V * D
+    small = layers * (2 * D + 3 * D) + D
+    assert bytes_per_token(model, 0) == 2 * (matrices + small) + 2 * D
+    cached = bytes_per_token(model, 100, batch=3) - bytes_per_token(model, 0, batch=3)
+    assert cached == 3 * 100 * 2 * layers * D * 2
+    # Quantised: a byte a weight and a scale for each output, 8 bytes a row of a block.
+    read = bytes_per_token(fasten(model, "int8"), 0)
+    assert matrices < read < 1.2 * matrices
+
+
+def test_memory_is_the_most_there_was() -> None:
+    with Memory() as memory:
+        block = torch.ones(30_000_000)
+        time.sleep(0.05)
+        del block
+    assert 100e6 < memory.anonymous < 200e6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["--lengths", "0"], "--lengths 0 must be at least 1"),
+        (["--layers", "2"], "--layers needs --synthetic"),
+        (["--synthetic", "3b"], "invalid choice: '3b'"),
+        (["--against", "vllm"], "--against vllm: use hf or plain"),
+        (["--against", "plain:int3"], "--against plain:int3: use hf or plain"),
+        (["--against", "plain", "plain", *QUICK], "--against names one of these twice"),
+        (["--against", "plain", "--tp", "2"], "--against needs one process"),
+        (["--tp", "3"], "cannot be split over 3 ranks"),
+        (["--quantize", "int4", "--dtype", "float64", *QUICK], "float64 has no faster layers"),
+        (["--group-size", "32"], "--group-size is for --quantize int4"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(options: list[str], message: str, run_command: Callable[..., Result]) -> None:
+    assert message in refused(run_command(main, *options))
+
+
+def test_a_missing_extra_is_named(
+    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = refused(run_command(main, "--against", "hf"))
+    assert "pip install 'qwen_ref[transformers]'" in line
+
+
+def test_transformers_takes_part(run_command: Callable[..., Result]) -> None:
+    pytest.importorskip("transformers", reason="an extra: `make parity` installs it")
+    done = run_command(main, *QUICK, "--against", "hf", "hf:float32", "--json")
+    assert {"transformers bfloat16", "transformers float32"} < set(json.loads(done.out)["subjects"])
+
+
+def test_transformers_decodes_the_same_tokens() -> None:
+    pytest.importorskip("transformers", reason="an extra: `make parity` installs it")
+    from qwen_ref.peers import qwen2
+
+    ours = load_model(WEIGHTS, "float32")
+    subjects = Subject("ours", ours), bench.TransformersSubject("theirs", qwen2(ours))
+    ids = torch.arange(300, 320)[None]
+    found = []
+    with torch.inference_mode():
+        for subject in subjects:
+            tokens = [subject.prefill(ids, 10)]
+            tokens += [subject.decode(tokens[-1]) for _ in range(1)]
+            for _ in range(8):
+                tokens.append(subject.decode(tokens[-1]))
+            found.append(torch.cat(tokens, dim=1))
+    assert torch.equal(*found)
