@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fast_worker
@@ -246,6 +247,23 @@ def test_a_cache_may_be_rewound(quantize: str | None) -> None:
         model(ids[:, 30:50], cache=cache)  # what will be taken back, across a block's border
         cache.length = 123
         assert torch.equal(model(ids[:, 123:124], cache=cache), before)
+
+
+def test_what_is_remembered_serves_inside_inference_mode_and_outside() -> None:
+    model, ids = fasten(load_model(WEIGHTS, "bfloat16")), some_ids(WEIGHTS, 150)
+    qwen_ref.fast._workspace_of.cache_clear()
+    with torch.inference_mode():
+        inside = model(ids)
+    assert torch.equal(model(ids), inside)
+
+
+def test_two_threads_may_use_fast_models() -> None:
+    """They must not turn weights back into the same memory."""
+    model, ids = fasten(load_model(WEIGHTS, "bfloat16")), some_ids(WEIGHTS, 150)
+    alone = model(ids)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: model(ids), range(40)):
+            assert torch.equal(found, alone)
 
 
 def test_the_tokens_are_those_of_the_plain_model() -> None:

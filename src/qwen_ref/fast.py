@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -216,10 +217,9 @@ class Table(Matrix):
     def __init__(self, weight: Tensor, wide: bool) -> None:
         super().__init__(weight, _block_width(len(weight)), wide)
         self.wide = wide and self.dtype != torch.float32  # the bag rounds its sums to the table's dtype
-        table = weight.new_empty(self.blocks, self.inputs, self.width)
+        table = weight.new_zeros(self.blocks, self.inputs, self.width)
         for block, rows in zip(table, weight.split(self.width), strict=True):
             block[:, : len(rows)] = rows.t()
-            block[:, len(rows) :] = 0
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width)
 
     def takes_few(self, rows: int) -> bool:
@@ -248,12 +248,11 @@ class Int8Table(Matrix):
 
     def __init__(self, weight: Tensor, wide: bool) -> None:
         super().__init__(weight, _block_width(len(weight)), wide)
-        table = torch.empty(self.blocks, self.inputs, self.width + 8, dtype=torch.uint8)
+        table = torch.zeros(self.blocks, self.inputs, self.width + 8, dtype=torch.uint8)
         scales = torch.zeros(self.blocks, self.width)
         for block, scale, rows in zip(table, scales[:, :, None], weight.split(self.width), strict=True):
             q, scale[: len(rows)] = quantize_int8(rows)
             block[:, : len(rows)] = (q.short() + 128).t()
-            block[:, len(rows) : self.width] = 128
             block[:, self.width :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
         self.register_buffer("scale", scales.flatten())
@@ -333,15 +332,21 @@ def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _bags(blocks: int, inputs: int, rows: int) -> tuple[Tensor, Tensor]:
     """For each block and each row of x a bag of all the block's table rows."""
     numbers = torch.arange(blocks * inputs, dtype=torch.int32).view(blocks, 1, inputs)
     return _numbered(numbers.expand(-1, rows, -1))
 
 
-@functools.lru_cache(maxsize=4)
 def _workspace(size: int, dtype: torch.dtype) -> Tensor:
     """Memory that many products use one after another: taken anew each time, it costs as much as the copy."""
+    return _workspace_of(threading.get_ident(), size, dtype)
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is made in inference mode cannot be written to outside of it
+def _workspace_of(thread: int, size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype)
 
 
@@ -444,7 +449,8 @@ class _Rows(NamedTuple):
     values: tuple[Tensor, Tensor]
 
 
-@functools.lru_cache(maxsize=4)  # every layer uses the same, for as many tokens as a block has positions
+@functools.lru_cache(maxsize=8)  # every layer uses the same, for as many tokens as a block has positions
+@torch.inference_mode(False)
 def _rows_in_use(heads: int, blocks: int, used: int, rows: int, K: int, positions: int) -> _Rows:
     """heads: of all sequences; each has blocks of so many rows, of which some are used."""
     block = torch.arange(heads)[:, None] * blocks + torch.arange(used)  # (heads, used)
