@@ -22,9 +22,12 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/installed vocab
+# The figures of the README; takes half an hour, and a machine that does nothing else.
+bench: .venv/transformers vocab
 	$(BIN)/python examples/bench_tokenizer.py
-	$(BIN)/python examples/bench_loading.py
+	$(BIN)/python examples/fast_accuracy.py
+	for form in --fast --quantize=int8 --quantize=int4; do \
+	  $(BIN)/python -m qwen_ref.bench --synthetic 1.8b $$form --against plain hf hf:float32 --repeats 3 || exit; done
 
 # Holds transformers' Qwen2, which was not written here, to the parity kit.
 parity: .venv/transformers

@@ -15,7 +15,7 @@ import torch
 from conftest import WEIGHTS, Result, refused
 
 from qwen_ref import QwenConfig, bench, load_model
-from qwen_ref.bench import Memory, Subject, bytes_per_token, main, measure
+from qwen_ref.bench import Memory, Subject, bytes_per_token, main, measure, synthetic, table
 from qwen_ref.fast import fasten
 
 QUICK = ("--lengths", "3", "5", "--tokens", "2", "--repeats", "2")
@@ -61,20 +61,78 @@ def test_json_has_every_repeat(run_command: Callable[..., Result]) -> None:
     assert set(found["subjects"]) == {"qwen_ref bfloat16 quantize=int8", "plain bfloat16"}
     for lengths in found["subjects"].values():
         assert set(lengths) == {"3", "5"}
-        for timing in lengths.values():
+        for length, timing in lengths.items():
             assert all(len(values) == 2 and min(values) > 0 for values in timing.values())
             for speed, first in zip(timing["prefill"], timing["first_token"], strict=True):
-                assert math.isclose(speed * first, 3, rel_tol=1e-9) or math.isclose(speed * first, 5)
+                assert math.isclose(speed * first, int(length), rel_tol=1e-9)
     assert found["peak_memory"].keys() == {"while loading", "while running", "cache"}
 
 
 def test_ranks_are_started(capfd: pytest.CaptureFixture) -> None:
     assert main(["--tp", "2", *QUICK, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
-    assert found["ranks"] == 2
+    assert (found["ranks"], found["model"]) == (2, "tiny")
     # Half of every matrix; the norms whole.
     half = sum(p.nbytes for p in load_model(WEIGHTS, "auto").parameters()) / 2
     assert half < found["resident_weights"] < 1.01 * half
+
+
+def test_what_ranks_find_wrong_is_passed_on(capfd: pytest.CaptureFixture) -> None:
+    assert main(["--tp", "2", *QUICK, "--fast", "--dtype", "float64"]) == 2
+    done = capfd.readouterr()
+    assert done.out == ""
+    assert all(line.startswith("qwen_ref") for line in done.err.splitlines())
+    assert "qwen_ref: error: rank 0: float64 has no faster layers" in done.err
+
+
+def test_the_table_counts_all_rows_and_compares_medians() -> None:
+    ours = {
+        "prefill": [10.0, 20, 30],
+        "first_token": [1.0] * 3,
+        "decode": [6.0, 4, 5],
+        "read_rate": [2e9] * 3,
+    }
+    theirs = {**ours, "prefill": [5.0, 4, 3], "decode": [2.5, 2.5, 1]}
+    result = {
+        "machine": {"processor": "a", "cores": 2, "threads": 2, "instructions": "b", "torch": "c"},
+        "model": "m",
+        "layers": 1,
+        "ranks": 1,
+        "batch": 2,
+        "tokens": 3,
+        "repeats": 3,
+        "load_seconds": 1.0,
+        "peak_memory": {when: {"anonymous": 0, "mapped": 0} for when in ("while loading", "while running")}
+        | {"cache": 0},
+        "resident_weights": 0,
+        "bytes_per_token": {16: 600_000_000},
+        "subjects": {"ours": {16: ours}, "theirs": {16: theirs}},
+    }
+    cells = {
+        re.split(r"  +", line.strip())[0]: re.split(r"  +", line.strip())
+        for line in table(result).splitlines()
+    }
+    assert cells["prefill of 16, tokens/s"][1:] == ["20.0 (10.0 to 30.0)", "4.0 (3.0 to 5.0)", "5.00"]
+    assert cells["decode at 16, tokens/s"][1:] == ["5.00 (4.00 to 6.00)", "2.50 (1.00 to 2.50)", "2.00"]
+    # Two tokens of a batch share what is read: 5 tokens/s are 2.5 passes of 0.6 GB.
+    assert cells["read for 2 tokens, GB"][1:] == ["0.600"]
+    assert cells["read, GB/s"][1:] == ["1.5 (1.2 to 1.8)"]
+    assert cells["share of that"][1:] == ["0.75 (0.60 to 0.90)"]
+
+
+def test_an_interrupted_bench_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = QwenConfig.from_json(WEIGHTS / "config.json")
+    monkeypatch.setattr(QwenConfig, "preset", lambda size: config)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def interrupted() -> None:
+        with synthetic("7b") as folder:
+            assert (folder / "config.json").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_published_size_is_made_and_removed(
@@ -101,12 +159,12 @@ def test_too_large_for_the_disk_is_said_before(
 
 
 class Slow:
-    """A model that takes a known time: 20 ms a call and 1 ms a token, in a cache that counts."""
-
     config = QwenConfig.from_json(WEIGHTS / "config.json")
 
 
 class SlowSubject(Subject):
+    """Takes a known time, 20 ms a call and 1 ms a token of the prompt, and counts its calls."""
+
     calls: list[tuple[str, str, tuple]] = []  # noqa: RUF012
 
     def prefill(self, ids: torch.Tensor, more: int) -> torch.Tensor:
@@ -161,13 +219,19 @@ def test_memory_is_the_most_there_was() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--lengths", "0"], "--lengths 0 must be at least 1"),
+        (["--repeats", "0"], "--repeats 0 must be from 1 to 10,000,000"),
+        (["--lengths", "5", "0"], "--lengths 0 must be from 1 to"),
+        (["--lengths", "9000000", "--batch", "9000000"], "a cache of 9000000 × 9000016 positions takes"),
+        (["--dtype", "float8"], "--dtype float8: use bfloat16, float16, float32, float64"),
+        (["--device", "mps"], "--device mps: only cpu and cuda can be timed"),
+        (["--compile", "--tp", "2"], "--compile is for a model in one process"),
+        (["--compile", "--fast"], "--compile is for the plain layers"),
         (["--layers", "2"], "--layers needs --synthetic"),
         (["--synthetic", "3b"], "invalid choice: '3b'"),
         (["--against", "vllm"], "--against vllm: use hf or plain"),
-        (["--against", "plain:int3"], "--against plain:int3: use hf or plain"),
-        (["--against", "plain", "plain", *QUICK], "--against names one of these twice"),
+        (["--against", "plain:int3"], "--against plain in int3: use bfloat16"),
+        (["--against", "plain", "plain"], "--against names one of these twice: plain, plain"),
+        (["--against", "plain", "plain:bfloat16", *QUICK], "--against names one of these twice"),
         (["--against", "plain", "--tp", "2"], "--against needs one process"),
         (["--tp", "3"], "cannot be split over 3 ranks"),
         (["--quantize", "int4", "--dtype", "float64", *QUICK], "float64 has no faster layers"),
@@ -206,8 +270,7 @@ def test_transformers_decodes_the_same_tokens() -> None:
     with torch.inference_mode():
         for subject in subjects:
             tokens = [subject.prefill(ids, 10)]
-            tokens += [subject.decode(tokens[-1]) for _ in range(1)]
-            for _ in range(8):
+            for _ in range(9):
                 tokens.append(subject.decode(tokens[-1]))
             found.append(torch.cat(tokens, dim=1))
     assert torch.equal(*found)

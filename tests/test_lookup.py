@@ -24,6 +24,7 @@ from lookup_worker import PROMPT
 from torch import Tensor
 
 from qwen_ref import KVCache, Qwen, Tokenizer, load_model, lookup
+from qwen_ref.fast import fasten
 from qwen_ref.generate import Step, generate, main
 from qwen_ref.lookup import MARGIN, Passes, Text, generate_lookup
 from qwen_ref.steps import choose
@@ -179,8 +180,10 @@ def test_a_wrong_draft_is_taken_back(right: int, monkeypatch: pytest.MonkeyPatch
 
 def test_the_margin_is_more_than_leads_move_by() -> None:
     """Where the choice is lost to rounding, the lead was at most a third of MARGIN; so for the runner-up."""
-    for name, dtype in itertools.product(("tiny", "extended_base", "ntk_logn"), DTYPES):
-        qwen = model(name, dtype)
+    models = [model(name, dtype) for name in ("tiny", "extended_base", "ntk_logn") for dtype in DTYPES]
+    for dtype, quantize in itertools.product(DTYPES, (None, "int8", "int4")):
+        models.append(fasten(load_model(WEIGHTS, dtype), quantize))
+    for qwen in models:
         info = torch.finfo(qwen.embed.weight.dtype)
         ids = torch.randint(320, (1, 200))
         single, several = (_cached_logits(qwen, ids, width).double() for width in (1, 9))
@@ -188,7 +191,7 @@ def test_the_margin_is_more_than_leads_move_by() -> None:
         best, places = several.topk(2, dim=-1)
         there = single.gather(1, places)
         moved = ((best[:, 0] - best[:, 1]) - (there[:, 0] - there[:, 1])).abs() / unit
-        assert 0 < moved.max() < MARGIN[info.bits] / 2, (name, dtype)
+        assert 0 < moved.max() < MARGIN[info.bits] / 2
         lost = single.argmax(dim=-1) != places[:, 0]
         assert ((best[:, 0] - best[:, 1]) / unit)[lost].sum() == 0 or (
             ((best[:, 0] - best[:, 1]) / unit)[lost].max() < MARGIN[info.bits] / 3
@@ -275,9 +278,12 @@ def test_a_planted_tie_is_decided_as_the_plain_loop_decides_it(moved: bool) -> N
     assert passes.repeated > 0
 
 
-def test_a_wrong_draft_that_overflows_is_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_wrong_draft_that_overflows_is_not_seen(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keys of a token that the text does not hold are NaN: as a wrong guess it must do no harm."""
     qwen, ids = load_model(GOLDEN / "extended_base", "float32"), PROMPT[:12]
+    if fast:
+        fasten(qwen)
     plain = tokens(generate(qwen, ids, 20))
     never = next(token for token in range(320) if token not in (*ids, *plain))
     qwen.embed.weight[never] = torch.nan
@@ -285,6 +291,16 @@ def test_a_wrong_draft_that_overflows_is_not_seen(monkeypatch: pytest.MonkeyPatc
     found, passes = counted(qwen, ids, 20, draft_tokens=2)
     assert found == plain
     assert passes.passes > 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_fast_layers_give_the_tokens_of_their_own_plain_loop(quantize: str | None, dtype: str) -> None:
+    qwen = fasten(load_model(WEIGHTS, dtype), quantize)
+    for text in (*REPETITIVE[:2], *OTHER[:2]):
+        ids = TINY.encode(text)
+        found, _ = counted(qwen, ids, 60)
+        assert found == tokens(generate(qwen, ids, 60))
 
 
 # What ends it

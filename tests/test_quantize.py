@@ -21,7 +21,7 @@ def test_int8_is_off_by_half_a_step_at_most() -> None:
     q, scale = quantize_int8(w)
     assert q.dtype == torch.int8
     assert torch.equal(q.abs().amax(dim=1), torch.where(w.abs().amax(dim=1) > 0, 127, 0).to(torch.int8))
-    # 1e-6: scale and quotient are float32.
+    # 1e-5: scale and quotient are float32.
     assert ((q * scale - w).abs() <= 0.5 * scale * (1 + 1e-5) + 1e-30).all()
 
 
@@ -39,6 +39,12 @@ def test_int4_is_off_by_half_a_step_at_most(group_size: int, dtype: torch.dtype)
     # group, by as much as zero (up to 8 steps and the group's offset) and 8 scales are rounded by.
     rounding = torch.finfo(dtype).eps * (zero.float().abs() + 8 * scale.float())
     assert (off <= (0.5 * scale.float() * (1 + 1e-5) + rounding + 1e-30)[..., None]).all()
+
+
+def test_a_row_so_small_that_its_scale_is_subnormal_keeps_its_signs() -> None:
+    q, _ = quantize_int8(torch.tensor([[190.0, -190.0, 1.0]]) * 2.0**-149)
+    assert q[0, 0] == 127
+    assert q[0, 1] == -127
 
 
 def test_int4_uses_all_steps_and_keeps_a_group_of_equal_weights() -> None:

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
     from qwen_ref.model import Qwen
 
+_MOST = 10_000_000  # of anything that is counted: more is a mistake
 _SIZES = ("1.8b", "7b", "14b", "72b")
-_READ_BYTES = 2**29  # of the buffer that the memory's rate is measured with; far beyond any cache
+_READ_BYTES = 2**29  # of the buffer that the memory's rate is measured with
 
 
 # The memory of this process, and its rate
@@ -53,9 +54,9 @@ def resident_memory() -> tuple[int, int]:
     """Bytes of this process in memory: anonymous ones, which no file backs, and pages of mapped files."""
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # only Linux tells
+        return tuple(int(status.split(name)[1].split()[0]) * 1024 for name in ("RssAnon:", "RssFile:"))
+    except (OSError, IndexError):  # only Linux tells
         return 0, 0
-    return tuple(int(status.split(name)[1].split()[0]) * 1024 for name in ("RssAnon:", "RssFile:"))
 
 
 class Memory(threading.Thread):
@@ -92,7 +93,7 @@ class Memory(threading.Thread):
 
 
 class ReadRate:
-    """Bytes per second at which all cores together read memory: torch's sum of a buffer beyond any cache."""
+    """Bytes per second at which this process's threads read memory: torch's sum of half a gigabyte."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -197,9 +198,9 @@ def measure(
     sync, rate = _sync(device), ReadRate(device)
     generator = torch.Generator().manual_seed(0)
     found = {(s.name, length): Timing([], [], [], []) for s in subjects for length in lengths}
-    turns = list(itertools.product(range(-warm_up, repeats), lengths, subjects))
+    turns = itertools.product(range(-warm_up, repeats), lengths, subjects)
     for done, (repeat, length, subject) in enumerate(turns):
-        progress(done, len(turns))
+        progress(done, (repeats + warm_up) * len(lengths) * len(subjects))
         vocab_size = subject.model.config.vocab_size
         ids = torch.randint(vocab_size, (batch, length), generator=generator).to(device)
         with torch.inference_mode():
@@ -228,7 +229,7 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
     every = itertools.chain(model.named_parameters(), model.named_buffers())
     weights = sum(tensor.nbytes for name, tensor in every if name != "embed.weight")
     config, size = model.config, model.embed.weight.element_size()
-    position = 2 * config.num_hidden_layers * config.hidden_size // model.group.size * size
+    position = 2 * config.num_hidden_layers * config.hidden_size // model.group.size * size  # keys, values
     return weights + batch * (config.hidden_size * size + length * position)
 
 
@@ -273,9 +274,9 @@ def synthetic(size: str, layers: int | None = None) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="qwen_ref-"))
     try:
         free = shutil.disk_usage(folder).free
-        from qwen_ref.sizes import kinds, tensor_table, weight_bytes
+        from qwen_ref.checkpoint import tensor_table
 
-        needed = sum(map(weight_bytes, kinds(tensor_table(config), None)))
+        needed = 2 * sum(math.prod(spec.shape) for spec in tensor_table(config))
         if needed > free:
             raise ValueError(
                 f"the {size} takes {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "
@@ -328,6 +329,7 @@ def _parser() -> Parser:
     add("--repeats", type=int, default=5, metavar="R", help="(default: %(default)s)")
     add("--tp", type=int, default=1, metavar="N", help="cut the model among N ranks, started by torchrun")
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help=argparse.SUPPRESS)
+    add("--name", help=argparse.SUPPRESS)  # of the model, where --tp's ranks are given a temporary folder
     add(
         "--against",
         nargs="+",
@@ -342,15 +344,22 @@ def _parser() -> Parser:
 
 def _bench(args: argparse.Namespace) -> int:
     for name in ("tokens", "batch", "repeats", "tp", "layers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
-    if min(args.lengths) < 1:
-        raise ValueError(f"--lengths {min(args.lengths)} must be at least 1")
+        _check_count(name, getattr(args, name))
+    args.lengths = list(dict.fromkeys(args.lengths))
+    for length in args.lengths:
+        _check_count("lengths", length)
+    if not args.device.startswith(("cpu", "cuda")):
+        raise ValueError(f"--device {args.device}: only cpu and cuda can be timed")
+    if args.dtype != "auto":
+        _check_dtype("--dtype", args.dtype)
     if args.layers is not None and args.synthetic is None:
         raise ValueError("--layers needs --synthetic: a checkpoint has the layers that it has")
     speed_options(args)
     launch = launched()
+    if launch is not None and args.tp > 1:
+        raise ValueError("--tp starts ranks of its own; leave it out under torchrun")
+    if args.compile and (launch is not None or args.tp > 1):
+        raise ValueError("--compile is for a model in one process; leave it or --tp out")
     if args.against and (launch is not None or args.tp > 1):
         raise ValueError("--against needs one process: leave --tp out")
     if launch is None and args.tp > 1:
@@ -360,12 +369,31 @@ def _bench(args: argparse.Namespace) -> int:
     if launch is not None and args.synthetic is not None:
         raise ValueError("under torchrun every rank would write a model of its own; use --tp instead")
     peers = [_peer(peer, args) for peer in args.against]
+    if len(set(args.against)) < len(args.against):
+        raise ValueError(f"--against names one of these twice: {', '.join(args.against)}")
     with _folder(args) as folder, Ranks(launch, args.timeout) as ranks:
         ranks.meet(args.device)
         result = _measure(args, folder, ranks, peers)
         if ranks.rank == 0:
             print(json.dumps(result, ensure_ascii=False) if args.json else table(result), flush=True)
     return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of the model, as a figure must name it."""
+    return args.name or (f"{args.synthetic}, synthetic" if args.synthetic else str(args.model or "tiny"))
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and not 1 <= value <= _MOST:
+        raise ValueError(f"--{name} {value} must be from 1 to {_MOST:,}")
+
+
+def _check_dtype(option: str, dtype: str) -> None:
+    from qwen_ref.checkpoint import DTYPES
+
+    if dtype not in DTYPES:
+        raise ValueError(f"{option} {dtype}: use {', '.join(DTYPES)}")
 
 
 def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]:
@@ -378,11 +406,11 @@ def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]
 
 def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
     """(which, dtype) of an --against."""
-    from qwen_ref.checkpoint import DTYPES
-
     which, _, dtype = peer.partition(":")
-    if which not in ("hf", "plain") or (dtype and dtype not in DTYPES):
+    if which not in ("hf", "plain"):
         raise ValueError(f"--against {peer}: use hf or plain, or one of them in a dtype, as hf:float32")
+    if dtype:
+        _check_dtype(f"--against {which} in", dtype)
     if which == "hf":
         from qwen_ref.peers import require_transformers
 
@@ -391,16 +419,33 @@ def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _launch(args: argparse.Namespace, folder: Path) -> int:
-    """Starts the ranks by torchrun with the same options, and passes on what comes of it."""
-    options = ["--model", str(folder), "--dtype", args.dtype, "--device", args.device]
+    """Starts the ranks by torchrun with the same options.
+
+    They write to this process's stdout and stderr. torchrun's own report of a rank that failed is a traceback
+    of no use: the ranks have said why.
+    """
+    options = ["--model", str(folder), "--name", _name(args), "--dtype", args.dtype, "--device", args.device]
     options += [f"--{name}={getattr(args, name)}" for name in ("tokens", "batch", "repeats", "timeout")]
     options += ["--lengths", *map(str, args.lengths), *speed_options(args)]
     options += ["--json"] * args.json
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.tp)]
-    threads = max(1, (os.cpu_count() or 1) // args.tp)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    threads = max(1, _cores() // args.tp)
+    environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
     command = [sys.executable, *launcher, "-m", "qwen_ref.bench", *options]
-    return subprocess.run(command, env=environment).returncode
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr:
+                if line.startswith("qwen_ref"):
+                    print(line, end="", file=sys.stderr, flush=True)
+            return 0 if process.wait() == 0 else 2
+        except KeyboardInterrupt:  # torchrun, which has it as well, first ends the ranks
+            process.wait()
+            raise
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _measure(
@@ -420,6 +465,7 @@ def _measure(
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ours = Subject(" ".join(["qwen_ref", dtype, *speed_options(args)]).replace("--", ""), model)
     with Memory() as running, torch.inference_mode():  # before others are loaded
+        model.new_cache(args.batch, max(args.lengths) + args.tokens)  # says so where it does not fit
         ids = torch.zeros(args.batch, max(args.lengths), dtype=torch.int64, device=args.device)
         token = ours.prefill(ids, args.tokens)
         for _ in range(min(args.tokens, 4)):
@@ -452,7 +498,7 @@ def _measure(
     total_read = {length: bytes_per_token(model, length, args.batch) for length in args.lengths}
     return {
         "machine": machine(args.device),
-        "model": f"{args.synthetic}, synthetic" if args.synthetic else str(args.model or "tiny"),
+        "model": _name(args),
         "layers": model.config.num_hidden_layers,
         "ranks": ranks.size,
         "batch": args.batch,
@@ -482,7 +528,7 @@ def machine(device: str) -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
-    found = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found = {"processor": processor, "cores": _cores(), "threads": torch.get_num_threads()}
     found["instructions"], found["torch"] = torch.backends.cpu.get_cpu_capability(), torch.__version__
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
@@ -531,7 +577,7 @@ def table(result: dict[str, Any]) -> str:
         rate = subjects[ours][length]["read_rate"]
         achieved = [read * speed / result["batch"] for speed in subjects[ours][length]["decode"]]
         shares = [one / other for one, other in zip(achieved, rate, strict=True)]
-        rows.append(["  read for a token, GB", f"{read / 1e9:.3f}"])
+        rows.append([f"  read for {_tokens(result['batch'])}, GB", f"{read / 1e9:.3f}"])
         rows.append(["  read, GB/s", _spread(achieved, 1e9)])
         rows.append(["  memory can be read at, GB/s", _spread(rate, 1e9)])
         rows.append(["  share of that", _spread(shares, 1, 2)])
@@ -541,6 +587,10 @@ def table(result: dict[str, Any]) -> str:
     for row in rows:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return "\n".join(lines)
+
+
+def _tokens(batch: int) -> str:
+    return "a token" if batch == 1 else f"{batch} tokens"
 
 
 def _gb(count: int) -> str:

@@ -137,6 +137,8 @@ def speed_options(args: argparse.Namespace) -> list[str]:
     for name in ("quantize", "group_size"):
         if getattr(args, name) is not None:
             given.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
+    if args.compile and given != ["--compile"]:
+        raise ValueError("--compile is for the plain layers; leave it out, or --fast and --quantize")
     return given
 
 
@@ -171,7 +173,7 @@ class Progress:
 
     def update(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.shown < self.interval:
+        if now - self.shown < self.interval or os.environ.get("RANK", "0") != "0":  # one rank speaks for all
             return
         self.shown = now
         left = (now - self.start) * (total - done) / max(done, 1)

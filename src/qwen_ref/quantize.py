@@ -1,7 +1,7 @@
 """A weight in fewer bits: int8 with a scale for each output, int4 with scale and zero for groups of inputs.
 
 Only weights are rounded; activations keep their dtype. Both are plain round-to-nearest: no calibration text
-is needed, and every weight is off by at most half a step of its row or group.
+is needed. A weight is off by half a step of its row or group at most, and by what rounds scale and zero.
 
     int8    W[o, i] ≈ q[o, i] · scale[o]                                        q from -127 to 127
     int4    W[o, i] ≈ (q[o, i] - 8) · scale[o, i // G] + zero[o, i // G]        q from 0 to 15, groups of G
@@ -25,7 +25,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = _finite(weight).float()
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    q = (weight / _nonzero(scale)).round_()
+    q = (weight / _nonzero(scale)).round_().clamp_(-127, 127)  # where scale is subnormal, q is not 127
     return q.to(torch.int8), scale
 
 
