@@ -1,10 +1,11 @@
 """How prefill and decoding get slower with length, and what a batch buys: the README's figure.
 
-    python examples/cost_curves.py [--synthetic 1.8b] [--out examples/figures/cost_curves.png]
+    python examples/cost_curves.py [--synthetic 1.8b] [--out examples/figures]
 
 Noise in the shape of a published model, bfloat16, in every form: plain, fast, int8, int4. Every length is
 prefilled once and eight tokens are decoded behind it; then batches of prompts of 256 tokens. The numbers go
-to stdout as Markdown tables, the curves into the figure, which takes matplotlib (the extra "plot").
+to stdout as Markdown tables, the curves into two figures, which take matplotlib (the extra "plot"). Single
+runs: on a machine that is shared, a point may be off by a quarter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import argparse
 from pathlib import Path
 
 import matplotlib
+
+matplotlib.use("Agg")  # no window
+
+from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from qwen_ref import load_model
 from qwen_ref.bench import Subject, Timing, machine, measure, synthetic
@@ -21,7 +27,7 @@ from qwen_ref.cli import Progress
 from qwen_ref.fast import fasten
 
 FORMS = {"plain": "#777777", "fast": "#0072b2", "int8": "#009e73", "int4": "#d55e00"}
-OUT = Path(__file__).resolve().parent / "figures" / "cost_curves.png"
+OUT = Path(__file__).resolve().parent / "figures"
 BATCH_LENGTH = 256
 
 Timings = dict[tuple[str, int], Timing]
@@ -52,28 +58,50 @@ def table(title: str, rows: dict[int, Timings], key: str, at: int | None = None)
         print(f"| {number:,} | {' | '.join(f'{value:.1f}' for value in values)} |", flush=True)
 
 
-def draw(axes: Axes, rows: dict[int, Timings], key: str, at: int | None = None) -> None:
+def draw(axes: Axes, rows: dict[int, Timings], key: str, at: int | None = None, **labels: str) -> None:
     for name, colour in FORMS.items():
         values = [getattr(timings[name, at or number], key)[0] for number, timings in rows.items()]
         axes.plot(list(rows), values, "o-", color=colour, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(rows), [f"{number:,}" for number in rows], rotation=45)
+    axes.set_xticks(list(rows), [f"{number:,}" for number in rows])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    axes.set(**labels)
+
+
+def draw_lengths(rows: dict[int, Timings], title: str, out: Path) -> None:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    draw(left, rows, "prefill", title="Prefill", xlabel="tokens of the prompt", ylabel="tokens/s")
+    draw(right, rows, "decode", title="Decoding", xlabel="tokens in the cache", ylabel="tokens/s")
+    left.legend()
+    save(figure, title, out)
+
+
+def draw_batches(rows: dict[int, Timings], title: str, out: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(5, 3.8), layout="constrained")
+    labels = {"title": f"Decoding behind {BATCH_LENGTH} tokens", "xlabel": "sequences at a time"}
+    draw(axes, rows, "decode", BATCH_LENGTH, **labels, ylabel="tokens/s of all")
+    axes.legend()
+    save(figure, title, out)
+
+
+def save(figure: Figure, title: str, out: Path) -> None:
+    figure.suptitle(title, fontsize="small")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    figure.savefig(part, dpi=110, format="png")
+    part.replace(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--synthetic", default="1.8b", metavar="SIZE")
     parser.add_argument("--layers", type=int, metavar="N", help="so many of its layers")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     with synthetic(args.synthetic, args.layers) as folder:
         models = subjects(folder)
         time_all(models, [16], 1, "warming up")
@@ -85,23 +113,13 @@ def main() -> None:
     here = machine("cpu")
     what = f"{args.synthetic} widths, {layers} layers, bfloat16; {here['cores']}-core {here['processor']}"
     print(f"{what}, torch {here['torch']}")
-    table("prefill of, tokens/s", by_length, "prefill")
-    table("decode at, tokens/s", by_length, "decode")
-    table(f"decode at {BATCH_LENGTH}, batch of, tokens/s of all rows", by_batch, "decode", BATCH_LENGTH)
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    draw(axes[0], by_length, "prefill")
-    axes[0].set(title="Prefill", xlabel="tokens of the prompt", ylabel="tokens/s")
-    draw(axes[1], by_length, "decode")
-    axes[1].set(title="Decoding", xlabel="tokens in the cache", ylabel="tokens/s")
-    draw(axes[2], by_batch, "decode", BATCH_LENGTH)
-    axes[2].set(title=f"Decoding at {BATCH_LENGTH}", xlabel="sequences", ylabel="tokens/s of all")
-    axes[2].legend()
-    figure.suptitle(what)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(args.out.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
-    part.replace(args.out)
+    if by_length:
+        table("prefill of, tokens/s", by_length, "prefill")
+        table("decode at, tokens/s", by_length, "decode")
+        draw_lengths(by_length, what, args.out / "cost_by_length.png")
+    if by_batch:
+        table(f"decode at {BATCH_LENGTH}, batch of, tokens/s of all", by_batch, "decode", BATCH_LENGTH)
+        draw_batches(by_batch, what, args.out / "cost_by_batch.png")
 
 
 if __name__ == "__main__":

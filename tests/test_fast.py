@@ -23,7 +23,7 @@ from torch import Tensor
 import qwen_ref.fast
 from qwen_ref import KVCache, Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.bench import write_checkpoint
-from qwen_ref.fast import FastCache, Int4Matrix, Int8Table, Table, compile_layers, fasten
+from qwen_ref.fast import FEW_ROWS, FastCache, Int4Matrix, Int8Table, Table, compile_layers, fasten
 from qwen_ref.generate import generate, main
 from qwen_ref.parallel import Group
 from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
@@ -47,7 +47,7 @@ def form(name: str | None, weight: Tensor, wide: bool) -> tuple[torch.nn.Module,
     return Table(weight, wide), weight.double()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 63, 64, 100])
+@pytest.mark.parametrize("rows", [1, 3, 9, 10, 63, 64, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("outputs", [64, 700, 1001])
@@ -58,7 +58,7 @@ def test_a_product_is_rounded_once(outputs: int, name: str | None, dtype: torch.
     weight, x = torch.randn(outputs, 352).to(dtype), torch.randn(2, rows, 352).to(dtype)
     matrix, meant = form(name, weight, wide=False)
     truth = x.double() @ meant.T
-    found = matrix(x[:1]) if rows <= 4 else matrix(x)
+    found = matrix(x[:1]) if rows <= FEW_ROWS else matrix(x)
     eps = torch.finfo(dtype).eps
     limit = 0.5 * eps if dtype != torch.float32 else 10 * eps
     if name == "int4" and dtype != torch.float32:
@@ -136,7 +136,8 @@ def test_attention_of_one_token_is_softmax_q_k_v(dtype: torch.dtype, length: int
     truth = plain_attention(q, k, v, mask)
     # Weights and the result are rounded to dtype, as torch's own attention rounds them.
     limit = torch.finfo(dtype).eps * (1 if dtype != torch.float32 else 8)
-    assert relative_rms(cache.attend(0, q, mask), truth) < limit
+    found = cache.attend(0, q, None if mask is None else mask[:, :, None, 0], length - 1)
+    assert relative_rms(found, truth) < limit
 
 
 def test_large_scores_are_not_rounded() -> None:
@@ -152,7 +153,9 @@ def test_large_scores_are_not_rounded() -> None:
     cache = FastCache(1, (1, 1, 256, K), None, like=q)
     cache.write(0, k, v)
     cache.length = length - 1
-    assert relative_rms(cache.attend(0, q, None), plain_attention(q, k, v, None)) < 0.008  # eps of bfloat16
+    assert (
+        relative_rms(cache.attend(0, q, None, length - 1), plain_attention(q, k, v, None)) < 0.008
+    )  # eps of bfloat16
 
 
 def test_scores_beyond_float16_do_not_overflow() -> None:
@@ -164,7 +167,7 @@ def test_scores_beyond_float16_do_not_overflow() -> None:
     cache = FastCache(1, (1, 1, 128, K), None, like=q)
     cache.write(0, k, v)
     cache.length = length - 1
-    assert relative_rms(cache.attend(0, q, None), plain_attention(q, k, v, None)) < 0.001
+    assert relative_rms(cache.attend(0, q, None, length - 1), plain_attention(q, k, v, None)) < 0.001
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -179,7 +182,7 @@ def test_what_was_taken_back_is_not_seen(value: float) -> None:
     cache.write(0, k[:, :, 100:101], v[:, :, 100:101])
     cache.length = 100
     cache.write(0, k[:, :, 100:101], v[:, :, 100:101])
-    found = cache.attend(0, q[:, :, 100:101], None)
+    found = cache.attend(0, q[:, :, 100:101], None, 100)
     assert relative_rms(found, plain_attention(q[:, :, 100:101], k[:, :, :101], v[:, :, :101], None)) < 1e-6
 
 
@@ -273,6 +276,25 @@ def test_a_cache_may_be_rewound(quantize: str | None) -> None:
         model(ids[:, 30:50], cache=cache)  # what will be taken back, across a block's border
         cache.length = 123
         assert torch.equal(model(ids[:, 123:124], cache=cache), before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("quantize", FORMS)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_pass_over_a_few_tokens_has_the_bits_of_passes_over_one(
+    folder: Path, quantize: str | None, dtype: str
+) -> None:
+    """lookup.py takes it for granted. The passes cross a block of the cache, of 128 positions."""
+    model, ids = fasten(load_model(folder, dtype), quantize, 32), some_ids(folder, 150)
+    with torch.inference_mode():
+        caches = [model.new_cache(1, 150) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :110], cache=cache)
+        for start in range(110, 150, FEW_ROWS):
+            part = ids[:, start : start + FEW_ROWS]
+            several = model(part, cache=caches[0])
+            single = torch.cat([model(token, cache=caches[1]) for token in part.split(1, dim=1)], dim=1)
+            assert torch.equal(several, single)
 
 
 def test_what_is_remembered_serves_inside_inference_mode_and_outside() -> None:

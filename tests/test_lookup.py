@@ -180,10 +180,8 @@ def test_a_wrong_draft_is_taken_back(right: int, monkeypatch: pytest.MonkeyPatch
 
 def test_the_margin_is_more_than_leads_move_by() -> None:
     """Where the choice is lost to rounding, the lead was at most a third of MARGIN; so for the runner-up."""
-    models = [model(name, dtype) for name in ("tiny", "extended_base", "ntk_logn") for dtype in DTYPES]
-    for dtype, quantize in itertools.product(DTYPES, (None, "int8", "int4")):
-        models.append(fasten(load_model(WEIGHTS, dtype), quantize))
-    for qwen in models:
+    for name, dtype in itertools.product(("tiny", "extended_base", "ntk_logn"), DTYPES):
+        qwen = model(name, dtype)
         info = torch.finfo(qwen.embed.weight.dtype)
         ids = torch.randint(320, (1, 200))
         single, several = (_cached_logits(qwen, ids, width).double() for width in (1, 9))
@@ -191,7 +189,7 @@ def test_the_margin_is_more_than_leads_move_by() -> None:
         best, places = several.topk(2, dim=-1)
         there = single.gather(1, places)
         moved = ((best[:, 0] - best[:, 1]) - (there[:, 0] - there[:, 1])).abs() / unit
-        assert 0 < moved.max() < MARGIN[info.bits] / 2
+        assert 0 < moved.max() < MARGIN[info.bits] / 2, (name, dtype)
         lost = single.argmax(dim=-1) != places[:, 0]
         assert ((best[:, 0] - best[:, 1]) / unit)[lost].sum() == 0 or (
             ((best[:, 0] - best[:, 1]) / unit)[lost].max() < MARGIN[info.bits] / 3
@@ -299,8 +297,11 @@ def test_fast_layers_give_the_tokens_of_their_own_plain_loop(quantize: str | Non
     qwen = fasten(load_model(WEIGHTS, dtype), quantize)
     for text in (*REPETITIVE[:2], *OTHER[:2]):
         ids = TINY.encode(text)
-        found, _ = counted(qwen, ids, 60)
-        assert found == tokens(generate(qwen, ids, 60))
+        passes = Passes()
+        found = list(generate_lookup(qwen, ids, 60, draft_tokens=20, passes=passes))
+        assert found == list(generate(qwen, ids, 60))  # log-probabilities, too
+        assert passes.repeated == 0
+        assert passes.passes < 60
 
 
 # What ends it

@@ -83,12 +83,16 @@ def generate_lookup(
     the last one. float32 has next to none. In bfloat16, where the margin is 5 % of the largest logit, they
     are frequent in text of which the model is not sure: then the guessing pauses, for longer each time, lest
     the whole take many more passes than the plain loop.
+    None of this concerns fast layers, in which a pass over up to nine tokens has the bits of passes over one:
+    what is guessed right is gained in any dtype.
     Log-probabilities are those of the pass that decided: they differ from `generate`'s by rounding.
 
     Raises what `generate` raises, and ValueError for a temperature or a repetition_penalty (it would change
     with every guess), which are here for that alone. Several ranks call it alike, as they do `generate`.
     """
     import torch
+
+    from qwen_ref.fast import FEW_ROWS, FastCache
 
     group = model.group
     with group.together():
@@ -109,6 +113,8 @@ def generate_lookup(
     text, count = Text(prompt_ids, longest_match), Passes() if passes is None else passes
     device = model.embed.weight.device
     exact = 0  # so many positions of the cache have the bits of the plain loop's
+    if alike := isinstance(cache, FastCache):  # so have passes over several tokens
+        draft_tokens = min(draft_tokens, FEW_ROWS - 1)
 
     def states(ids: Sequence[int]) -> Tensor:
         count.passes += 1
@@ -129,13 +135,16 @@ def generate_lookup(
 
     def judged(draft: list[int]) -> tuple[list[Step], bool]:
         """The right ones of draft and the model's next token; False where a close call ends them sooner."""
+        nonlocal exact
         logits = model.lm_head(states([text.ids[-1], *draft])[0], only_rank_0=True)  # (1 + n, V)
-        steps = _sure_steps(model, logits, 1 + len(draft))
+        steps = _sure_steps(model, logits, 1 + len(draft), alike)
         right = 0
         while right < len(draft) and steps[right].token == draft[right]:
             right += 1
         cache.length -= len(draft) - right  # the wrong ones' keys and values are overwritten next
         sure = steps[right].token >= 0
+        if alike:
+            exact = cache.length if sure else cache.length - 1  # NaN of a wrong guess reaches the others
         return steps[: right + sure], sure
 
     def steps() -> Iterator[tuple[Step, bool]]:
@@ -171,8 +180,10 @@ def check_lookup(longest_match: int, draft_tokens: int) -> None:
         raise ValueError(f"{longest_match=} and {draft_tokens=} must be at least 1")
 
 
-def _sure_steps(model: Qwen, logits: Tensor | None, T: int) -> list[Step]:
+def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list[Step]:
     """What each of T positions chooses, by rank 0's logits (T, V), on every rank; token −1 where it is close.
+
+    alike: the logits have the bits of the plain loop's, and nothing that is finite is close.
 
     Logits that are not finite lead by nothing, so the plain pass decides, and says what is wrong: they may be
     due to a wrong guess, which the plain loop never sees.
@@ -188,6 +199,9 @@ def _sure_steps(model: Qwen, logits: Tensor | None, T: int) -> list[Step]:
         info = torch.finfo(like.dtype)
         margin = MARGIN[info.bits] * info.eps * wide.abs().amax(dim=-1)
         tokens = ids[:, 0].where(best[:, 0] - best[:, 1] > margin, -1)
+        if alike:
+            first = torch.cat([row.argmax(dim=-1) for row in wide.split(1)])  # as the loop does, ties too
+            tokens = first.where(wide.isfinite().all(dim=-1), -1)
         logprobs = best[:, 0] - wide.logsumexp(dim=-1)
     tokens, logprobs = model.group.from_rank_0(tokens), model.group.from_rank_0(logprobs)
     return list(map(Step, tokens.tolist(), logprobs.tolist()))
