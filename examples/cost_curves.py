@@ -74,7 +74,7 @@ def draw_lengths(rows: dict[int, Timings], title: str, out: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     draw(left, rows, "prefill", title="Prefill", xlabel="tokens of the prompt", ylabel="tokens/s")
     draw(right, rows, "decode", title="Decoding", xlabel="tokens in the cache", ylabel="tokens/s")
-    left.legend()
+    left.legend(loc="lower left")
     save(figure, title, out)
 
 
@@ -82,7 +82,7 @@ def draw_batches(rows: dict[int, Timings], title: str, out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 3.8), layout="constrained")
     labels = {"title": f"Decoding behind {BATCH_LENGTH} tokens", "xlabel": "sequences at a time"}
     draw(axes, rows, "decode", BATCH_LENGTH, **labels, ylabel="tokens/s of all")
-    axes.legend()
+    axes.legend(loc="lower right")
     save(figure, title, out)
 
 
