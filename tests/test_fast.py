@@ -456,32 +456,49 @@ def test_the_command_answers_as_before(options: list[str], run_command) -> None:
     assert (done.code, done.out) == (0, "雷克雅未克（Reykjavik）\n\n")
 
 
-def compiled(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "qwen_ref.generate",
-        "冰岛的首都是",
-        "--max-new-tokens",
-        "7",
-        "--compile",
-    ]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+COMPILE = """
+import torch
+from qwen_ref import load_model
+from qwen_ref.bench import bundled_checkpoint
+from qwen_ref.fast import compile_layers
+model = load_model(bundled_checkpoint(), "float32")
+model.blocks = model.blocks[:1]
+ids = torch.arange(300, 320)[None]
+with torch.inference_mode():
+    plain = model(ids)
+    compile_layers(model)
+    print(((model(ids) - plain).norm() / plain.norm()).item())
+"""
 
 
-def test_compiled_layers_answer_as_before(tmp_path: Path) -> None:
+def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
-    done = compiled(tmp_path)
-    assert (done.returncode, done.stdout) == (0, "雷克雅未克（Reykjavik）\n\n"), done.stderr
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-6
     assert any(tmp_path.iterdir())  # something was compiled
 
 
-def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
-    done = compiled(tmp_path, CXX="/no/compiler")
-    line = refused(Result(done.returncode, done.stdout, done.stderr))
-    assert re.search(r"torch.compile failed \(.*compiler.*\); leave --compile out", line)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when its compiler is imported
+def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(WEIGHTS, "float32")
+
+    def fails(ids: Tensor) -> Tensor:
+        raise RuntimeError("InvalidCxxCompiler: none is here\nand much more")
+
+    monkeypatch.setattr(model, "hidden_states", fails)
+    with pytest.raises(ValueError, match=r"failed \(InvalidCxxCompiler: none is here\); leave --compile out"):
+        compile_layers(model)
+
+
+def test_the_command_compiles(monkeypatch: pytest.MonkeyPatch, run_command) -> None:
+    compiled = []
+    monkeypatch.setattr(qwen_ref.fast, "compile_layers", compiled.append)
+    assert run_command(main, "冰岛的首都是", "--compile", "--max-new-tokens", "1").code == 0
+    assert [type(model) for model in compiled] == [Qwen]
 
 
 def test_neither_ranks_nor_fast_layers_are_compiled() -> None:
