@@ -23,9 +23,18 @@ from torch import Tensor
 import qwen_ref.fast
 from qwen_ref import KVCache, Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.bench import write_checkpoint
-from qwen_ref.fast import FEW_ROWS, FastCache, Int4Matrix, Int8Table, Table, compile_layers, fasten
+from qwen_ref.fast import (
+    FEW_ROWS,
+    FastCache,
+    FastLinear,
+    Int4Matrix,
+    Int8Table,
+    Table,
+    compile_layers,
+    fasten,
+)
 from qwen_ref.generate import generate, main
-from qwen_ref.parallel import Group
+from qwen_ref.parallel import Group, RowParallelLinear
 from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
 
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
@@ -76,6 +85,18 @@ def test_a_wide_product_is_not_rounded(name: str | None, dtype: torch.dtype, row
     found = matrix(x)
     assert found.dtype == torch.float32
     assert relative_rms(found, x.double() @ meant.T) < 2e-6
+    if rows <= FEW_ROWS:  # the bits of a row do not depend on the others
+        assert torch.equal(found, torch.cat([matrix(row) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_ranks_add_up_is_not_rounded(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, added = Group(0, 2), []
+    monkeypatch.setattr(group, "sum", lambda y: added.append(y) or y)
+    layer = RowParallelLinear(2 * 352, 96, group).bfloat16().requires_grad_(False)
+    found = FastLinear(layer, group, name, 32)(torch.randn(1, 352).bfloat16())
+    assert [y.dtype for y in added] == [torch.float32]
+    assert found.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", FORMS)
