@@ -166,28 +166,31 @@ class SlowSubject(Subject):
     """Takes a known time, 20 ms a call and 1 ms a token of the prompt, and counts its calls."""
 
     calls: list[tuple[str, str, tuple]] = []  # noqa: RUF012
+    clock = [0.0]  # noqa: RUF012
 
     def prefill(self, ids: torch.Tensor, more: int) -> torch.Tensor:
         self.calls.append((self.name, "prefill", tuple(ids.shape)))
-        time.sleep(0.02 + 0.001 * ids.shape[1])
+        self.clock[0] += 0.02 + 0.001 * ids.shape[1]
         return ids[:, :1]
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
         self.calls.append((self.name, "decode", tuple(ids.shape)))
-        time.sleep(0.02)
+        self.clock[0] += 0.02
         return ids
 
 
-def test_rates_are_tokens_by_seconds_and_subjects_take_turns() -> None:
+def test_rates_are_tokens_by_seconds_and_subjects_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     SlowSubject.calls.clear()
+    monkeypatch.setattr(bench.ReadRate, "measure", lambda self: 7e9)
+    monkeypatch.setattr(time, "perf_counter", lambda: SlowSubject.clock[0])
     found = measure([SlowSubject("a", Slow), SlowSubject("b", Slow)], [30], tokens=3, batch=2, repeats=2)
     for name in "ab":
         timing = found[name, 30]
         assert all(len(values) == 2 for values in timing)
-        # A sleep takes longer than asked, on a busy machine much longer, and never shorter.
-        assert all(0.05 <= seconds < 1 for seconds in timing.first_token)
-        assert all(1 < speed <= 2 * 30 / 0.05 for speed in timing.prefill)
-        assert all(1 < speed <= 2 / 0.02 for speed in timing.decode)
+        assert timing.first_token == pytest.approx([0.05] * 2)
+        assert timing.prefill == pytest.approx([2 * 30 / 0.05] * 2)
+        assert timing.decode == pytest.approx([2 / 0.02] * 2)
+        assert timing.read_rate == [7e9] * 2
     prefills = [name for name, what, _ in SlowSubject.calls if what == "prefill"]
     assert prefills == list("ababab")  # the first two are not counted
     assert {shape for _, what, shape in SlowSubject.calls if what == "decode"} == {(2, 1)}

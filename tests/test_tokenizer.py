@@ -755,3 +755,11 @@ def test_changing_the_returned_ids_changes_no_later_result(either: Tokenizer) ->
     expected = list(ids)
     ids.append(0)
     assert either.encode("antidisestablishmentarianism") == expected
+
+
+def test_a_token_given_twice_in_a_file_that_is_otherwise_as_published_is_seen(tmp_path: Path) -> None:
+    tokens = [bytes([value]) for value in range(256)] + [b"a"]
+    lines = [b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    (tmp_path / "v.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(ValueError, match="line 257: the token of line 98 again"):
+        read_ranks(tmp_path / "v.tiktoken")
