@@ -82,7 +82,7 @@ def draw_batches(rows: dict[int, Timings], title: str, out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 3.8), layout="constrained")
     labels = {"title": f"Decoding behind {BATCH_LENGTH} tokens", "xlabel": "sequences at a time"}
     draw(axes, rows, "decode", BATCH_LENGTH, **labels, ylabel="tokens/s of all")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     save(figure, title, out)
 
 

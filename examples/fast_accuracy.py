@@ -57,26 +57,26 @@ def main() -> None:
     print("| model | form | bytes of the weights | KL, nats | largest | first choice agrees | perplexity |")
     print("|---|---|---|---|---|---|---|")
     for folder in parser.parse_args().folders:
-        truth = load_model(folder, "float64")
+        title, truth = "tiny" if folder == ROOT / "weights" else folder.name, load_model(folder, "float64")
         ids = sequences(folder, truth)
         want = truth(ids).log_softmax(dim=-1)
 
         def perplexity(logprobs: Tensor, ids: Tensor = ids) -> float:
             return float((-logprobs[:, :-1].gather(2, ids[:, 1:, None])).mean().exp())
 
-        print(f"| {folder.name} | float64, the truth | | | | | {perplexity(want):.4f} |")
+        print(f"| {title} | float64, the truth | | | | | {perplexity(want):.4f} |")
         for name, form in FORMS.items():
             try:
                 model = form(load_model(folder, "bfloat16"))
             except ValueError as error:  # groups that the widths do not allow
-                print(f"{folder.name}, {name}: {error}", file=sys.stderr)
+                print(f"{title}, {name}: {error}", file=sys.stderr)
                 continue
             found = model(ids).double().log_softmax(dim=-1)
             kl = (want.exp() * (want - found)).sum(dim=-1)
             agree = (want.argmax(dim=-1) == found.argmax(dim=-1)).double().mean()
             size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
             print(
-                f"| {folder.name} | {name} | {size:,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
+                f"| {title} | {name} | {size:,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
                 f"| {perplexity(found):.4f} |",
                 flush=True,
             )

@@ -141,12 +141,9 @@ class Subject:
     def prefill(self, ids: Tensor, more: int) -> Tensor:
         """Puts a prompt (B, T) into a new cache, which has room for `more` tokens."""
         self.cache = self.model.new_cache(ids.shape[0], ids.shape[1] + more)
-        return self._next(ids)
+        return self.decode(ids)
 
     def decode(self, ids: Tensor) -> Tensor:
-        return self._next(ids)
-
-    def _next(self, ids: Tensor) -> Tensor:
         states = self.model.hidden_states(ids, cache=self.cache)
         logits = self.model.lm_head(states[:, -1], only_rank_0=True)
         token = ids.new_zeros(len(ids)) if logits is None else logits.argmax(dim=-1)
@@ -160,9 +157,9 @@ class TransformersSubject(Subject):
         from transformers import DynamicCache
 
         self.cache = DynamicCache(config=self.model.config)
-        return self._next(ids)
+        return self.decode(ids)
 
-    def _next(self, ids: Tensor) -> Tensor:
+    def decode(self, ids: Tensor) -> Tensor:
         done = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return done.logits[:, -1].argmax(dim=-1, keepdim=True)
 

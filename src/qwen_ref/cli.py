@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from qwen_ref.model import Qwen
@@ -113,7 +113,7 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="lay the weights out for decoding on the CPU, as a copy",
     )
-    add("--quantize", choices=("int8", "int4"), help="--fast, with the weights rounded to 8 or 4 bits")
+    add("--quantize", choices=QUANTIZATIONS, help="--fast, with the weights rounded to 8 or 4 bits")
     add(
         "--group-size",
         type=int,

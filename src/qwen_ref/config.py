@@ -34,6 +34,7 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "quantised checkpoints are not read; use the bfloat16 or float16 release"),
 }
 
+QUANTIZATIONS = ("int8", "int4")  # that any checkpoint's weights can be rounded to
 # Inputs that may share a scale in int4 weights: what torch's product knows, and what is taken by default.
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_GROUP = 64

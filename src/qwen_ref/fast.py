@@ -35,13 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import INT4_GROUP
+from qwen_ref.config import INT4_GROUP, QUANTIZATIONS
 from qwen_ref.launch import first_line
 from qwen_ref.model import Attention, KVCache, Qwen
 from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
 from qwen_ref.quantize import check_group, quantize_int4, quantize_int8
 
-QUANTIZATIONS = ("int8", "int4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The most rows of x that go through the embedding bag, each reading the block again from the processor's
