@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.fast import fasten
 from qwen_ref.generate import generate
+from qwen_ref.sizes import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "weights", *(ROOT / "tests" / "golden" / name for name in ("extended_base", "ntk_logn"))]
@@ -74,9 +75,8 @@ def main() -> None:
             found = model(ids).double().log_softmax(dim=-1)
             kl = (want.exp() * (want - found)).sum(dim=-1)
             agree = (want.argmax(dim=-1) == found.argmax(dim=-1)).double().mean()
-            size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
             print(
-                f"| {title} | {name} | {size:,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
+                f"| {title} | {name} | {resident_bytes(model):,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
                 f"| {perplexity(found):.4f} |",
                 flush=True,
             )

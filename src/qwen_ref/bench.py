@@ -451,6 +451,7 @@ def _measure(
     import torch
 
     from qwen_ref.checkpoint import load_model
+    from qwen_ref.sizes import resident_bytes
 
     group = "world" if ranks.size > 1 else None
     with Memory() as loading:
@@ -507,7 +508,7 @@ def _measure(
             "while running": {"anonymous": running.anonymous, "mapped": running.mapped},
             "cache": cache,
         },
-        "resident_weights": sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers())),
+        "resident_weights": resident_bytes(model),
         "bytes_per_token": total_read,
         "subjects": {
             subject.name: {length: timings[subject.name, length]._asdict() for length in args.lengths}

@@ -428,6 +428,7 @@ def _passes_report(passes: Passes) -> str:
 def _load(args: argparse.Namespace, folder: Path, config: QwenConfig, ranks: Ranks) -> Qwen:
     """The model, or rank 0's part of it, with word of what is read and what came of it."""
     from qwen_ref.checkpoint import load_model, tensor_table
+    from qwen_ref.sizes import resident_bytes
 
     start = time.perf_counter()
     with Progress("loading") as progress:
@@ -443,7 +444,7 @@ def _load(args: argparse.Namespace, folder: Path, config: QwenConfig, ranks: Ran
     seconds = time.perf_counter() - start
     name = args.model or "the tiny checkpoint that comes with the project"
     count = sum(math.prod(spec.shape) for spec in tensor_table(config))
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    size = resident_bytes(model)
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
     form = args.quantize or dtype

@@ -24,6 +24,7 @@ from qwen_ref.checkpoint import (
     tensor_table,
 )
 from qwen_ref.config import QwenConfig
+from qwen_ref.model import Qwen
 
 
 class Kind(NamedTuple):
@@ -49,6 +50,11 @@ def kinds(table: Sequence[TensorSpec], stored: dict[str, StoredTensor] | None) -
 def weight_bytes(kind: Kind, ranks: int = 1) -> int:
     """Bytes of all tensors of a kind, of each of so many ranks."""
     return kind.count * math.prod(kind.spec.shape_of_rank(ranks)) * kind.dtype.itemsize
+
+
+def resident_bytes(model: Qwen) -> int:
+    """Bytes of a loaded model's weights, plain or fast, on this rank."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def cache_bytes(config: QwenConfig, context: int, dtype: torch.dtype, ranks: int = 1) -> int:
