@@ -75,8 +75,9 @@ def main() -> None:
             found = model(ids).double().log_softmax(dim=-1)
             kl = (want.exp() * (want - found)).sum(dim=-1)
             agree = (want.argmax(dim=-1) == found.argmax(dim=-1)).double().mean()
+            size = resident_bytes(model)
             print(
-                f"| {title} | {name} | {resident_bytes(model):,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
+                f"| {title} | {name} | {size:,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
                 f"| {perplexity(found):.4f} |",
                 flush=True,
             )
