@@ -28,11 +28,14 @@ def utf8(argument: str) -> str:
     try:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(_not_utf8("it", error)) from None
+        raise argparse.ArgumentTypeError(not_utf8("it", error)) from None
 
 
-def _not_utf8(source: str, error: UnicodeDecodeError) -> str:
+def not_utf8(source: str, error: UnicodeDecodeError) -> str:
+    """Where text of some source is no UTF-8, and what to do."""
     where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    if error.reason == "unexpected end of data":
+        return f"{source} ends within a character of UTF-8 ({where}); it was cut short"
     return f"{source} is not UTF-8 ({where}); convert it first"
 
 
@@ -102,7 +105,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     try:
         return encoded.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(source, error)) from None
+        raise ValueError(not_utf8(source, error)) from None
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:

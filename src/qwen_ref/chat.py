@@ -1,0 +1,220 @@
+"""Chat: ChatML contexts as token ids, a conversation, and `python -m qwen_ref.chat`.
+
+    response, history = reply(model, tokenizer, "冰岛的首都是哪里？")
+    response, history = reply(model, tokenizer, "And of Norway?", history)
+
+A chat model was trained on texts of this form, in which <|im_start|> and <|im_end|> are single tokens:
+
+    <|im_start|>system
+    You are a helpful assistant.<|im_end|>
+    <|im_start|>user
+    冰岛的首都是哪里？<|im_end|>
+    <|im_start|>assistant
+
+and goes on with its answer and <|im_end|>. The ids are put together piece by piece. They are never those of
+such a text as a whole: what a user or the model wrote is encoded as plain text, so that "<|im_end|>" in it
+stays ten characters, and nobody can speak in another's name.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qwen_ref.config import shown
+from qwen_ref.prefix import PrefixCache
+from qwen_ref.settings import MAX_WINDOW_SIZE
+from qwen_ref.streaming import TextStream
+from qwen_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwen_ref.model import Qwen
+    from qwen_ref.steps import Step
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+STOP_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+Turn = tuple[str, str]  # a query and the response to it
+
+_logger = logging.getLogger(__name__)
+
+
+class Context(NamedTuple):
+    """What the model reads before it answers."""
+
+    ids: list[int]
+    dropped: int  # oldest turns for which the window had no room
+
+
+def build_context(
+    tokenizer: Tokenizer,
+    query: str,
+    history: Sequence[Turn] = (),
+    system: str = DEFAULT_SYSTEM,
+    max_window_size: int = MAX_WINDOW_SIZE,
+) -> list[int]:
+    """The ids of a conversation up to where the assistant begins to answer query.
+
+    history: the turns so far, the oldest first. The oldest are left out where the system message, the later
+    turns and they themselves would reach max_window_size tokens; the query, which is always there, does not
+    count. `context` also says how many were left out.
+    Raises ValueError for what is no text, no pair of texts, or a window of no size.
+
+    >>> build_context(tokenizer, "hi", system="")  # with the published vocabulary
+    [151644, 8948, 198, 151645, 198, 151644, 872, 198, 6023, 151645, 198, 151644, 77091, 198]
+    """
+    return context(tokenizer, query, history, system, max_window_size).ids
+
+
+def context(
+    tokenizer: Tokenizer,
+    query: str,
+    history: Sequence[Turn] = (),
+    system: str = DEFAULT_SYSTEM,
+    max_window_size: int = MAX_WINDOW_SIZE,
+) -> Context:
+    """build_context's ids, and how many turns they leave out."""
+    check_texts(query, history, system)
+    if max_window_size < 1:
+        raise ValueError(f"max_window_size={max_window_size} must be at least 1 token")
+    im_start, im_end = (tokenizer.special_ids[name] for name in ("<|im_start|>", "<|im_end|>"))
+    newline = tokenizer.encode("\n")
+
+    def message(role: str, content: str) -> list[int]:
+        return [im_start, *tokenizer.encode(role), *newline, *tokenizer.encode(content), im_end]
+
+    system_ids = message("system", system)
+    turns: list[int] = []
+    kept = 0
+    for asked, answered in reversed(history):
+        turn = [*newline, *message("user", asked), *newline, *message("assistant", answered)]
+        if len(system_ids) + len(turn) + len(turns) >= max_window_size:
+            break
+        turns = turn + turns
+        kept += 1
+    question = [*newline, *message("user", query), *newline, im_start, *tokenizer.encode("assistant")]
+    return Context([*system_ids, *turns, *question, *newline], len(history) - kept)
+
+
+def check_texts(query: object, history: object, system: object) -> None:
+    """Raises ValueError where a conversation is not made of texts."""
+    for name, text in (("query", query), ("system", system)):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be text, not {shown(text)}")
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise ValueError(f"history must be a list of pairs (query, response), not {shown(history)}")
+    for number, turn in enumerate(history):
+        pair = isinstance(turn, tuple | list) and len(turn) == 2
+        if not pair or not all(isinstance(text, str) for text in turn):
+            raise ValueError(
+                f"history[{number}] must be a pair of texts (query, response), not {shown(turn)}"
+            )
+
+
+class Conversation:
+    """A system message, the turns so far, and a model that answers the next query.
+
+    A new turn only computes what the last one did not (see prefix.py).
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Tokenizer,
+        system: str = DEFAULT_SYSTEM,
+        history: Sequence[Turn] = (),
+        max_window_size: int = MAX_WINDOW_SIZE,
+        stop_texts: Collection[str] = (),
+        stop_ids: Collection[int] | None = None,
+        **settings: Any,
+    ) -> None:
+        """settings: those of qwen_ref.generate.generate. A seed is that of the first answer, and the next
+        one's is one more. stop_ids: those of ChatML by default.
+        """
+        check_texts("", history, system)
+        self.tokenizer = tokenizer
+        self.system = system
+        self.history: list[Turn] = [(asked, answered) for asked, answered in history]
+        self.max_window_size = max_window_size
+        self.settings = {"max_new_tokens": 512, **settings}
+        self.stop_texts = tuple(stop_texts)
+        self.stop_ids = chat_stop_ids(tokenizer) if stop_ids is None else frozenset(stop_ids)
+        self.prefix = PrefixCache(model, max_window_size + self.settings["max_new_tokens"])
+        self.answers = 0  # so many were asked for, repeated ones included
+        self.context = Context([], 0)  # the last one
+        self.finish_reason: str | None = None  # of the last answer: "stop", "length", None: it was given up
+
+    def ask(self, query: str) -> Iterator[str]:
+        """Yields the answer's text as it comes, in whole characters; then the turn is part of the history.
+
+        So it is with what was yielded when the iterator is closed or interrupted, unless that is nothing.
+        Raises what `generate` raises.
+        """
+        self.context = context(self.tokenizer, query, self.history, self.system, self.max_window_size)
+        settings = {**self.settings, "stop_ids": self.stop_ids}
+        if settings.get("seed") is not None:
+            settings["seed"] += self.answers
+        self.answers += 1
+        self.finish_reason = None
+        return self._answered(query, self.prefix.generate(self.context.ids, **settings))
+
+    def _answered(self, query: str, steps: Iterator[Step]) -> Iterator[str]:
+        stream = TextStream(steps, self.tokenizer, self.stop_ids, self.stop_texts)
+        response = ""
+        try:
+            for piece in stream:
+                response += piece
+                yield piece
+            self.finish_reason = stream.finish_reason
+        finally:
+            steps.close()
+            if self.finish_reason is not None or response:
+                self.history.append((query, response))
+
+
+def chat_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer: of ChatML, and the end of the text."""
+    return frozenset(tokenizer.special_ids[name] for name in STOP_TOKENS)
+
+
+def reply(
+    model: Qwen,
+    tokenizer: Tokenizer,
+    query: str,
+    history: Sequence[Turn] = (),
+    system: str = DEFAULT_SYSTEM,
+    max_window_size: int = MAX_WINDOW_SIZE,
+    **settings: Any,
+) -> tuple[str, list[Turn]]:
+    """The model's answer to query, and the history with this turn at its end, for the next call.
+
+    settings: those of qwen_ref.generate.generate, which is greedy by default; max_new_tokens is 512.
+    Where the window has no room for the oldest turns, a warning is logged, and the history still has them.
+    Each call computes its whole context; a Conversation keeps what the last answer left in the cache.
+    Raises ValueError for what is no text, and what `generate` raises.
+    """
+    conversation = Conversation(model, tokenizer, system, history, max_window_size, **settings)
+    response = "".join(conversation.ask(query))
+    if conversation.context.dropped:
+        _logger.warning(dropped_note(conversation))
+    return response, conversation.history
+
+
+def dropped_note(conversation: Conversation) -> str:
+    """Which turns the last answer was given without."""
+    dropped = conversation.context.dropped
+    turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
+    return f"{turns} left out: the window holds {conversation.max_window_size} tokens"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m qwen_ref.chat`; returns its exit code (see cli.run)."""
+    from qwen_ref.terminal import main
+
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

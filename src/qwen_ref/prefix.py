@@ -1,0 +1,82 @@
+"""One cache for generations that begin alike: of a new prompt, only what differs is computed.
+
+A chat's next context is its last one, the answer and a question more. So the cache is rewound to where both
+texts part, by moving its length back: what stands behind is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.generate import generate
+from qwen_ref.steps import Step, checked_ids
+
+if TYPE_CHECKING:
+    from qwen_ref.model import KVCache, Qwen
+
+
+class PrefixCache:
+    """`generate`, time after time, with what the last text left in the cache.
+
+    What comes out is what `generate` gives without it, but for rounding: positions computed in other passes
+    round otherwise. Dynamic NTK fixes its base by the length of the whole prompt, so where a longer prompt
+    has another base, nothing can be kept, and all is computed anew.
+    Several ranks use theirs alike.
+    """
+
+    def __init__(self, model: Qwen, max_length: int = 2048) -> None:
+        """max_length: positions to make room for; a text that needs more starts with a larger cache."""
+        self.model = model
+        self.max_length = max_length
+        self.kept = 0  # positions of the last prompt that were there already
+        self._cache: KVCache | None = None
+        self._ids: list[int] = []  # the first cache.length of them are in the cache
+
+    def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
+    ) -> Iterator[Step]:
+        """As qwen_ref.generate.generate, which has the settings; an iterator that is given up is closed."""
+        prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
+        cache = self._rewound(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
+        self._ids = prompt_ids
+        steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
+
+        def watched() -> Iterator[Step]:
+            try:
+                with contextlib.closing(steps):
+                    for step in steps:
+                        self._ids.append(step.token)
+                        yield step
+            except ValueError:  # logits that are not finite: so may be what is cached
+                self._cache = None
+                raise
+
+        return watched()
+
+    def _rewound(self, prompt_ids: list[int], length: int) -> KVCache:
+        """A cache with room for so many positions, that holds as much of the prompt as can be kept."""
+        self.kept = 0
+        if self._cache is None or self._cache.max_length < length or not self._same_base(len(prompt_ids)):
+            self._cache = None  # its memory is needed for the next one
+            with self.model.group.together():
+                self._cache = self.model.new_cache(1, max(self.max_length, length))
+            self._prompt_length = len(prompt_ids)
+            return self._cache
+        held = min(self._cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
+        while self.kept < held and self._ids[self.kept] == prompt_ids[self.kept]:
+            self.kept += 1
+        self._cache.length = self.kept
+        if self.kept == 0:
+            self._prompt_length = len(prompt_ids)  # the next pass is a first one
+        return self._cache
+
+    def _same_base(self, prompt_length: int) -> bool:
+        from qwen_ref.model import ntk_alpha
+
+        config = self.model.config
+        if not config.use_dynamic_ntk:
+            return True
+        before, now = (ntk_alpha(n, config.seq_length) for n in (self._prompt_length, prompt_length))
+        return before == now

@@ -1,0 +1,366 @@
+"""The chat in a terminal, and once for a pipe: what `python -m qwen_ref.chat` does.
+
+Answers go to stdout as they come, everything else to stderr. Ctrl-C stops an answer, not the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, check_texts, dropped_note
+from qwen_ref.cli import Parser, bundled_checkpoint, not_utf8, read_prompt, run, say, speed_options, utf8
+from qwen_ref.config import check_cut, read_json_object, require_folder, shown
+from qwen_ref.launch import Ranks, launched
+from qwen_ref.prefix import PrefixCache
+from qwen_ref.settings import (
+    Clock,
+    add_model_option,
+    add_options,
+    chosen_settings,
+    describe,
+    length_note,
+    load,
+    open_folder,
+    read_defaults,
+)
+
+if TYPE_CHECKING:
+    from qwen_ref.model import Qwen
+    from qwen_ref.steps import Step
+
+SAVED_AS = "qwen_ref.chat"  # the mark of a file that /save wrote
+
+HELP = '''/help           these lines
+/history        the turns so far
+/system [TEXT]  the system message, or TEXT from now on
+/retry          the last query once more
+/reset          forget all turns
+/save FILE      write system message and turns to FILE; `--history FILE` goes on from there
+/quit           end, as Ctrl-D does
+Ctrl-C stops an answer. Pasted lines are one message; to type several, put """ before the first and after
+the last. A message that begins with / is written with two.'''
+
+
+class Chat:
+    """The commands of the terminal around a conversation."""
+
+    def __init__(self, conversation: Conversation, clock: Clock) -> None:
+        """clock: what watches the steps of each answer."""
+        self.conversation = conversation
+        self.clock = clock
+
+    def message(self, text: str) -> bool:
+        """Does what one message asks for; False where that is the end. What goes wrong is said."""
+        try:
+            if text.startswith("/") and not text.startswith("//") and "\n" not in text:
+                return self._command(*text.split(maxsplit=1))
+            self.answer(text.removeprefix("/") if text.startswith("//") else text)
+        except ConnectionError:  # a rank is gone
+            raise
+        except (ValueError, OSError) as error:
+            say(f"error: {error}")
+        return True
+
+    def answer(self, query: str) -> int:
+        """Prints the answer while it comes; 130 where Ctrl-C stopped it, else 0."""
+        talk, code, turns = self.conversation, 0, len(self.conversation.history)
+        with contextlib.closing(talk.ask(query)) as pieces:
+            tokens, kept = len(talk.context.ids), talk.prefix.kept
+            if talk.context.dropped:
+                say(f"note: {dropped_note(talk)}")
+            if note := length_note(talk.prefix.model.config, tokens + talk.settings["max_new_tokens"]):
+                say(note)
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                code = 130
+            finally:
+                print(flush=True)
+        if code:
+            said = (
+                "what there is of the answer is kept" if len(talk.history) > turns else "the query is dropped"
+            )
+            say(f"stopped; {said}")
+        elif talk.finish_reason == "length":
+            limit = talk.settings["max_new_tokens"]
+            say(f"the answer was cut at {limit} tokens; --max-new-tokens allows more")
+        before = f"{kept} tokens of {tokens} known from before; " if kept else ""
+        say(before + self.clock.report(tokens - kept))
+        return code
+
+    def _command(self, name: str, argument: str = "") -> bool:
+        talk = self.conversation
+        if name == "/quit":
+            return False
+        if name == "/help":
+            print(HELP, flush=True)
+        elif name == "/history":
+            for asked, answered in talk.history:
+                print(f"> {asked}\n{answered}", flush=True)
+        elif name == "/system" and argument:
+            talk.system = argument
+            say("the system message is another one now; the turns stay, /reset forgets them")
+        elif name == "/system":
+            print(talk.system, flush=True)
+        elif name == "/reset":
+            talk.history.clear()
+            say("all turns are forgotten")
+        elif name == "/retry":
+            self._retry()
+        elif name == "/save" and argument:
+            save(Path(argument), talk.system, talk.history)
+            say(f"{argument}: {len(talk.history)} turns")
+        elif name == "/save":
+            raise ValueError("/save needs the name of a file")
+        else:
+            raise ValueError(f"{shown(name)} is no command; /help lists them, and // begins a message with /")
+        return True
+
+    def _retry(self) -> None:
+        history = self.conversation.history
+        if not history:
+            raise ValueError("there is no turn to repeat yet")
+        last, turns = history.pop(), len(history)
+        try:
+            self.answer(last[0])
+        finally:
+            if len(history) == turns:  # nothing came
+                history.append(last)
+
+
+class _WatchedCache(PrefixCache):
+    """A PrefixCache that tells the other ranks what to generate, and the clock what comes of it."""
+
+    def __init__(self, model: Qwen, max_length: int, ranks: Ranks, clock: Clock) -> None:
+        super().__init__(model, max_length)
+        self.ranks, self.clock = ranks, clock
+
+    def generate(self, prompt_ids: Sequence[int], **settings: Any) -> Iterator[Step]:
+        request = {"prompt_ids": list(prompt_ids), **settings, "stop_ids": sorted(settings["stop_ids"])}
+        self.model.group.texts(json.dumps(request))
+        steps = super().generate(**request)
+
+        def watched() -> Iterator[Step]:
+            with contextlib.closing(steps):
+                yield from self.clock.watch(self.ranks.until_interrupted(steps))
+
+        return watched()
+
+
+# A conversation in a file
+
+
+def save(path: Path, system: str, history: Sequence[Turn]) -> None:
+    """Writes a conversation as JSON, whole or not at all; ValueError where another kind of file is there."""
+    if os.path.lexists(path):
+        try:
+            read_saved(path)
+        except ValueError:
+            raise ValueError(f"{path} is there already and is no saved chat; give another name") from None
+    text = json.dumps(
+        {"format": SAVED_AS, "system": system, "history": history}, ensure_ascii=False, indent=1
+    )
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_saved(path: Path) -> tuple[str, list[Turn]]:
+    """The system message and the turns of a file that /save wrote; ValueError, naming it, for any other."""
+    raw = read_json_object(path)
+    remedy = "--history reads what /save wrote"
+    if raw.get("format") != SAVED_AS:
+        raise ValueError(f'{path}: "format" is {shown(raw.get("format"))}, not "{SAVED_AS}"; {remedy}')
+    try:
+        check_texts("", raw.get("history"), raw.get("system"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from None
+    return raw["system"], [(asked, answered) for asked, answered in raw["history"]]
+
+
+# What is typed
+
+
+def messages() -> Iterator[str]:
+    """What is typed or piped in, message by message, to the end of stdin; Ctrl-C drops what is being typed.
+
+    Raises ValueError for what is not UTF-8, unless it was typed: then it is said.
+    """
+    if sys.stdin is None:
+        raise ValueError("stdin is closed; --once TEXT asks without it")
+    typed = sys.stdin.isatty()
+    line_of = _typed_line if typed and sys.stdout.isatty() else _piped_line
+    if line_of is _typed_line:
+        _edit_lines()
+    while True:
+        try:
+            text = _message(line_of)
+            if text is None:
+                return
+            if text.strip():
+                yield text
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            say("/quit or Ctrl-D ends the chat")
+        except ValueError as error:
+            if not typed:
+                raise
+            say(f"error: {error}")
+
+
+def _message(line_of: Callable[[str], str | None]) -> str | None:
+    text = line_of("> ")
+    if text is None or not text.startswith('"""'):
+        return text
+    lines = [text.removeprefix('"""')]
+    while not lines[-1].endswith('"""'):
+        line = line_of("… ")
+        if line is None:
+            raise ValueError('the end of the input came before the """ that ends a message')
+        lines.append(line)
+    return "\n".join(lines).removesuffix('"""').strip("\n")
+
+
+def _edit_lines() -> None:
+    """Line editing and recall of earlier lines by readline, where Python has it."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    with contextlib.suppress(ImportError):
+        import readline
+
+        # A terminal then marks what is pasted, and line ends in it do not send it. Python switches it off.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def _typed_line(prompt: str) -> str | None:
+    try:
+        line = input(prompt)
+    except EOFError:
+        print(flush=True)
+        return None
+    return _decoded(line.encode("utf-8", "surrogateescape"))
+
+
+def _piped_line(prompt: str) -> str | None:
+    if sys.stdin.isatty():  # and stdout goes elsewhere: no prompt may get there
+        print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.buffer.readline()
+    return _decoded(line.removesuffix(b"\n").removesuffix(b"\r")) if line else None
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8("a line", error)) from None
+
+
+# The command
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.chat",
+        description="Chat with a first-generation Qwen chat checkpoint. "
+        "Answers go to stdout, everything else to stderr.",
+        epilog="Defaults come from the folder's generation_config.json. In it, /help lists its commands.",
+    )
+    add_model_option(parser)
+    add = parser.add_argument
+    add("--system", type=utf8, metavar="TEXT", help=f"the system message (default: {DEFAULT_SYSTEM})")
+    add(
+        "--once",
+        type=utf8,
+        nargs="?",
+        const="-",
+        metavar="TEXT",
+        help="answer TEXT and end; - or nothing reads it from stdin (one newline at its end is dropped)",
+    )
+    add("--history", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    add_options(parser)
+    return parser
+
+
+def _chat(args: argparse.Namespace) -> int:
+    speed_options(args)
+    folder = args.model or bundled_checkpoint()
+    launch = launched()
+    if launch is not None:
+        check_cut(folder, launch.size)
+    with Ranks(launch, args.timeout) as ranks:
+        return _lead(args, folder, ranks) if ranks.rank == 0 else _follow(args, folder, ranks)
+
+
+def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    """A rank that only computes: rank 0 reads what is typed, samples and prints."""
+    max_length = int(ranks.share(None))
+    ranks.meet(args.device)
+    model = load(args, folder, ranks)
+    prefix = PrefixCache(model, max_length)
+    while request := model.group.texts("")[0]:
+        with contextlib.suppress(ValueError):  # rank 0 has it as well, and says so
+            for _ in prefix.generate(**json.loads(request)):
+                pass
+    return 0
+
+
+def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    require_folder(folder)
+    query = None if args.once is None else read_prompt(args.once, None)
+    if query is not None and not query.strip():
+        raise ValueError("the query is empty; give it behind --once or on stdin")
+    system, history = (DEFAULT_SYSTEM, []) if args.history is None else read_saved(args.history)
+    _, tokenizer = open_folder(folder)
+    defaults = read_defaults(folder, tokenizer)
+    if defaults.chat_format != "chatml":
+        raise ValueError(
+            f"{folder}: chat_format is {shown(defaults.chat_format)} in generation_config.json: "
+            "a base model, which continues text; only 'chatml' is chatted with; use its -Chat release, or "
+            "python -m qwen_ref.generate"
+        )
+    settings = chosen_settings(args, defaults)
+    max_length = defaults.max_window_size + settings["max_new_tokens"]
+    ranks.share(str(max_length))
+    ranks.meet(args.device)
+    model = load(args, folder, ranks)
+    say(describe(settings, defaults.stop_ids, defaults.stop_texts))
+    conversation = Conversation(
+        model,
+        tokenizer,
+        system if args.system is None else args.system,
+        history,
+        defaults.max_window_size,
+        defaults.stop_texts,
+        defaults.stop_ids,
+        **settings,
+    )
+    chat = Chat(conversation, Clock())
+    conversation.prefix = _WatchedCache(model, max_length, ranks, chat.clock)
+    try:
+        if query is not None:
+            return chat.answer(query)
+        if sys.stdin is not None and sys.stdin.isatty():
+            say("/help lists the commands, /quit or Ctrl-D ends")
+        for text in messages():
+            if not chat.message(text):
+                break
+        return 0
+    finally:
+        model.group.texts("")  # the others end
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run)."""
+    return run(_parser(), _chat, arguments)

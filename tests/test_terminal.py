@@ -1,0 +1,343 @@
+"""`python -m qwen_ref.chat`: piped, in a terminal, and what it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN, WEIGHTS, Result, refused
+
+from qwen_ref.chat import main
+from qwen_ref.settings import Clock
+
+QUESTION, ANSWER = "冰岛的首都是哪里？", "雷克雅未克（Reykjavik）"
+COMMAND = [sys.executable, "-m", "qwen_ref.chat"]
+
+
+@pytest.fixture
+def chat(run_command: Callable[..., Result]) -> Callable[..., Result]:
+    return partial(run_command, main)
+
+
+def lines(*messages: str) -> bytes:
+    return "".join(message + "\n" for message in messages).encode()
+
+
+# Piped
+
+
+def test_once_answers_and_ends(chat: Callable) -> None:
+    result = chat("--once", QUESTION)
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert "greedy; at most 64 new tokens; stop at 2500, 2501, 2502" in result.err
+    assert result.err.splitlines()[-1].startswith("qwen_ref: prefill 24 tokens")
+
+
+@pytest.mark.parametrize("arguments", [["--once"], ["--once", "-"]])
+def test_once_reads_a_pipe(chat: Callable, arguments: list[str]) -> None:
+    assert chat(*arguments, stdin=lines(QUESTION))[:2] == (0, ANSWER + "\n")
+
+
+def test_a_piped_conversation_is_answered_line_by_line(chat: Callable) -> None:
+    result = chat(stdin=lines(QUESTION, "", "What is the capital of Norway?"))
+    assert (result.code, result.out) == (0, f"{ANSWER}\nOslo.\n")
+    assert "31 tokens of 49 known from before; prefill 18 tokens" in result.err
+
+
+def test_the_system_message_is_what_was_given(chat: Callable) -> None:
+    assert chat("--system", "请简短回答。", stdin=lines("/system", QUESTION)).out == f"请简短回答。\n{ANSWER}\n"
+
+
+def test_a_message_of_several_lines_stands_between_quotes(chat: Callable) -> None:
+    result = chat(stdin=lines('"""3+4=?', "", 'x"""', '"""', "3+4=?", '"""', "/history"))
+    assert [line for line in result.out.splitlines() if line.startswith(">")] == ["> 3+4=?", "> 3+4=?"]
+    assert "> 3+4=?\n\nx\n" in result.out
+
+
+def test_a_message_may_begin_with_a_slash(chat: Callable) -> None:
+    result = chat(stdin=lines("//etc", "/history"))
+    assert "> /etc\n" in result.out
+
+
+def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "saved.json"
+    script = ["/help", QUESTION, "/retry", "/history", "/system 你好", "/system", f"/save {file}", "/reset"]
+    result = chat(stdin=lines(*script, "/history", "/retry", "/nonsense", "/save", "/quit", QUESTION))
+    assert result.code == 0
+    out = result.out.splitlines()
+    help_text = [line for line in out if line.startswith("/")]
+    for command in ("/reset", "/system", "/history", "/retry", "/save", "/help", "/quit"):
+        assert any(line.startswith(command) for line in help_text)
+    assert out[-5:] == [ANSWER, ANSWER, f"> {QUESTION}", ANSWER, "你好"]
+    assert json.loads(file.read_text(encoding="utf-8"))["history"] == [[QUESTION, ANSWER]]
+    for said in (
+        "23 tokens of 24 known from before",
+        f"{file}: 1 turns",
+        "all turns are forgotten",
+        "error: there is no turn to repeat yet",
+        "error: '/nonsense' is no command; /help lists them",
+        "error: /save needs the name of a file",
+    ):
+        assert said in result.err
+
+
+def test_dropped_turns_and_cut_answers_are_reported(chat: Callable, tmp_path: Path) -> None:
+    folder = shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 40}))
+    result = chat("--model", folder, "--max-new-tokens", "3", stdin=lines(*[QUESTION] * 3))
+    assert result.err.count("the answer was cut at 3 tokens; --max-new-tokens allows more") == 3
+    assert "note: the oldest turn is left out: the window holds 40 tokens" in result.err
+
+
+def test_a_text_beyond_the_trained_length_is_said_to_be_worse(chat: Callable) -> None:
+    result = chat("--once", "x " * 300, "--max-new-tokens", "1")
+    assert "exceed the 512 that this model was trained on" in result.err
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
+    chat: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, counts = Clock.watch, iter([0, 3])
+
+    def interrupted(clock: Clock, steps: Iterator) -> Iterator:
+        stop = next(counts, None)
+        for n, step in enumerate(watch(clock, steps)):
+            if n == stop:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(Clock, "watch", interrupted)
+    result = chat(stdin=lines(QUESTION, QUESTION, "/history", "/retry", "/history"))
+    assert result.code == 0
+    assert "stopped; the query is dropped" in result.err
+    assert "stopped; what there is of the answer is kept" in result.err
+    started = result.out.splitlines()[1]
+    assert ANSWER.startswith(started)
+    assert 0 < len(started) < len(ANSWER)
+    assert result.out == f"\n{started}\n> {QUESTION}\n{started}\n{ANSWER}\n> {QUESTION}\n{ANSWER}\n"
+
+
+def test_ctrl_c_ends_once_with_130(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(clock: Clock, steps: Iterator) -> Iterator:
+        yield next(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Clock, "watch", interrupted)
+    assert chat("--once", QUESTION).code == 130
+
+
+def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_ref import steps
+
+    monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(ValueError("3 NaN")))
+    result = chat(stdin=lines(QUESTION, "/history"))
+    assert (result.code, result.out) == (0, "\n")
+    assert "error: 3 NaN" in result.err
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from qwen_ref.chat import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--once" in done.stdout
+
+
+def test_two_ranks_answer_as_one() -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qwen_ref.chat"]
+    script = lines(QUESTION, "/retry", "What is the capital of Norway?", "/quit")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch]
+    done = subprocess.run(command, input=script, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == f"{ANSWER}\n{ANSWER}\nOslo.\n"
+    assert "23 tokens of 24 known from before" in done.stderr.decode()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("content", [None, {"chat_format": "raw"}, {"chat_format": "chatglm"}])
+def test_a_base_checkpoint_is_refused_with_the_remedy(
+    chat: Callable, content: dict | None, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
+    (folder / "generation_config.json").unlink()
+    if content is not None:
+        (folder / "generation_config.json").write_text(json.dumps(content))
+    line = refused(chat("--model", folder, "--once", "x"))
+    assert f"chat_format is {(content or {'chat_format': 'raw'})['chat_format']!r}" in line
+    assert line.endswith("use its -Chat release, or python -m qwen_ref.generate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["--once"], "caf\u00e9".encode()[:-1], "stdin ends within a character of UTF-8 (byte 0xc3 at offset 3)"),
+        (["--once"], b"caf\xe9 noir", "stdin is not UTF-8 (byte 0xe9 at offset 3); convert it first"),
+        (["--once"], b"\n", "the query is empty; give it behind --once or on stdin"),
+        (["--once", "x", "--history", "/nowhere"], b"", "/nowhere: cannot be read"),
+        (["--once", "x", "--temperature", "-1"], b"", "temperature=-1.0 must be 0"),
+        (["--model", GOLDEN / "long", "--once", "x"], b"", "qwen.tiktoken: cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    chat: Callable, arguments: list, stdin: bytes, message: str
+) -> None:
+    assert message in refused(chat(*arguments, stdin=stdin))
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        ("冰".encode()[:2], "error: a line ends within a character of UTF-8 (byte 0xe5 at offset 0)"),
+        (b'"""\nabc\n', 'error: the end of the input came before the """ that ends a message'),
+    ],
+)
+def test_a_piped_conversation_that_is_cut_short_is_refused(chat: Callable, stdin: bytes, message: str) -> None:
+    result = chat(stdin=stdin)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+# What /save writes
+
+
+def test_a_saved_chat_goes_on_where_it_was(chat: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "saved.json"
+    chat("--system", "You know geography.", stdin=lines(QUESTION, f"/save {file}"))
+    result = chat("--history", file, stdin=lines("/system", "/history", "3+4=?", f"/save {file}"))
+    assert result.out == f"You know geography.\n> {QUESTION}\n{ANSWER}\n7\n"
+    assert chat("--history", file, "--system", "", stdin=lines("/system", "/history")).out.endswith("> 3+4=?\n7\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "\"format\" is None, not \"qwen_ref.chat\"; --history reads what /save wrote"),
+        ('{"format": "qwen_ref.chat", "system": "", "history": [["x"]]}', "history[0] must be a pair of texts"),
+        ('{"format": "qwen_ref.chat", "system": "", "history": null}', "history must be a list of pairs"),
+        ('{"format": "qwen_ref.chat", "history": []}', "system must be text, not None"),
+    ],
+)
+def test_a_history_file_that_save_did_not_write_is_refused(
+    chat: Callable, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text(content)
+    line = refused(chat("--history", tmp_path / "file", "--once", "x"))
+    assert f"{tmp_path / 'file'}: " in line
+    assert message in line
+
+
+def test_save_overwrites_nothing_but_a_saved_chat(chat: Callable, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    result = chat(stdin=lines(f"/save {file}", f"/save {tmp_path}", f"/save {tmp_path / 'no' / 'where'}"))
+    assert f"error: {file} is there already and is no saved chat; give another name" in result.err
+    assert f"error: {tmp_path} is there already" in result.err
+    assert "where: cannot be written: No such file or directory" in result.err
+    assert file.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# In a terminal
+
+
+class Terminal:
+    """The command with a terminal for stdin, stdout and stderr."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process, self.terminal = pty.fork()
+        if self.process == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(command[0], command)
+        self.shown = ""
+
+    def until(self, text: str) -> str:
+        """What is shown up to a text, which must come; what comes behind it is for the next call."""
+        end = time.monotonic() + 60
+        while text not in self.shown:
+            ready, _, _ = select.select([self.terminal], [], [], max(0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.shown!r}"
+            self.shown += os.read(self.terminal, 65536).decode("utf-8", "replace")
+        found, _, self.shown = self.shown.partition(text)
+        return found
+
+    def type(self, keys: str) -> None:
+        os.write(self.terminal, keys.encode())
+
+    def end(self) -> int:
+        _, status = os.waitpid(self.process, 0)
+        os.close(self.terminal)
+        return os.waitstatus_to_exitcode(status)
+
+
+SLOW = """
+import sys, time
+from qwen_ref.chat import main
+from qwen_ref.settings import Clock
+
+watch = Clock.watch
+
+def slow(clock, steps):
+    for step in watch(clock, steps):
+        yield step
+        time.sleep(0.3)
+
+Clock.watch = slow
+sys.exit(main())
+"""
+
+
+def test_a_chat_in_a_terminal() -> None:
+    terminal = Terminal([sys.executable, "-c", SLOW])
+    terminal.until("/help lists the commands")
+    terminal.until("> ")
+    terminal.type(QUESTION + "\n")
+    terminal.until("雷克")
+    terminal.type("\x03")  # Ctrl-C
+    terminal.until("stopped; what there is of the answer is kept")
+    terminal.until("> ")
+    terminal.type("half a line\x03")
+    terminal.until("/quit or Ctrl-D ends the chat")
+    terminal.until("> ")
+    terminal.type("\x1b[200~3+4=?\n\n/quit\x1b[201~")  # a paste: its line ends do not send it
+    terminal.until("/quit")
+    terminal.type("\n")
+    terminal.until("prefill")
+    terminal.until("> ")
+    terminal.type("/history\n")
+    history = terminal.until("> ") + terminal.until("> ") + terminal.until("> ")
+    assert f"{QUESTION}\r\n雷克" in history
+    assert ANSWER not in history
+    assert "3+4=?\r\n\r\n/quit\r\n" in history
+    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\x7f\x7f\n")  # recalled, and two characters taken back
+    terminal.until("prefill")
+    terminal.until("> ")
+    terminal.type("/save /dev/null\n")
+    terminal.until("is there already")
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.end() == 0
+
+
+def test_the_prompt_does_not_get_into_a_file(tmp_path: Path) -> None:
+    command = " ".join([*COMMAND, ">", str(tmp_path / "out")])
+    terminal = Terminal(["/bin/sh", "-c", command])
+    terminal.until("> ")
+    terminal.type(QUESTION + "\n")
+    terminal.until("prefill")
+    terminal.type("/quit\n")
+    assert terminal.end() == 0
+    assert (tmp_path / "out").read_text(encoding="utf-8") == ANSWER + "\n"
