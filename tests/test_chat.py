@@ -1,4 +1,4 @@
-"""Chat: contexts as the published code makes them, and answers that do not depend on what was computed before."""
+"""Chat: contexts as the published code makes them, and answers that owe nothing to what was cached before."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ def test_a_turn_that_has_no_room_takes_the_older_ones_with_it(tiny_tokenizer: To
         ({"query": "x", "max_window_size": 0}, "max_window_size=0 must be at least 1 token"),
     ],
 )
-def test_what_is_no_conversation_is_refused(
-    arguments: dict, message: str, tiny_tokenizer: Tokenizer
-) -> None:
+def test_what_is_no_conversation_is_refused(arguments: dict, message: str, tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=message):
         build_context(tiny_tokenizer, **arguments)
 
@@ -126,7 +124,7 @@ def test_every_control_token_of_chatml_ends_the_answer(
     stop: int, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(WEIGHTS, "float32")
-    wanted = tiny_tokenizer.encode("Oslo") + [stop] + tiny_tokenizer.encode("more")
+    wanted = [*tiny_tokenizer.encode("Oslo"), stop, *tiny_tokenizer.encode("more")]
 
     def scripted(ids: torch.Tensor, *_: object) -> torch.Tensor:
         model.asked = getattr(model, "asked", 0) + 1
@@ -199,7 +197,9 @@ def test_what_is_kept_changes_neither_tokens_nor_log_probabilities(folder: objec
         for step, other in zip(found, wanted, strict=True):
             assert step.logprob == pytest.approx(other.logprob, abs=tolerance)
     ntk = model.config.use_dynamic_ntk
-    assert reused == ([0, 10, 25, 0, 40, 0, 69, 0, 0, 140] if ntk else [0, 10, 25, 31, 40, 60, 69, 49, 50, 140])
+    assert reused == (
+        [0, 10, 25, 0, 40, 0, 69, 0, 0, 140] if ntk else [0, 10, 25, 31, 40, 60, 69, 49, 50, 140]
+    )
 
 
 def test_a_turn_prefills_only_what_is_new(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:

@@ -208,7 +208,6 @@ def test_another_model_type_is_named(model_type: object, tmp_path: Path):
         ("pos_emb", "learned"),
         ("rope_scaling", {"factor": 4.0, "type": "linear"}),
         ("sliding_window", 4096),
-        ("quantization_config", {"bits": 4, "group_size": 128}),
         ("num_key_value_heads", 8),
         ("num_key_value_heads", "32"),
     ],

@@ -35,7 +35,7 @@ from qwen_ref.fast import (
 )
 from qwen_ref.generate import generate, main
 from qwen_ref.parallel import Group, RowParallelLinear
-from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
+from qwen_ref.quantize import dequantize_int4, quantize_int8, rounded
 
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,10 +49,12 @@ def form(name: str | None, weight: Tensor, wide: bool) -> tuple[torch.nn.Module,
     """A weight in a form, and what the form stands for, in float64."""
     if name == "int8":
         q, scale = quantize_int8(weight)
-        return Int8Table(weight, wide), q.double() * scale.double()
+        return Int8Table(rounded(weight, "int8", 0), weight.dtype, wide), q.double() * scale.double()
     if name == "int4":
-        parts = quantize_int4(weight, 32, torch.float32 if wide else weight.dtype)
-        return Int4Matrix(weight, wide, 32), dequantize_int4(*(part.double() for part in parts))
+        in_4_bits = weight.dtype == torch.bfloat16 and not wide
+        few_bits = rounded(weight, "int4", 32, torch.bfloat16 if in_4_bits else torch.float32)
+        matrix = Int4Matrix(few_bits) if in_4_bits else Int8Table(few_bits, weight.dtype, wide)
+        return matrix, dequantize_int4(*(part.double() for part in few_bits.rows(slice(None))))
     return Table(weight, wide), weight.double()
 
 
@@ -112,12 +114,12 @@ def test_a_processor_without_products_in_half_precision_takes_float32(
 
 
 def test_int4_that_is_packed_otherwise_leaves_all_rows_to_torch() -> None:
-    weight, x = torch.randn(700, 352), torch.randn(100, 352)
+    weight, x = torch.randn(700, 352).bfloat16(), torch.randn(100, 352).bfloat16()
     matrix, meant = form("int4", weight, wide=False)
     matrix.known = False
     few, called = matrix.few, []
     matrix.few = lambda rows: called.append(len(rows)) or few(rows)
-    assert relative_rms(matrix(x), x.double() @ meant.T) < 2e-6
+    assert relative_rms(matrix(x), x.double() @ meant.T) < 0.5 * torch.finfo(torch.bfloat16).eps
     assert called == [100]
 
 

@@ -55,7 +55,9 @@ def test_a_piped_conversation_is_answered_line_by_line(chat: Callable) -> None:
 
 
 def test_the_system_message_is_what_was_given(chat: Callable) -> None:
-    assert chat("--system", "请简短回答。", stdin=lines("/system", QUESTION)).out == f"请简短回答。\n{ANSWER}\n"
+    assert (
+        chat("--system", "请简短回答。", stdin=lines("/system", QUESTION)).out == f"请简短回答。\n{ANSWER}\n"
+    )
 
 
 def test_a_message_of_several_lines_stands_between_quotes(chat: Callable) -> None:
@@ -182,7 +184,11 @@ def test_a_base_checkpoint_is_refused_with_the_remedy(
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        (["--once"], "caf\u00e9".encode()[:-1], "stdin ends within a character of UTF-8 (byte 0xc3 at offset 3)"),
+        (
+            ["--once"],
+            "caf\u00e9".encode()[:-1],
+            "stdin is not UTF-8 (byte 0xc3 at offset 3); it ends within a character: send all of it",
+        ),
         (["--once"], b"caf\xe9 noir", "stdin is not UTF-8 (byte 0xe9 at offset 3); convert it first"),
         (["--once"], b"\n", "the query is empty; give it behind --once or on stdin"),
         (["--once", "x", "--history", "/nowhere"], b"", "/nowhere: cannot be read"),
@@ -199,11 +205,13 @@ def test_bad_input_is_one_line_and_code_2(
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [
-        ("冰".encode()[:2], "error: a line ends within a character of UTF-8 (byte 0xe5 at offset 0)"),
+        ("冰".encode()[:2], "error: a line is not UTF-8 (byte 0xe5 at offset 0); it ends within a character"),
         (b'"""\nabc\n', 'error: the end of the input came before the """ that ends a message'),
     ],
 )
-def test_a_piped_conversation_that_is_cut_short_is_refused(chat: Callable, stdin: bytes, message: str) -> None:
+def test_a_piped_conversation_that_is_cut_short_is_refused(
+    chat: Callable, stdin: bytes, message: str
+) -> None:
     result = chat(stdin=stdin)
     assert (result.code, result.out) == (2, "")
     assert message in result.err
@@ -217,7 +225,9 @@ def test_a_saved_chat_goes_on_where_it_was(chat: Callable, tmp_path: Path) -> No
     chat("--system", "You know geography.", stdin=lines(QUESTION, f"/save {file}"))
     result = chat("--history", file, stdin=lines("/system", "/history", "3+4=?", f"/save {file}"))
     assert result.out == f"You know geography.\n> {QUESTION}\n{ANSWER}\n7\n"
-    assert chat("--history", file, "--system", "", stdin=lines("/system", "/history")).out.endswith("> 3+4=?\n7\n")
+    assert chat("--history", file, "--system", "", stdin=lines("/system", "/history")).out.endswith(
+        "> 3+4=?\n7\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["saved.json"]
 
 
@@ -226,8 +236,11 @@ def test_a_saved_chat_goes_on_where_it_was(chat: Callable, tmp_path: Path) -> No
     [
         ("", "not valid JSON"),
         ("[]", "holds a JSON list"),
-        ("{}", "\"format\" is None, not \"qwen_ref.chat\"; --history reads what /save wrote"),
-        ('{"format": "qwen_ref.chat", "system": "", "history": [["x"]]}', "history[0] must be a pair of texts"),
+        ("{}", '"format" is None, not "qwen_ref.chat"; --history reads what /save wrote'),
+        (
+            '{"format": "qwen_ref.chat", "system": "", "history": [["x"]]}',
+            "history[0] must be a pair of texts",
+        ),
         ('{"format": "qwen_ref.chat", "system": "", "history": null}', "history must be a list of pairs"),
         ('{"format": "qwen_ref.chat", "history": []}', "system must be text, not None"),
     ],

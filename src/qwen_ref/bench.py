@@ -32,10 +32,10 @@ from qwen_ref.cli import (
     bundled_checkpoint,
     run,
     speed_options,
-    speed_up,
 )
 from qwen_ref.config import QwenConfig, check_cut, require_folder
 from qwen_ref.launch import TIMEOUT, Ranks, launched
+from qwen_ref.settings import load_as_asked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -453,12 +453,9 @@ def _measure(
     from qwen_ref.checkpoint import load_model
     from qwen_ref.sizes import resident_bytes
 
-    group = "world" if ranks.size > 1 else None
     with Memory() as loading:
         start = time.perf_counter()
-        with Progress("loading") as progress:
-            model = load_model(folder, args.dtype, args.device, group, progress=progress.update)
-        speed_up(model, args)
+        model = load_as_asked(args, folder, ranks)
         seconds = time.perf_counter() - start
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ours = Subject(" ".join(["qwen_ref", dtype, *speed_options(args)]).replace("--", ""), model)

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,14 @@ from qwen_ref.cli import Parser, run
 from qwen_ref.config import (
     GIT_LFS_PROBLEM,
     GIT_LFS_START,
+    GPTQConfig,
     QwenConfig,
     check_cut,
     read_json_object,
     require_folder,
     shown,
 )
+from qwen_ref.gptq import StoredPacked, is_packed, keep_packed, module_of, packed_shapes
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import group_size, join, own_device
 
@@ -41,6 +43,8 @@ SINGLE_NAME = "model.safetensors"
 # safetensors' names of the dtypes that weights may have.
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
+
+PACKED_DTYPES = ("I32",)  # of a GPTQ checkpoint's packed tensors
 
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
 _IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -111,6 +115,7 @@ def load_model(
     device: str = "cpu",
     group: str | ProcessGroup | None = None,
     *,
+    packed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
@@ -120,6 +125,8 @@ def load_model(
     group: the ranks that share the model, each of which reads only its own part. None is this process alone;
     "world" is torch.distributed's default process group, started from torchrun's variables if need be (with
     a timeout of 60 s); or any ProcessGroup. The ranks then call the model alike.
+    packed: a GPTQ checkpoint's weights stay in their 4 or 8 bits, and are dequantised anew in every pass:
+    it takes less memory, and time. Otherwise they are dequantised here, exactly, and rounded to dtype.
     progress is called with the bytes done and the bytes in all of this rank, first before anything is read.
 
     On the CPU, weights that have the wanted dtype are used where they lie in the mapped file: nothing is read
@@ -136,6 +143,8 @@ def load_model(
         target = _device(own_device(device, size))
         config, stored = open_checkpoint(folder)
         wanted = compute_dtype(dtype, stored)
+        if packed and not any(isinstance(tensor, StoredPacked) for tensor in stored.values()):
+            raise ValueError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
         marks = _marks(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
 
@@ -148,29 +157,33 @@ def load_model(
     for _, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):  # layer by layer
         with ranks.together():  # a rank that is slow or fails is so by one layer at most
             for spec in specs:
-                part = spec.part(stored[spec.published].read(), ranks.rank, size)
-                part = part.to(device=target, dtype=wanted)
-                if spec.cut == "columns":
-                    part = part.contiguous()
-                elif spec.cut == "heads" and (part.is_contiguous() or spec.name.endswith("bias")):
-                    part = part.reshape(spec.shape_of_rank(size))  # one matrix, unless it is a view
+                part = stored[spec.published].part(spec, ranks.rank, size)
                 owner, _, name = spec.name.rpartition(".")
-                setattr(model.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
+                if packed and not isinstance(part, Tensor):
+                    keep_packed(model.get_submodule(owner), part.to(target), wanted)
+                else:
+                    if not isinstance(part, Tensor):
+                        part = part.to(target).dequantized()
+                    part = part.to(device=target, dtype=wanted)
+                    if spec.cut == "columns":
+                        part = part.contiguous()
+                    elif spec.cut == "heads" and (part.is_contiguous() or spec.name.endswith("bias")):
+                        part = part.reshape(spec.shape_of_rank(size))  # one matrix, unless it is a view
+                    setattr(model.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
                 done += stored[spec.published].bytes_of_rank(spec, size)
                 if progress is not None:
                     progress(done, total)
     return model.eval()
 
 
-def _marks(config: QwenConfig, dtype: torch.dtype, stored: dict[str, StoredTensor]) -> dict[str, object]:
+def _marks(config: QwenConfig, dtype: torch.dtype, stored: dict[str, Stored]) -> dict[str, object]:
     """What ranks must agree on: the configuration, the dtype, and each tensor's first row, as a hash.
 
     Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
     """
     marks: dict[str, object] = {**vars(config), "dtype": dtype}
     for name, tensor in stored.items():
-        row = tensor.read()[:1] if len(tensor.shape) > 1 else tensor.read()
-        content = row.contiguous().view(torch.uint8).numpy().tobytes()
+        content = tensor.start().contiguous().view(torch.uint8).numpy().tobytes()
         marks[f"the start of {name}"] = hashlib.blake2b(content, digest_size=8).hexdigest()
     return marks
 
@@ -194,6 +207,15 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
 
+    @property
+    def form(self) -> str:
+        return str(STORED_DTYPES[self.dtype]).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        size = 4 if self.dtype in PACKED_DTYPES else STORED_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * size
+
     def bytes_of_rank(self, spec: TensorSpec, ranks: int) -> int:
         return math.prod(spec.shape_of_rank(ranks)) * STORED_DTYPES[self.dtype].itemsize
 
@@ -201,27 +223,40 @@ class StoredTensor(NamedTuple):
         """The tensor, a view of the mapped file."""
         return self.file.get_tensor(self.published)
 
+    def part(self, spec: TensorSpec, rank: int, ranks: int) -> Tensor:
+        """A rank's part, a view."""
+        return spec.part(self.read(), rank, ranks)
 
-def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, StoredTensor]]:
+    def start(self) -> Tensor:
+        """What tells it from other checkpoints' tensors of the name: its first row."""
+        return self.read()[:1] if len(self.shape) > 1 else self.read()
+
+
+Stored = StoredTensor | StoredPacked
+
+
+def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
     folder = Path(folder)
     require_folder(folder)
     if not os.access(folder, os.R_OK | os.X_OK):
         raise ValueError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []
-    config = None
+    config = gptq = None
     try:
         config = QwenConfig.from_json(folder / "config.json")
+        gptq = GPTQConfig.from_folder(folder)
     except ValueError as error:
         problems.append(str(error))
+        config = None
     weight_map, files = _weight_files(folder, problems)
     found, unread = _read_headers(folder, files, weight_map, problems)
     if config is not None and files:
-        _compare(tensor_table(config), found, problems, complete=not unread)
+        _compare(tensor_table(config), gptq, found, problems, complete=not unread)
     if problems or config is None:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise ValueError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
-    return config, found
+    return config, found if gptq is None else _with_packed(tensor_table(config), gptq, found)
 
 
 def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -306,29 +341,77 @@ def _read_headers(
 
 
 def _compare(
-    table: list[TensorSpec], found: dict[str, StoredTensor], problems: list[str], *, complete: bool
+    table: list[TensorSpec],
+    gptq: GPTQConfig | None,
+    found: dict[str, StoredTensor],
+    problems: list[str],
+    *,
+    complete: bool,
 ) -> None:
     """Adds what the table and the headers disagree on; complete: every file was read, so a gap is a gap."""
-    missing = [spec.published for spec in table if spec.published not in found]
+    matrices = [spec for spec in table if is_packed(spec)]
+    plain = [spec.published for spec in matrices if spec.published in found]
+    packed = [name for spec in matrices if (name := f"{module_of(spec)}.qweight") in found]
+    if packed and gptq is None:
+        problems.append(
+            f"{_some(packed)}: packed weights, but neither config.json's quantization_config nor "
+            "quantize_config.json says how"
+        )
+        return
+    if plain and gptq is not None:
+        mixed = f" and {len(packed)} that are" if packed else ""
+        problems.append(
+            f"the configuration says GPTQ, {gptq.bits} bits, where every matrix of the layers is packed; "
+            f"here are {len(plain)} that are not{mixed}: {_some(plain)}"
+        )
+        return
+    expected: dict[str, tuple[tuple[int, ...], Collection[str]]] = {}
+    optional = set()
+    for spec in table:
+        if gptq is None or not is_packed(spec):
+            expected[spec.published] = spec.shape, STORED_DTYPES
+            continue
+        for name, shape in packed_shapes(spec, gptq).items():
+            expected[name] = shape, STORED_DTYPES if name.endswith("scales") else PACKED_DTYPES
+        if (bias := f"{module_of(spec)}.bias") not in expected and spec.cut != "heads":
+            expected[bias] = spec.shape[:1], STORED_DTYPES
+            optional.add(bias)
+    missing = [name for name in expected if name not in found and name not in optional]
     if missing and complete:
         problems.append(f"missing tensors: {_some(missing)}")
-    extra = sorted(found.keys() - {spec.published for spec in table})
+    extra = sorted(found.keys() - expected.keys())
     if extra:
         problems.append(f"tensors that the configuration has no place for: {_some(extra)}")
     shaped = [
-        f"{spec.published} is {list(found[spec.published].shape)}, should be {list(spec.shape)}"
-        for spec in table
-        if spec.published in found and found[spec.published].shape != spec.shape
+        f"{name} is {list(found[name].shape)}, should be {list(shape)}"
+        for name, (shape, _) in expected.items()
+        if name in found and found[name].shape != shape
     ]
     if shaped:
         problems.append(f"shapes that contradict config.json: {_some(shaped)}")
-    typed = [
-        f"{spec.published} is {found[spec.published].dtype}"
-        for spec in table
-        if spec.published in found and found[spec.published].dtype not in STORED_DTYPES
-    ]
-    if typed:
-        problems.append(f"weights must be {', '.join(STORED_DTYPES)}: {_some(typed)}")
+    for what, names in (("weights", STORED_DTYPES), ("packed tensors", PACKED_DTYPES)):
+        typed = [
+            f"{name} is {found[name].dtype}"
+            for name, (_, dtypes) in expected.items()
+            if dtypes is names and name in found and found[name].dtype not in dtypes
+        ]
+        if typed:
+            problems.append(f"{what} must be {', '.join(names)}: {_some(typed)}")
+
+
+def _with_packed(
+    table: list[TensorSpec], gptq: GPTQConfig, found: dict[str, StoredTensor]
+) -> dict[str, Stored]:
+    """The tensors by the table's names: four packed ones stand for a weight."""
+    stored: dict[str, Stored] = {}
+    for spec in table:
+        if is_packed(spec):
+            parts = tuple(found[name] for name in packed_shapes(spec, gptq))
+            bias = None if spec.cut == "heads" else found.get(f"{module_of(spec)}.bias")
+            stored[spec.published] = StoredPacked(parts, bias, gptq)
+        else:
+            stored[spec.published] = found[spec.published]
+    return stored
 
 
 def _unusable_file(path: Path) -> str | None:
@@ -348,7 +431,7 @@ def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> st
     return separator.join(items[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def compute_dtype(name: str, stored: dict[str, StoredTensor]) -> torch.dtype:
+def compute_dtype(name: str, stored: dict[str, Stored]) -> torch.dtype:
     """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
     if name != "auto":
         if name not in DTYPES:

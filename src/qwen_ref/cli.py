@@ -8,12 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
-
-if TYPE_CHECKING:
-    from qwen_ref.model import Qwen
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,9 +31,10 @@ def utf8(argument: str) -> str:
 def not_utf8(source: str, error: UnicodeDecodeError) -> str:
     """Where text of some source is no UTF-8, and what to do."""
     where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    remedy = "convert it first"
     if error.reason == "unexpected end of data":
-        return f"{source} ends within a character of UTF-8 ({where}); it was cut short"
-    return f"{source} is not UTF-8 ({where}); convert it first"
+        remedy = f"it ends within a character: send all of it, or {remedy}"
+    return f"{source} is not UTF-8 ({where}); {remedy}"
 
 
 def run(
@@ -126,6 +124,12 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         f"(default: {INT4_GROUP})",
     )
     add(
+        "--packed",
+        action="store_true",
+        help="keep a GPTQ checkpoint's 4 or 8 bits, and dequantise a layer at a time in each pass: the least "
+        "memory, on any device; slow. With --fast they are kept and used as they are",
+    )
+    add(
         "--compile",
         action="store_true",
         help="torch.compile norms and MLPs; it takes up to a minute, and on a CPU gains nothing",
@@ -136,27 +140,15 @@ def speed_options(args: argparse.Namespace) -> list[str]:
     """Those of add_speed_options that were given; ValueError where they do not go together."""
     if args.group_size is not None and args.quantize != "int4":
         raise ValueError("--group-size is for --quantize int4")
-    given = ["--fast"] * args.fast + ["--compile"] * args.compile
+    given = [f"--{name}" for name in ("fast", "packed", "compile") if getattr(args, name)]
     for name in ("quantize", "group_size"):
         if getattr(args, name) is not None:
             given.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     if args.compile and given != ["--compile"]:
-        raise ValueError("--compile is for the plain layers; leave it out, or --fast and --quantize")
+        raise ValueError(
+            "--compile is for the plain layers; leave it out, or --fast, --quantize and --packed"
+        )
     return given
-
-
-def speed_up(model: Qwen, args: argparse.Namespace) -> Qwen:
-    """What the options of add_speed_options ask for."""
-    if args.fast or args.quantize is not None:
-        from qwen_ref.fast import fasten
-
-        with Progress("laying out") as progress:
-            fasten(model, args.quantize, args.group_size or INT4_GROUP, progress=progress.update)
-    if args.compile:
-        from qwen_ref.fast import compile_layers
-
-        compile_layers(model)
-    return model
 
 
 class Progress:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "pos_emb": ("rotary", "positions enter by rotation only"),
     "rope_scaling": (None, "the base is changed by rotary_emb_base and use_dynamic_ntk alone"),
     "sliding_window": (None, "attention reaches every earlier position"),
-    "quantization_config": (None, "quantised checkpoints are not read; use the bfloat16 or float16 release"),
 }
 
 QUANTIZATIONS = ("int8", "int4")  # that any checkpoint's weights can be rounded to
 # Inputs that may share a scale in int4 weights: what torch's product knows, and what is taken by default.
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_GROUP = 64
+
+# Of quantization_config, what else a GPTQ file could be and is not here; a file that lacks a key means this.
+_GPTQ_VALUES = {"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}
 
 # Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
 _LARGEST = {
@@ -117,10 +120,13 @@ class QwenConfig:
         }
         uneven = [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]
         if uneven:
-            common = math.gcd(*sizes.values())
-            *most, last = (str(n) for n in range(1, self.num_attention_heads + 1) if common % n == 0)
-            usable = f"{', '.join(most)} or {last}" if most else last
+            usable = _either(self.usable_ranks())
             raise ValueError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
+
+    def usable_ranks(self) -> list[int]:
+        """The numbers of ranks over which heads, MLP and vocabulary can be cut evenly."""
+        common = math.gcd(self.num_attention_heads, self.mlp_width, self.vocab_size)
+        return [n for n in range(1, self.num_attention_heads + 1) if common % n == 0]
 
     def __post_init__(self) -> None:
         problems = _value_problems(vars(self))
@@ -150,6 +156,108 @@ class QwenConfig:
             raise ValueError("; ".join(problems))
 
 
+def check_bits(bits: object) -> None:
+    """Raises ValueError for widths that no GPTQ release of Qwen has."""
+    if type(bits) is not int or bits not in (4, 8):
+        raise ValueError(f"bits={shown(bits)} is not supported: GPTQ weights are read in 4 and in 8 bits")
+
+
+@dataclass(frozen=True)
+class GPTQConfig:
+    """How a GPTQ release packs its weights (AutoGPTQ v1): the published quantization_config.
+
+    Raises ValueError where it is none that is read here.
+    """
+
+    bits: int
+    group_size: int  # inputs that share a scale and a zero point; -1: all of them
+    desc_act: bool  # inputs are not grouped in their order ("act-order"): g_idx names the group of each
+    sym: bool  # every zero point is the middle of the range
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> GPTQConfig | None:
+        """From config.json's quantization_config or from quantize_config.json; None: it is not quantised.
+
+        Raises ValueError, naming the file, for other methods and formats, bits other than 4 and 8, values of
+        the wrong type, and two files that disagree.
+        """
+        config, own = Path(folder) / "config.json", Path(folder) / "quantize_config.json"
+        found = {}
+        settings = read_json_object(config).get("quantization_config")
+        if settings is not None:
+            found[config] = settings
+        if os.path.lexists(own):
+            found[own] = read_json_object(own)
+        parsed = {path: cls._parsed(path, settings) for path, settings in found.items()}
+        if len(set(parsed.values())) > 1:
+            raise ValueError(
+                f"{' and '.join(map(str, parsed))} disagree: {' and '.join(map(str, parsed.values()))}"
+            )
+        return next(iter(parsed.values()), None)
+
+    @classmethod
+    def _parsed(cls, path: Path, settings: object) -> GPTQConfig:
+        try:
+            if not isinstance(settings, dict):
+                raise ValueError(f"{shown(settings)} is no object")
+            for key, value in _GPTQ_VALUES.items():
+                if settings.get(key, value) != value:
+                    raise ValueError(
+                        f"{key}={shown(settings[key])} is not supported, only {json.dumps(value)}"
+                    )
+            missing = [key for key in ("bits", "group_size") if key not in settings]
+            if missing:
+                raise ValueError(f"missing {' and '.join(missing)}")
+            flags = {"desc_act": settings.get("desc_act", False), "sym": settings.get("sym", True)}
+            return cls(settings["bits"], settings["group_size"], **flags)
+        except ValueError as error:
+            raise ValueError(f"{path}: quantisation: {error}") from None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if type(self.group_size) is not int or not (self.group_size == -1 or 1 <= self.group_size <= 2**24):
+            raise ValueError(
+                f"group_size={shown(self.group_size)} must be -1 or a number of inputs, such as 128"
+            )
+        for name in ("desc_act", "sym"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be true or false")
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether inputs may be cut anywhere: groups are scattered, or there is one."""
+        return self.desc_act or self.group_size == -1
+
+    @property
+    def grouping(self) -> str:
+        """In words."""
+        return "one group" if self.group_size == -1 else f"groups of {self.group_size}"
+
+    def groups(self, inputs: int) -> int:
+        """How many groups so many inputs make; the last may be shorter."""
+        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
+
+    def check_ranks(self, config: QwenConfig, ranks: int) -> None:
+        """Raises ValueError where a cut of a weight's inputs would fall inside a group.
+
+        >>> GPTQConfig(4, 128, False, True).check_ranks(QwenConfig.preset("1.8b"), 2)
+        Traceback (most recent call last):
+        ValueError: the MLP's width 5504 (43 groups of 128) cannot be split over 2 ranks at a border; use 1
+        """
+        word = 32 // self.bits  # weights in an int32: they are not divided either
+        unit = word if self.anywhere else math.lcm(self.group_size, word)
+        sizes = {"hidden_size": config.hidden_size, "the MLP's width": config.mlp_width}
+
+        def divided(n: int) -> list[str]:
+            return [] if n == 1 else [name for name, size in sizes.items() if size % (n * unit)]
+
+        if wrong := divided(ranks):
+            works = [n for n in config.usable_ranks() if not divided(n)]
+            what = f"words of {word} weights" if self.anywhere else f"groups of {self.group_size}"
+            named = " and ".join(f"{name} {sizes[name]} ({sizes[name] / unit:g} {what})" for name in wrong)
+            raise ValueError(f"{named} cannot be split over {ranks} ranks at a border; use {_either(works)}")
+
+
 def check_cut(folder: str | Path, ranks: int) -> None:
     """Raises ValueError where the folder's model cannot be cut for so many ranks.
 
@@ -157,9 +265,12 @@ def check_cut(folder: str | Path, ranks: int) -> None:
     """
     try:
         config = QwenConfig.from_json(Path(folder) / "config.json")
+        gptq = GPTQConfig.from_folder(folder)
     except ValueError:
         return
     config.check_ranks(ranks)
+    if gptq is not None:
+        gptq.check_ranks(config, ranks)
 
 
 def _value_problems(values: dict[str, Any]) -> list[str]:
@@ -212,6 +323,11 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if missing:
         problems.append(f"missing {', '.join(missing)}")
     return values, problems
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 _short = reprlib.Repr()

@@ -3,6 +3,7 @@
     model = fasten(load_model("Qwen-1_8B", "auto"))                 # the same dtype: 3.7 GB
     model = fasten(load_model("Qwen-1_8B", "auto"), "int8")         # 2.2 GB, of which the embedding is 0.6
     model = fasten(load_model("Qwen-1_8B", "auto"), "int4")         # 1.6 GB
+    model = fasten(load_model("Qwen-1_8B-Chat-Int4", "bfloat16", packed=True))  # its own 4 bits
 
 model.py stays what it is, the default and the oracle; here its linear layers are swapped for others with the
 same meaning, and attention reads its cache in another order.
@@ -35,11 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import INT4_GROUP, QUANTIZATIONS
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
+from qwen_ref.gptq import packed_weight
 from qwen_ref.launch import first_line
 from qwen_ref.model import Attention, KVCache, Qwen
 from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
-from qwen_ref.quantize import check_group, quantize_int4, quantize_int8
+from qwen_ref.quantize import FewBits, check_group, rounded
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -66,7 +68,10 @@ def fasten(
 
     quantize: None keeps the dtype; "int8" rounds weights to 8 bits, with a scale for each output; "int4" to 4
     bits, with a scale and a zero for each group_size inputs, and the output head to int8, which is as fast.
+    Weights of a GPTQ checkpoint that was loaded packed are used in their own bits, with None.
     The embedding, the norms and the biases keep their dtype; activations and cache, too.
+    In 4 bits they are where torch multiplies by them fast: in a bfloat16 model, and where no results of
+    several ranks are to be added up unrounded. Elsewhere each takes a byte, of the same value.
     Every weight is copied, a layer at a time, and the checkpoint's files are let go: where the model has the
     dtype of its files ("auto"), the most memory taken is that of the fast model and one layer.
     progress is called with the bytes done and the bytes in all. Several ranks call it alike.
@@ -75,8 +80,7 @@ def fasten(
     """
     with model.group.together():
         _check(model, quantize, group_size)
-    model.cache_type = FastCache
-    total, done = sum(parameter.nbytes for parameter in model.parameters()), 0
+    total, done = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), 0
     for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]:
         layer = model.get_submodule(name)
         owner, _, attribute = name.rpartition(".")
@@ -87,7 +91,7 @@ def fasten(
             except ValueError as error:
                 raise ValueError(f"{name}.weight: {error}") from None
         setattr(model.get_submodule(owner), attribute, fast)
-        done += layer.weight.nbytes
+        done += sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
         if progress is not None:
             progress(done, total)
     for module in list(model.modules()):
@@ -95,6 +99,7 @@ def fasten(
             setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
     for block in model.blocks:
         block.attn = FastAttention(block.attn)
+    model.cache_type = FastCache
     if progress is not None:
         progress(total, total)
     return model
@@ -102,10 +107,21 @@ def fasten(
 
 def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
     weight = model.embed.weight
-    if model.cache_type is FastCache:
+    if is_fast(model):
         raise ValueError("this model is fast already; load it again to make it so in another way")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize={quantize!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
+    for name, layer in model.named_modules():
+        packed = packed_weight(layer)
+        if packed is not None and quantize is not None:
+            raise ValueError(
+                "the weights are quantised already; leave --quantize out, --fast uses their bits"
+            )
+        if packed is not None:
+            try:
+                packed[0].few_bits()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     if weight.device.type != "cpu":
         raise ValueError(
             f"the faster layers are made for the CPU, the model is on {weight.device}; leave --fast and "
@@ -131,7 +147,7 @@ def compile_layers(model: Qwen) -> None:
     """
     if model.group.size > 1:
         raise ValueError("torch.compile is for a model in one process; leave --compile out")
-    if model.cache_type is FastCache:
+    if is_fast(model):
         raise ValueError("torch.compile is for the plain layers, not for fast ones; leave one of them out")
     for block in model.blocks:
         for part in (block.attn_norm, block.mlp_norm, block.mlp):
@@ -144,6 +160,11 @@ def compile_layers(model: Qwen) -> None:
         raise ValueError(f"torch.compile failed ({first_line(error)}); leave --compile out") from error
 
 
+def is_fast(model: Qwen) -> bool:
+    """Whether fasten was here."""
+    return isinstance(model.blocks[0].attn, FastAttention)
+
+
 class FastLinear(nn.Module):
     """A linear layer of the model with its weight in another form; the ranks add up or gather as before."""
 
@@ -152,13 +173,7 @@ class FastLinear(nn.Module):
         self.group = group
         self.sums = group.size > 1 and isinstance(layer, RowParallelLinear)
         self.gathers = group.size > 1 and isinstance(layer, VocabularyParallelHead)
-        weight = layer.weight.detach().flatten(0, -2)  # qkv's of several ranks is (3, rows, in)
-        if quantize is None:
-            self.matrix: Matrix = Table(weight, wide=self.sums)
-        elif quantize == "int8":
-            self.matrix = Int8Table(weight, wide=self.sums)
-        else:
-            self.matrix = Int4Matrix(weight, wide=self.sums, group_size=group_size)
+        self.matrix = _matrix(layer, self.sums, quantize, group_size)
         self.bias = layer.bias
 
     def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
@@ -175,22 +190,50 @@ class FastLinear(nn.Module):
         raise ValueError("a fast model keeps its dtype and its device; load it again for others")
 
 
+def _matrix(layer: nn.Linear, wide: bool, quantize: str | None, group_size: int) -> Matrix:
+    """A layer's weight in the form that is asked for, or in its own bits."""
+    packed = packed_weight(layer)
+    if packed is not None:
+        few_bits, dtype = packed[0].few_bits(), packed[1]
+    else:
+        weight = layer.weight.detach().flatten(0, -2)  # qkv's of several ranks is (3, rows, in)
+        if quantize is None:
+            return Table(weight, wide)
+        dtype = weight.dtype
+        in_4_bits = quantize == "int4" and dtype == torch.bfloat16 and not wide
+        few_bits = rounded(weight, quantize, group_size, torch.bfloat16 if in_4_bits else torch.float32)
+    fits = few_bits.bits == 4 and kernel_group(few_bits.group_size) is not None
+    if fits and dtype == torch.bfloat16 and not wide:
+        return Int4Matrix(few_bits)
+    return Int8Table(few_bits, dtype, wide)
+
+
 class Matrix(nn.Module):
     """W (out, in) in some form: x (…, in) → x Wᵀ (…, out), in float32 where the results are to be added up
     unrounded (wide), else in x's dtype or wider.
     """
 
-    def __init__(self, weight: Tensor, width: int, wide: bool) -> None:
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        dtype: torch.dtype,
+        width: int,
+        wide: bool,
+        order: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.outputs, self.inputs = weight.shape
+        self.outputs, self.inputs, self.dtype = outputs, inputs, dtype
         self.width = width  # outputs of a block; zeros fill up the last one
         self.blocks = -(-self.outputs // width)
-        self.dtype = weight.dtype
+        self.register_buffer("order", order)  # of the inputs, where it is not theirs
         # Where the processor has no products of half precision, those of float32 are sooner done.
-        self.product_dtype = torch.float32 if wide or not _has_products(weight.dtype) else weight.dtype
+        self.product_dtype = torch.float32 if wide or not _has_products(dtype) else dtype
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs)
+        if self.order is not None:
+            rows = rows[:, self.order]
         y = self.few(rows) if self.takes_few(len(rows)) else self.many(rows)  # (rows, blocks · width)
         return y[:, : self.outputs].reshape(*x.shape[:-1], self.outputs)
 
@@ -224,7 +267,7 @@ class Table(Matrix):
     """Rows of Wᵀ, a block of outputs at a time, in the model's dtype."""
 
     def __init__(self, weight: Tensor, wide: bool) -> None:
-        super().__init__(weight, _block_width(len(weight)), wide)
+        super().__init__(*weight.shape, weight.dtype, _block_width(len(weight)), wide)
         self.must_not_round = wide and self.dtype != torch.float32  # as the bag does, to the table's dtype
         table = weight.new_zeros(self.blocks, self.inputs, self.width)
         for block, rows in zip(table, weight.split(self.width), strict=True):
@@ -247,57 +290,79 @@ class Table(Matrix):
 
 
 class Int8Table(Matrix):
-    """Rows of Wᵀ in 8 bits, and a scale for each output.
+    """Rows of Wᵀ in a byte each, and a scale for each output, or for each output and group of inputs.
 
     torch's bag of bytes takes a byte u of a row for u · scale + bias, with scale and bias of the row in the
-    eight bytes behind it. A scale of ours belongs to a column: there they are 1 and -128, and the sums, which
-    are float32, are scaled.
+    eight bytes behind it. A scale of ours belongs to a column: there they are 1 and minus the middle of the
+    range, 128 or (of 4 bits) 8, and the sums over each group, which are float32, are scaled.
     """
 
-    def __init__(self, weight: Tensor, wide: bool) -> None:
-        super().__init__(weight, _block_width(len(weight)), wide)
-        table = torch.zeros(self.blocks, self.inputs, self.width + 8, dtype=torch.uint8)
-        scales = torch.zeros(self.blocks, self.width)
-        for block, scale, rows in zip(table, scales[:, :, None], weight.split(self.width), strict=True):
-            q, scale[: len(rows)] = quantize_int8(rows)
-            block[:, : len(rows)] = (q.short() + 128).t()
-            block[:, self.width :] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+    def __init__(self, few_bits: FewBits, dtype: torch.dtype, wide: bool) -> None:
+        outputs, inputs = few_bits.shape
+        super().__init__(outputs, inputs, dtype, _block_width(outputs), wide, few_bits.order)
+        self.groups = inputs // few_bits.group_size
+        self.middle = 1 << (few_bits.bits - 1)
+        table = torch.zeros(self.blocks, inputs, self.width + 8, dtype=torch.uint8)
+        scales, offsets = torch.zeros(2, self.blocks, self.groups, self.width)
+        for n, block in enumerate(table):
+            q, scale, offset = few_bits.rows(slice(n * self.width, (n + 1) * self.width))
+            block[:, : len(q)] = q.t()
+            block[:, self.width :] = torch.tensor([1.0, -self.middle]).view(torch.uint8)
+            scales[n, :, : len(q)], offsets[n, :, : len(q)] = scale.t(), offset.t()
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
-        self.register_buffer("scale", scales.flatten())
+        self.register_buffer("scale", scales[:, None])  # (blocks, 1, groups, width)
+        self.register_buffer("offset", offsets[:, None] if offsets.any() else None)
 
     def few(self, rows: Tensor) -> Tensor:
-        indices, offsets = _bags(self.blocks, self.inputs, len(rows))
+        indices, offsets = _bags(self.blocks, self.inputs, len(rows), self.groups)
         weights = rows.float().expand(self.blocks, -1, -1).reshape(-1)
         bag = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
         sums = bag(self.table, indices, offsets, False, 0, False, weights, None, True)
-        return _side_by_side(sums, self.blocks) * self.scale
+        sums = sums.view(self.blocks, len(rows), self.groups, self.width).mul_(self.scale)
+        if self.offset is not None:
+            sums += rows.float().view(len(rows), self.groups, -1).sum(dim=2)[:, :, None] * self.offset
+        return _side_by_side(sums.sum(dim=2).flatten(0, 1), self.blocks)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        blocks = self.table.view(self.blocks, self.inputs, -1)[start:stop, :, : self.width]
-        return blocks.to(self.product_dtype).sub_(128)  # exact: 8 bits are what bfloat16 has
+        table = self.table.view(self.blocks, self.inputs, -1)[start:stop, :, : self.width]
+        if self.scaled_afterwards:
+            return table.to(self.product_dtype).sub_(self.middle)  # exact: 8 bits are what bfloat16 has
+        values = table.unflatten(1, (self.groups, -1)).float().sub_(self.middle)  # (blocks, groups, G, width)
+        values *= self.scale[start:stop].transpose(1, 2)
+        if self.offset is not None:
+            values += self.offset[start:stop].transpose(1, 2)
+        return values.flatten(1, 2).to(self.product_dtype)
 
     def many(self, rows: Tensor) -> Tensor:
-        return super().many(rows) * self.scale
+        y = super().many(rows)
+        return y * self.scale.flatten() if self.scaled_afterwards else y
+
+    @property
+    def scaled_afterwards(self) -> bool:
+        return self.groups == 1 and self.offset is None
 
 
 class Int4Matrix(Matrix):
-    """W in 4 bits, with a scale and a zero for each group of inputs, as torch's product takes them.
+    """W in 4 bits, with a scale and an offset for each group of inputs, as torch's product takes them.
 
+    That product is fast in bfloat16 alone: the same weights take 30 times as long in float32 and in float16.
     torch packs 64 outputs at a time: byte n of row i of a block holds outputs n (low half) and n + 32 of
     input i. Where it packs otherwise (without AVX-512), its product does whole prompts, too.
     """
 
-    def __init__(self, weight: Tensor, wide: bool, group_size: int) -> None:
-        super().__init__(weight, 64, wide)
-        self.group_size = group_size
-        self.scale_dtype = torch.float32 if wide else self.dtype
-        packed = torch.empty(self.blocks, self.inputs * 32, dtype=torch.uint8)
-        scales = torch.empty(self.inputs // group_size, self.blocks, 64, 2, dtype=self.scale_dtype)
-        for block, rows in enumerate(weight.split(64)):
-            parts = quantize_int4(rows, group_size, self.scale_dtype)
-            q, scale, zero = (F.pad(part, (0, 0, 0, 64 - len(rows))) for part in parts)
-            packed[block] = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1).flatten()
-            scales[:, block] = torch.stack((scale.t(), zero.t()), dim=2)
+    def __init__(self, few_bits: FewBits) -> None:
+        outputs, inputs = few_bits.shape
+        super().__init__(outputs, inputs, torch.bfloat16, 64, False, few_bits.order)
+        self.group_size = kernel_group(few_bits.group_size)
+        copies = few_bits.group_size // self.group_size
+        packed = torch.empty(self.blocks, inputs * 32, dtype=torch.uint8)
+        scales = torch.empty(inputs // self.group_size, self.blocks, 64, 2, dtype=self.dtype)
+        for block in range(self.blocks):
+            parts = few_bits.rows(slice(64 * block, 64 * (block + 1)))
+            q, scale, zero = (F.pad(part, (0, 0, 0, 64 - len(part))) for part in parts)
+            packed[block] = torch._convert_weight_to_int4pack_for_cpu(q.int(), 2).flatten()
+            both = torch.stack((scale.t(), zero.t()), dim=2)
+            scales[:, block] = both.repeat_interleave(copies, dim=0)
         self.known = torch.equal(_unpacked(packed[-1:].view(1, -1, 32))[0], q.t())
         self.register_buffer("packed", packed.view(self.blocks * 64, -1))
         self.register_buffer("scales", scales.flatten(1, 2))
@@ -306,7 +371,7 @@ class Int4Matrix(Matrix):
         return rows < _MANY_ROWS or not self.known
 
     def few(self, rows: Tensor) -> Tensor:
-        x = rows.to(self.scale_dtype)
+        x = rows.to(self.dtype)
         return torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales)
 
     def columns(self, start: int, stop: int) -> Tensor:
@@ -315,6 +380,11 @@ class Int4Matrix(Matrix):
         packed = self.packed.view(self.blocks, self.inputs, 32)[start:stop]
         values = _unpacked(packed).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
         return (values.sub_(8) * scale + zero).flatten(1, 2)
+
+
+def kernel_group(group_size: int) -> int | None:
+    """The largest group of torch's int4 product that divides one of this size; None: there is none."""
+    return max((size for size in INT4_GROUPS if group_size % size == 0), default=None)
 
 
 def _block_width(outputs: int) -> int:
@@ -341,10 +411,10 @@ def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _bags(blocks: int, inputs: int, rows: int) -> tuple[Tensor, Tensor]:
-    """For each block and each row of x a bag of all the block's table rows."""
-    numbers = torch.arange(blocks * inputs, dtype=torch.int32).view(blocks, 1, inputs)
-    return _numbered(numbers.expand(-1, rows, -1))
+def _bags(blocks: int, inputs: int, rows: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """For each block and each row of x a bag of the block's table rows, or one for each group of them."""
+    numbers = torch.arange(blocks * inputs, dtype=torch.int32).view(blocks, 1, groups, -1)
+    return _numbered(numbers.expand(-1, rows, -1, -1))
 
 
 _workspaces = threading.local()  # by dtype

@@ -171,10 +171,11 @@ class HeadParallelLinear(nn.Linear):
         super().__init__(in_features, out_features // group.size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.ndim == 2:
-            return super().forward(x)
-        thirds = zip(self.weight, self.bias.chunk(3), strict=True)
-        return torch.cat([F.linear(x, weight, bias) for weight, bias in thirds], dim=-1)
+        weight = self.weight  # once: it may be dequantised each time
+        if weight.ndim == 2:
+            return F.linear(x, weight, self.bias)
+        thirds = zip(weight, self.bias.chunk(3), strict=True)
+        return torch.cat([F.linear(x, third, bias) for third, bias in thirds], dim=-1)
 
 
 class RowParallelLinear(nn.Linear):

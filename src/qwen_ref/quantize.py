@@ -5,14 +5,52 @@ is needed. A weight is off by half a step of its row or group at most, and by wh
 
     int8    W[o, i] ≈ q[o, i] · scale[o]                                        q from -127 to 127
     int4    W[o, i] ≈ (q[o, i] - 8) · scale[o, i // G] + zero[o, i // G]        q from 0 to 15, groups of G
+
+GPTQ releases were rounded elsewhere, with calibration text, to q in 4 or 8 bits. An input's group is given by
+g_idx, and a zero point z, in the units of q, is stored as z - 1:
+
+    GPTQ    W[o, i] = (q[i, o] - z[g, o]) · scales[g, o],  g = g_idx[i]
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from qwen_ref.config import INT4_GROUPS
+from qwen_ref.config import INT4_GROUPS, check_bits
+
+
+class FewBits(NamedTuple):
+    """A weight in 4 or 8 bits, in groups of inputs, as faster layers take it: some outputs at a time.
+
+    W[o, order[i]] = (q[o, i] - 2^(bits - 1)) · scale[o, i // G] + offset[o, i // G]
+    """
+
+    shape: tuple[int, int]  # (out, in)
+    bits: int
+    group_size: int  # G
+    # Some outputs → q, uint8 (outputs, in), scale and offset (outputs, in / G).
+    rows: Callable[[slice], tuple[Tensor, Tensor, Tensor]]
+    order: Tensor | None = None  # (in): None: as they are
+
+
+def rounded(weight: Tensor, quantize: str, group_size: int, dtype: torch.dtype = torch.float32) -> FewBits:
+    """A weight (out, in) rounded to "int8" or "int4"; for int4, scale and offset to dtype."""
+    outputs, inputs = weight.shape
+
+    def int8(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        q, scale = quantize_int8(weight[rows])
+        return (q.short() + 128).to(torch.uint8), scale, torch.zeros_like(scale)
+
+    def int4(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return quantize_int4(weight[rows], group_size, dtype)
+
+    if quantize == "int8":
+        return FewBits((outputs, inputs), 8, inputs, int8)
+    return FewBits((outputs, inputs), 4, group_size, int4)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +93,56 @@ def dequantize_int4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """What quantize_int4 stands for: (out, in), in scale's dtype."""
     groups = q.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
     return ((groups - 8) * scale[..., None] + zero[..., None]).flatten(1)
+
+
+def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:
+    """A packed layer of a GPTQ checkpoint (AutoGPTQ v1) → its weight, (out, in) float32, exactly.
+
+    qweight: (in · bits / 32, out) int32, an output's q's along the inputs, the first in the lowest bits.
+    qzeros: (groups, out · bits / 32) int32, the zero points less 1, along the outputs.
+    scales: (groups, out), float16. g_idx: (in), the group of each input. bits: 4 or 8.
+    A float16 scale times a difference of bytes has at most 20 bits: float32 holds it.
+
+    >>> q = torch.tensor([[0x76543210]], dtype=torch.int32)  # q from 0 to 7
+    >>> zeros = torch.tensor([[7]], dtype=torch.int32)  # of eight outputs; that of the first is 8
+    >>> scales = torch.full((1, 8), 0.5)
+    >>> dequantize_gptq(q.repeat(1, 8), zeros, scales, torch.zeros(8, dtype=torch.int32), 4)[0]
+    tensor([-4.0000, -3.5000, -3.0000, -2.5000, -2.0000, -1.5000, -1.0000, -0.5000])
+
+    Raises ValueError for shapes that do not belong together, other bits, and a group that is not there.
+    """
+    check_bits(bits)
+    inputs, outputs, groups = len(g_idx), qweight.shape[-1], len(scales)
+    wanted = [
+        ("qweight", qweight, (inputs * bits // 32, outputs)),
+        ("qzeros", qzeros, (groups, outputs * bits // 32)),
+        ("scales", scales, (groups, outputs)),
+    ]
+    for name, tensor, shape in wanted:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}, should be {shape} for {inputs} inputs, {outputs} outputs "
+                f"and {groups} groups in {bits} bits"
+            )
+    check_groups(g_idx, groups)
+    q = unpack(qweight, bits, dim=0)  # (in, out)
+    zeros = unpack(qzeros, bits, dim=1) + 1  # (groups, out)
+    return ((q - zeros[g_idx.long()]).float() * scales.float()[g_idx.long()]).t().contiguous()
+
+
+def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
+    """Words (…, n, …) of 32 bits → the unsigned numbers of so many bits in them, (…, n · 32 / bits, …)."""
+    shape = [1] * (words.ndim + 1)
+    shape[dim + 1] = 32 // bits
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device).view(shape)
+    return (words.unsqueeze(dim + 1) >> shifts & (1 << bits) - 1).flatten(dim, dim + 1)
+
+
+def check_groups(g_idx: Tensor, groups: int) -> None:
+    """Raises ValueError where an input is in a group that is not there."""
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise ValueError(f"g_idx names group {low if low < 0 else high}; there are {groups}, from 0 on")
 
 
 def check_group(inputs: int, group_size: int) -> None:

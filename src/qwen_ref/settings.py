@@ -6,6 +6,7 @@ torch is imported inside the functions, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import random
@@ -14,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Progress, add_speed_options, say, speed_up
-from qwen_ref.config import QwenConfig, read_json_object, shown
+from qwen_ref.cli import Progress, add_speed_options, say
+from qwen_ref.config import INT4_GROUP, GPTQConfig, QwenConfig, read_json_object, shown
 from qwen_ref.launch import TIMEOUT, Ranks
 from qwen_ref.steps import Step, check_settings
 from qwen_ref.tokenizer import Tokenizer
@@ -170,10 +171,38 @@ def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:
 
 def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
     """The model, or this rank's part of it, as the options ask; rank 0 says what came of it."""
-    from qwen_ref.checkpoint import load_model, tensor_table
+    from qwen_ref.checkpoint import tensor_table
     from qwen_ref.sizes import resident_bytes
 
     start = time.perf_counter()
+    model = load_as_asked(args, folder, ranks)
+    if ranks.rank == 0:
+        name = args.model or "the tiny checkpoint that comes with the project"
+        count = sum(math.prod(spec.shape) for spec in tensor_table(model.config))
+        gptq = GPTQConfig.from_folder(folder)
+        form = args.quantize or dtype_name(model)
+        if gptq is not None:
+            kept = "GPTQ," if args.packed or args.fast else "dequantised from"
+            form = f"{form}, {kept} {gptq.bits} bits in {gptq.grouping},"
+        each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
+        say(
+            f"{name}: {count:,} parameters, {resident_bytes(model) / 1e9:.3f} GB of {form}{each} on "
+            f"{args.device} in {time.perf_counter() - start:.2f} s"
+        )
+    return model
+
+
+def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
+    """load_model with the options of add_options, and what makes the model faster."""
+    from qwen_ref.checkpoint import load_model
+
+    gptq = None
+    with contextlib.suppress(ValueError):  # load_model says it, with all else that is wrong
+        gptq = GPTQConfig.from_folder(folder)
+    if gptq is not None and args.quantize is not None:
+        raise ValueError(
+            f"{folder} is quantised already, to {gptq.bits} bits; --fast, without --quantize, uses those"
+        )
     with Progress("loading") as progress:
 
         def update(done: int, total: int) -> None:
@@ -182,17 +211,17 @@ def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
             progress.update(done, total)
 
         group = "world" if ranks.size > 1 else None
-        model = load_model(folder, args.dtype, args.device, group, progress=update)
-    speed_up(model, args)
-    if ranks.rank == 0:
-        name = args.model or "the tiny checkpoint that comes with the project"
-        count = sum(math.prod(spec.shape) for spec in tensor_table(model.config))
-        form = args.quantize or dtype_name(model)
-        each = f" on each of {ranks.size} ranks" if ranks.size > 1 else ""
-        say(
-            f"{name}: {count:,} parameters, {resident_bytes(model) / 1e9:.3f} GB of {form}{each} on "
-            f"{args.device} in {time.perf_counter() - start:.2f} s"
-        )
+        packed = args.packed or (args.fast and gptq is not None)
+        model = load_model(folder, args.dtype, args.device, group, packed=packed, progress=update)
+    if args.fast or args.quantize is not None:
+        from qwen_ref.fast import fasten
+
+        with Progress("laying out") as progress:
+            fasten(model, args.quantize, args.group_size or INT4_GROUP, progress=progress.update)
+    if args.compile:
+        from qwen_ref.fast import compile_layers
+
+        compile_layers(model)
     return model
 
 

@@ -18,12 +18,12 @@ from qwen_ref.checkpoint import (
     INDEX_NAME,
     PICKLE_SUFFIXES,
     STORED_DTYPES,
-    StoredTensor,
+    Stored,
     TensorSpec,
     open_checkpoint,
     tensor_table,
 )
-from qwen_ref.config import QwenConfig
+from qwen_ref.config import GPTQConfig, QwenConfig
 from qwen_ref.model import Qwen
 
 
@@ -33,23 +33,27 @@ class Kind(NamedTuple):
     name: str
     count: int
     spec: TensorSpec
-    dtype: torch.dtype
+    form: str  # the dtype, or how it is packed
+    stored: Stored | None  # the last of them; None: not there, as it would be in bfloat16
 
 
-def kinds(table: Sequence[TensorSpec], stored: dict[str, StoredTensor] | None) -> list[Kind]:
+def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored] | None) -> list[Kind]:
     """The table with one row a kind; without stored tensors, in bfloat16."""
     found: dict[tuple, Kind] = {}
     for spec in table:
-        dtype = torch.bfloat16 if stored is None else STORED_DTYPES[stored[spec.published].dtype]
+        tensor = None if stored is None else stored[spec.published]
+        form = "bfloat16" if tensor is None else tensor.form
         name = re.sub(r"\.\d+\.", ".*.", spec.published)
-        count = found[name, dtype].count if (name, dtype) in found else 0
-        found[name, dtype] = Kind(name, count + 1, spec, dtype)
+        count = found[name, form].count if (name, form) in found else 0
+        found[name, form] = Kind(name, count + 1, spec, form, tensor)
     return list(found.values())
 
 
 def weight_bytes(kind: Kind, ranks: int = 1) -> int:
     """Bytes of all tensors of a kind, of each of so many ranks."""
-    return kind.count * math.prod(kind.spec.shape_of_rank(ranks)) * kind.dtype.itemsize
+    if kind.stored is None:
+        return kind.count * math.prod(kind.spec.shape_of_rank(ranks)) * torch.bfloat16.itemsize
+    return kind.count * kind.stored.bytes_of_rank(kind.spec, ranks)
 
 
 def resident_bytes(model: Qwen) -> int:
@@ -76,13 +80,13 @@ def report(
         f"hidden size {config.hidden_size}, MLP {config.mlp_width}, vocabulary {config.vocab_size}"
     )
     yield ""
-    cells = [("tensor", "count", "dtype", "cut", "shape", "bytes", "shape of a rank", "bytes of a rank")]
+    cells = [("tensor", "count", "form", "cut", "shape", "bytes", "shape of a rank", "bytes of a rank")]
     for row in rows:
         cells.append(
             (
                 row.name,
                 str(row.count),
-                str(row.dtype).removeprefix("torch."),
+                row.form,
                 row.spec.cut or "whole",
                 " × ".join(map(str, row.spec.shape)),
                 f"{weight_bytes(row):,}",
@@ -138,13 +142,15 @@ def inspect(args: argparse.Namespace) -> int:
     else:
         config, stored = open_checkpoint(path)
     config.check_ranks(args.tp)
+    if path.is_dir() and (gptq := GPTQConfig.from_folder(path)) is not None:
+        gptq.check_ranks(config, args.tp)
     context = config.seq_length if args.context is None else args.context
     if context < 1:
         raise ValueError(f"--context {context} must be at least 1")
     rows = kinds(tensor_table(config), stored)
     if stored is None:
         print("from the configuration alone: weights as they should be, in bfloat16")
-    dtype = rows[0].dtype
+    dtype = torch.bfloat16 if stored is None else STORED_DTYPES[rows[0].stored.dtype]
     print("\n".join(report(config, rows, args.tp, context, dtype)), flush=True)
     return 0
 

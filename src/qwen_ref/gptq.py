@@ -1,0 +1,206 @@
+"""GPTQ checkpoints (AutoGPTQ v1, as Qwen's Int4 and Int8 releases are): packed weights, found, cut and used.
+
+In every layer five modules have, for their weight (out, in), four tensors (see quantize.py for what they
+mean). All else, embedding, norms, bias and head, is as in any other checkpoint.
+
+    qweight (in · bits / 32, out)   qzeros (groups, out · bits / 32)   scales (groups, out)   g_idx (in)
+
+load_model dequantises them, to plain layers; or keeps them packed, which takes a quarter or a half of the
+memory: then a layer's weight is dequantised anew whenever it is used, which goes everywhere and is slow.
+fasten makes faster layers of those.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from qwen_ref.config import GPTQConfig
+from qwen_ref.quantize import FewBits, check_groups, dequantize_gptq, unpack
+
+if TYPE_CHECKING:
+    from qwen_ref.checkpoint import StoredTensor, TensorSpec
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def is_packed(spec: TensorSpec) -> bool:
+    """Whether a GPTQ checkpoint has this tensor packed: the matrices of the layers."""
+    return spec.published.startswith("transformer.h.") and len(spec.shape) == 2
+
+
+def module_of(spec: TensorSpec) -> str:
+    """The published name of the module that a weight belongs to."""
+    return spec.published.removesuffix(".weight")
+
+
+def packed_shapes(spec: TensorSpec, gptq: GPTQConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the four tensors that stand for a weight, by their published names."""
+    outputs, inputs = spec.shape
+    groups = gptq.groups(inputs)
+    shapes = (
+        (inputs * gptq.bits // 32, outputs),
+        (groups, outputs * gptq.bits // 32),
+        (groups, outputs),
+        (inputs,),
+    )
+    return {f"{module_of(spec)}.{part}": shape for part, shape in zip(PARTS, shapes, strict=True)}
+
+
+class PackedWeight(NamedTuple):
+    """A weight (out, in), or a rank's part of it, as it is packed."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bits: int
+
+    def dequantized(self) -> Tensor:
+        return dequantize_gptq(*self)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        return PackedWeight(*(tensor.to(device) for tensor in self[:4]), self.bits)
+
+    def part(self, cut: str, rank: int, ranks: int) -> PackedWeight:
+        """A rank's part, cut as TensorSpec.part cuts the weight."""
+        if ranks == 1:
+            return self
+        if cut == "columns":
+            g_idx = self.g_idx.chunk(ranks)[rank]
+            used, g_idx = g_idx.unique(return_inverse=True)
+            rows = self.qweight.chunk(ranks)[rank].contiguous()
+            return PackedWeight(rows, self.qzeros[used], self.scales[used], g_idx.int(), self.bits)
+
+        def outputs(x: Tensor) -> Tensor:
+            thirds = x.unflatten(1, (3 if cut == "heads" else 1, -1))
+            return thirds.chunk(ranks, dim=2)[rank].flatten(1)
+
+        packed = map(outputs, (self.qweight, self.qzeros, self.scales))
+        return PackedWeight(*packed, self.g_idx, self.bits)
+
+    def few_bits(self) -> FewBits:
+        """The same weight for the layers of fast.py; ValueError where its groups are of different sizes."""
+        groups, inputs = len(self.scales), len(self.g_idx)
+        counts = self.g_idx.long().bincount(minlength=groups)
+        if not (counts == inputs // groups).all():
+            raise ValueError(
+                f"its groups are of {int(counts.min())} to {int(counts.max())} inputs, faster layers take "
+                "groups of one size; leave --fast out, or keep the weights packed (--packed)"
+            )
+        in_order = bool((self.g_idx.diff() >= 0).all())
+        order = None if in_order else self.g_idx.long().argsort(stable=True)
+        scale = self.scales.t().float()  # (out, groups)
+        middle = 1 << (self.bits - 1)
+        offset = (middle - 1 - unpack(self.qzeros, self.bits, dim=1).t()) * scale
+
+        def rows(outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
+            q = unpack(self.qweight[:, outputs], self.bits, dim=0).to(torch.uint8).t()
+            return (q if order is None else q[:, order]), scale[outputs], offset[outputs]
+
+        return FewBits((self.qweight.shape[1], inputs), self.bits, inputs // groups, rows, order)
+
+
+class StoredPacked(NamedTuple):
+    """A packed weight of a checkpoint by its files' headers; it stands where a StoredTensor would."""
+
+    parts: tuple[StoredTensor, ...]  # in the order of PARTS
+    zero_bias: StoredTensor | None  # AutoGPTQ wrote one for every module
+    gptq: GPTQConfig
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts[0].shape[1], self.parts[3].shape[0])
+
+    @property
+    def dtype(self) -> str:
+        """That of the scales, as safetensors names it: what the other weights have, too."""
+        return self.parts[2].dtype
+
+    @property
+    def form(self) -> str:
+        return f"int{self.gptq.bits}, {self.gptq.grouping}"
+
+    def bytes_of_rank(self, spec: TensorSpec, ranks: int) -> int:
+        qweight, qzeros, scales, g_idx = (part.nbytes for part in self.parts)
+        if spec.cut != "columns":
+            return (qweight + qzeros + scales) // ranks + g_idx
+        own = (qzeros + scales) // (1 if self.gptq.anywhere else ranks)
+        return (qweight + g_idx) // ranks + own
+
+    def start(self) -> Tensor:
+        """What tells it from other checkpoints' weights."""
+        return self.parts[0].start()
+
+    def part(self, spec: TensorSpec, rank: int, ranks: int) -> PackedWeight:
+        """A rank's part, read; ValueError where its values are not what such a file holds."""
+        packed = PackedWeight(*(part.read() for part in self.parts), self.gptq.bits)
+        name = module_of(spec)
+        if self.zero_bias is not None and self.zero_bias.read().any():
+            raise ValueError(f"{name}.bias is not zero: only the q, k, v projection may have a bias")
+        try:
+            check_groups(packed.g_idx, len(packed.scales))
+            if not torch.isfinite(packed.scales).all():
+                raise ValueError("scales are NaN or infinite; fetch the file again")
+            if self.gptq.sym:
+                _check_zeros(packed.qzeros, self.gptq.bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return packed.part(spec.cut, rank, ranks)
+
+
+def _check_zeros(qzeros: Tensor, bits: int) -> None:
+    """Where sym is set, every zero point is the middle of the range, and 1 less is what is stored.
+
+    Read in the other format, every weight would be off by its scale: such models say "!!!!".
+    """
+    middle = 1 << (bits - 1)
+    zeros = unpack(qzeros, bits, dim=1)
+    if (zeros == middle - 1).all():
+        return
+    if (zeros == middle).all():
+        raise ValueError(
+            f"zero points are stored as {middle}: this is GPTQ v2, in which they are not stored less 1; only "
+            "v1 is read; export it again with checkpoint_format gptq"
+        )
+    raise ValueError(
+        f"zero points are stored as {int(zeros.min())} to {int(zeros.max())}, but where sym is true they are "
+        f"all {middle - 1}; the file is damaged, or sym is wrong"
+    )
+
+
+# Layers whose weight stays packed
+
+
+class _Dequantized(nn.Module):
+    """What torch's parametrize calls for the weight whenever it is asked for."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        super().__init__()
+        for name, tensor in zip(PARTS, packed, strict=False):
+            self.register_buffer(name, tensor)
+        self.bits = packed.bits
+
+    def packed(self) -> PackedWeight:
+        return PackedWeight(*(getattr(self, name) for name in PARTS), self.bits)
+
+    def forward(self, nothing: Tensor) -> Tensor:
+        return self.packed().dequantized().to(nothing.dtype)
+
+
+def keep_packed(layer: nn.Linear, packed: PackedWeight, dtype: torch.dtype) -> None:
+    """Gives a layer a weight that is dequantised to dtype whenever it is used."""
+    nothing = torch.empty(0, dtype=dtype, device=packed.qweight.device)
+    layer.weight = nn.Parameter(nothing, requires_grad=False)
+    parametrize.register_parametrization(layer, "weight", _Dequantized(packed), unsafe=True)
+
+
+def packed_weight(layer: nn.Module) -> tuple[PackedWeight, torch.dtype] | None:
+    """What keep_packed gave a layer, if it did."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    weight = layer.parametrizations.weight
+    return weight[0].packed(), weight.original.dtype
