@@ -22,12 +22,21 @@ from torch import Tensor
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.fast import fasten
 from qwen_ref.generate import generate
+from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.sizes import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "weights", *(ROOT / "tests" / "golden" / name for name in ("extended_base", "ntk_logn"))]
+
+
+def with_int8_cache(model: Qwen) -> Qwen:
+    model.cache_type = Int8Cache
+    return model
+
+
 FORMS = {
     "plain": lambda model: model,
+    "keys and values in int8": with_int8_cache,
     "fast": fasten,
     "int8": lambda model: fasten(model, "int8"),
     "int4, groups of 32": lambda model: fasten(model, "int4", 32),
@@ -51,36 +60,51 @@ def sequences(folder: Path, truth: Qwen) -> Tensor:
     return torch.tensor(rows)
 
 
-@torch.inference_mode()
+HEADER = """| model | form | bytes of the weights | KL, nats | largest | first choice agrees | perplexity |
+|---|---|---|---|---|---|---|"""
+
+
+class Judge:
+    """What a model's float64 truth says of a text; `row` holds other forms of the model against it."""
+
+    @torch.inference_mode()
+    def __init__(self, title: str, folder: Path) -> None:
+        truth = load_model(folder, "float64")
+        self.title, self.ids = title, sequences(folder, truth)
+        self.want = truth(self.ids).log_softmax(dim=-1)
+
+    def perplexity(self, logprobs: Tensor) -> float:
+        return float((-logprobs[:, :-1].gather(2, self.ids[:, 1:, None])).mean().exp())
+
+    def truth_row(self) -> str:
+        return f"| {self.title} | float64, the truth | | | | | {self.perplexity(self.want):.4f} |"
+
+    @torch.inference_mode()
+    def row(self, name: str, model: Qwen) -> str:
+        cache = model.new_cache(*self.ids.shape)  # what is cached may be rounded, too
+        found = model(self.ids, cache=cache).double().log_softmax(dim=-1)
+        kl = (self.want.exp() * (self.want - found)).sum(dim=-1)
+        agree = (self.want.argmax(dim=-1) == found.argmax(dim=-1)).double().mean()
+        return (
+            f"| {self.title} | {name} | {resident_bytes(model):,} | {kl.mean():.1e} | {kl.max():.1e} "
+            f"| {agree:.2%} | {self.perplexity(found):.4f} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
-    print("| model | form | bytes of the weights | KL, nats | largest | first choice agrees | perplexity |")
-    print("|---|---|---|---|---|---|---|")
+    print(HEADER)
     for folder in parser.parse_args().folders:
-        title, truth = "tiny" if folder == ROOT / "weights" else folder.name, load_model(folder, "float64")
-        ids = sequences(folder, truth)
-        want = truth(ids).log_softmax(dim=-1)
-
-        def perplexity(logprobs: Tensor, ids: Tensor = ids) -> float:
-            return float((-logprobs[:, :-1].gather(2, ids[:, 1:, None])).mean().exp())
-
-        print(f"| {title} | float64, the truth | | | | | {perplexity(want):.4f} |")
+        judge = Judge("tiny" if folder == ROOT / "weights" else folder.name, folder)
+        print(judge.truth_row())
         for name, form in FORMS.items():
             try:
                 model = form(load_model(folder, "bfloat16"))
             except ValueError as error:  # groups that the widths do not allow
-                print(f"{title}, {name}: {error}", file=sys.stderr)
+                print(f"{judge.title}, {name}: {error}", file=sys.stderr)
                 continue
-            found = model(ids).double().log_softmax(dim=-1)
-            kl = (want.exp() * (want - found)).sum(dim=-1)
-            agree = (want.argmax(dim=-1) == found.argmax(dim=-1)).double().mean()
-            size = resident_bytes(model)
-            print(
-                f"| {title} | {name} | {size:,} | {kl.mean():.1e} | {kl.max():.1e} | {agree:.2%} "
-                f"| {perplexity(found):.4f} |",
-                flush=True,
-            )
+            print(judge.row(name, model), flush=True)
 
 
 if __name__ == "__main__":

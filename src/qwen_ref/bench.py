@@ -225,8 +225,11 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
     """
     every = itertools.chain(model.named_parameters(), model.named_buffers())
     weights = sum(tensor.nbytes for name, tensor in every if name != "embed.weight")
+    from qwen_ref.int8_cache import Int8Cache
+
     config, size = model.config, model.embed.weight.element_size()
-    position = 2 * config.num_hidden_layers * config.hidden_size // model.group.size * size  # keys, values
+    head = config.kv_channels + size if model.cache_type is Int8Cache else config.kv_channels * size
+    position = 2 * config.num_hidden_layers * config.num_attention_heads // model.group.size * head
     return weights + batch * (config.hidden_size * size + length * position)
 
 
@@ -465,7 +468,8 @@ def _measure(
         token = ours.prefill(ids, args.tokens)
         for _ in range(min(args.tokens, 4)):
             token = ours.decode(token)
-        cache = sum(t.nbytes for t in (*ours.cache.keys, *ours.cache.values))
+        kept = vars(ours.cache).values()
+        cache = sum(tensor.nbytes for tensors in kept if isinstance(tensors, list) for tensor in tensors)
         ours.cache = None
     subjects = [ours]
     for which, peer_dtype in peers:

@@ -286,6 +286,9 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], li
         return weight_map, files
     if single:
         return {}, [SINGLE_NAME]
+    by_autogptq = [path.name for path in folder.glob("gptq_model-*.safetensors")]  # as it names its file
+    if len(by_autogptq) == 1:
+        return {}, by_autogptq
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         problems.append(

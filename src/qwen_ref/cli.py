@@ -107,7 +107,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:
-    """--fast, --quantize, --group-size, --compile."""
+    """What costs less time or less memory than the plain model."""
     add = parser.add_argument
     add(
         "--fast",
@@ -130,6 +130,11 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         "memory, on any device; slow. With --fast they are kept and used as they are",
     )
     add(
+        "--kv-cache",
+        choices=["int8"],
+        help="keep keys and values in 8 bits: half the memory of the cache, slower",
+    )
+    add(
         "--compile",
         action="store_true",
         help="torch.compile norms and MLPs; it takes up to a minute, and on a CPU gains nothing",
@@ -141,7 +146,7 @@ def speed_options(args: argparse.Namespace) -> list[str]:
     if args.group_size is not None and args.quantize != "int4":
         raise ValueError("--group-size is for --quantize int4")
     given = [f"--{name}" for name in ("fast", "packed", "compile") if getattr(args, name)]
-    for name in ("quantize", "group_size"):
+    for name in ("quantize", "group_size", "kv_cache"):
         if getattr(args, name) is not None:
             given.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     if args.compile and given != ["--compile"]:

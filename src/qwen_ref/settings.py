@@ -222,6 +222,10 @@ def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
         from qwen_ref.fast import compile_layers
 
         compile_layers(model)
+    if args.kv_cache is not None:
+        from qwen_ref.int8_cache import Int8Cache
+
+        model.cache_type = Int8Cache
     return model
 
 
