@@ -32,12 +32,8 @@ def main() -> None:
     judge = Judge("tiny", WEIGHTS)
     encoder = Encoder(Tokenizer.from_file(WEIGHTS / "qwen.tiktoken"))
     questions = [e for form in examples_by_form(encoder, seed=1).values() for e in form]
-    print(
-        HEADER.replace("| perplexity |", "| perplexity | right answers |").replace(
-            "---|---|\n", "---|---|---|\n"
-        )
-        + "---|"
-    )
+    for line, more in zip(HEADER.splitlines(), (" right answers |", "---|"), strict=True):
+        print(line + more)
     print(f"{judge.truth_row()} |")
     with tempfile.TemporaryDirectory() as folder:
         for setting, options in SETTINGS.items():

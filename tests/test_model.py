@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,11 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_ref import KVCache, Qwen, QwenConfig, load_model
 from qwen_ref.generate import generate
+from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import causal_mask, logn_scale, ntk_alpha, rotary_frequencies
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
 # pass loses to rounding (README's parity table), which two orders lose independently: √2 of it; 3 allowed.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-2, "float16": 4e-3}
+
+# An int8 cache: a number that lies between two steps may go to the other one in a pass that rounds otherwise.
+# 2e-15 in float64, where none does; in logits up to 3e-4 in float32, 1.1e-2 in bfloat16, 4e-3 in float16.
+TOLERANCE_INT8 = {"float64": 1e-12, "float32": 6e-4, "bfloat16": 4e-2, "float16": 8e-3}
 
 FOLDERS = ("extended_base", "ntk_logn")
 
@@ -33,15 +39,25 @@ def in_chunks(qwen: Qwen, ids: Tensor, sizes: Iterable[int], cache: KVCache) -> 
         return torch.cat([qwen(chunk, cache=cache) for chunk in ids.split(list(sizes), dim=1)], dim=1)
 
 
+@pytest.fixture(params=[KVCache, Int8Cache])
+def tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Has all models make one kind of cache, then another; what passes in another order may differ by."""
+    for folder, dtype in product(FOLDERS, TOLERANCE):
+        monkeypatch.setattr(model(folder, dtype), "cache_type", request.param)
+    return TOLERANCE if request.param is KVCache else TOLERANCE_INT8
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("sizes", [[70], [1] * 70, [33, 37], [1, 2, 3, 30, 34]])
-def test_one_shot_chunks_and_single_tokens_agree(folder: str, dtype: str, sizes: list[int]) -> None:
+def test_one_shot_chunks_and_single_tokens_agree(
+    folder: str, dtype: str, sizes: list[int], tolerance: dict[str, float]
+) -> None:
     qwen, ids = model(folder, dtype), text(folder, 70)
     with torch.inference_mode():
-        whole = qwen(ids)
+        whole = qwen(ids) if qwen.cache_type is KVCache else qwen(ids, cache=qwen.new_cache(1, 70))
     cached = in_chunks(qwen, ids, sizes, qwen.new_cache(1, 70, prompt_length=70))
-    assert relative_rms(cached, whole) <= TOLERANCE[dtype]
+    assert relative_rms(cached, whole) <= tolerance[dtype]
 
 
 def test_a_chunk_that_sees_its_own_future_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +73,9 @@ def test_a_chunk_that_sees_its_own_future_would_be_noticed(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_padded_row_gives_what_it_gives_alone_also_when_decoding(folder: str, dtype: str) -> None:
+def test_a_padded_row_gives_what_it_gives_alone_also_when_decoding(
+    folder: str, dtype: str, tolerance: dict[str, float]
+) -> None:
     # Beyond seq_length 32 LogN depends on the position, and α on the row's own length: 40 → 3, 70 → 7, 5 → 1.
     qwen, lengths, total = model(folder, dtype), (40, 70, 5), 70
     rows = [text(folder, length)[0] for length in lengths]
@@ -77,7 +95,7 @@ def test_a_padded_row_gives_what_it_gives_alone_also_when_decoding(folder: str, 
         for row, length in enumerate(lengths):
             own = qwen.new_cache(1, length + 6)
             alone = torch.cat((qwen(rows[row][None], cache=own), qwen(more[row : row + 1], cache=own)), dim=1)
-            assert relative_rms(batch[row, total - length :], alone[0]) <= TOLERANCE[dtype]
+            assert relative_rms(batch[row, total - length :], alone[0]) <= tolerance[dtype]
 
 
 def test_every_query_sees_a_key_also_at_padding() -> None:
@@ -93,7 +111,9 @@ def test_without_padding_a_mask_of_ones_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_what_was_decoded_scores_the_same_in_one_prefill(folder: str, dtype: str) -> None:
+def test_what_was_decoded_scores_the_same_in_one_prefill(
+    folder: str, dtype: str, tolerance: dict[str, float]
+) -> None:
     qwen, prompt = model(folder, dtype), text(folder, 35)[0].tolist()
     steps = list(generate(qwen, prompt, max_new_tokens=40, temperature=1.0, seed=7))
     ids = torch.tensor([prompt + [step.token for step in steps]])
@@ -106,15 +126,63 @@ def test_what_was_decoded_scores_the_same_in_one_prefill(folder: str, dtype: str
     rescored = wide.gather(1, ids[0, len(prompt) :, None])[:, 0]
     decoded = torch.tensor([step.logprob for step in steps], dtype=torch.float64)
     # Log-probabilities of -5 to -8, from logits of size 1 to 4: the absolute error is that of the logits.
-    assert (rescored.double() - decoded).abs().max() <= 10 * TOLERANCE[dtype]
+    assert (rescored.double() - decoded).abs().max() <= 10 * tolerance[dtype]
 
 
+@pytest.mark.usefixtures("tolerance")
 def test_interleaved_generations_with_different_alpha_do_not_disturb_each_other() -> None:
     qwen = model("ntk_logn", "float32")
     prompts = [text("ntk_logn", length)[0].tolist() for length in (20, 40, 70)]  # α = 1, 3, 7
     alone = [list(generate(qwen, prompt, max_new_tokens=12)) for prompt in prompts]
     together = list(zip(*(generate(qwen, prompt, max_new_tokens=12) for prompt in prompts), strict=True))
     assert [list(steps) for steps in zip(*together, strict=True)] == alone
+
+
+# The cache in 8 bits
+
+
+def cached(kind: type[KVCache], dtype: torch.dtype, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, KVCache]:
+    cache = kind(1, (*k.shape[:2], 8, k.shape[3]), None, like=torch.empty(0, dtype=dtype))
+    return *cache.append(0, k, v), cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_keys_and_values_are_off_by_half_a_step_of_their_own_token_and_head(dtype: torch.dtype) -> None:
+    size = torch.logspace(-3, 3, 2 * 3 * 5).view(2, 3, 5, 1)  # every token and head its own
+    k, v = ((torch.randn(2, 3, 5, 16) * size).to(dtype) for _ in range(2))
+    v[0, 1, 2] = 0
+    for found, x in zip(cached(Int8Cache, dtype, k, v), (k, v), strict=False):
+        assert found.dtype == dtype
+        step = x.double().abs().amax(dim=3, keepdim=True) / 127
+        # The scale, the quotient and the product are rounded to dtype: 127 steps by up to 1.5 eps.
+        slack = 0.5 + 127 * 1.5 * torch.finfo(dtype).eps
+        assert ((found.double() - x.double()).abs() <= slack * step).all()
+        assert len((found[0, 0, 0] / step[0, 0, 0]).round().unique()) > 10
+    assert (v[0, 1, 2] == 0).all()
+
+
+def test_an_int8_cache_takes_half_the_memory() -> None:
+    config = QwenConfig.preset("72b")
+    shape = (1, config.num_attention_heads, 100, config.kv_channels)
+    plain, small = (kind(2, shape, None, like=torch.empty(0).bfloat16()) for kind in (KVCache, Int8Cache))
+
+    def held(cache: KVCache) -> int:
+        return sum(t.nbytes for tensors in vars(cache).values() if isinstance(tensors, list) for t in tensors)
+
+    assert held(small) / held(plain) == (128 + 2) / (2 * 128)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_an_int8_cache_changes_logits_by_its_rounding_and_no_more(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qwen, ids = model(folder, "float64"), text(folder, 70)
+    monkeypatch.setattr(qwen, "cache_type", Int8Cache)
+    with torch.inference_mode():
+        off = relative_rms(qwen(ids, cache=qwen.new_cache(1, 70)), qwen(ids))
+    # A step is 1/127 of the largest of 32 numbers, about 1/50 of their RMS: as noise 1/50/√12 = 6e-3 in each
+    # key and value. In the logits 7e-3 to 1.2e-2 over 30 texts.
+    assert 5e-3 < off < 1.5e-2
 
 
 # The formulas at their corners
@@ -218,6 +286,7 @@ def test_masks_other_than_left_padding_are_refused(mask: list[list[int]], messag
         model("extended_base", "float32")(text("extended_base", 3, rows=2), attention_mask=torch.tensor(mask))
 
 
+@pytest.mark.usefixtures("tolerance")
 def test_a_cache_refuses_what_it_has_no_place_for() -> None:
     qwen = model("extended_base", "float32")
     cache = qwen.new_cache(1, 8)
@@ -240,12 +309,14 @@ def test_a_prompt_no_longer_than_its_padding_is_refused() -> None:
         qwen(text("ntk_logn", 4), attention_mask=torch.tensor([[0, 0, 1, 1]]), cache=cache)
 
 
+@pytest.mark.usefixtures("tolerance")
 @pytest.mark.parametrize("sizes", [(0, 8), (1, 0), (-1, 8), (1, 8, 0), (1, 8, 9), (1, 8, 10**400)])
 def test_a_cache_of_impossible_sizes_is_refused(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"must be (at least 1|from 1 to max_length=8)"):
         model("extended_base", "float32").new_cache(*sizes)
 
 
+@pytest.mark.usefixtures("tolerance")
 def test_a_cache_larger_than_the_machine_is_refused_with_its_size() -> None:
     with pytest.raises(ValueError, match=r"takes [\d,.]+ GB, more than cpu has left"):
         model("extended_base", "float32").new_cache(1, 10**12)

@@ -189,6 +189,8 @@ def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
             f"{name}: {count:,} parameters, {resident_bytes(model) / 1e9:.3f} GB of {form}{each} on "
             f"{args.device} in {time.perf_counter() - start:.2f} s"
         )
+        if gptq is not None and gptq.bits == 4 and args.fast and dtype_name(model) != "bfloat16":
+            say(f"note: in {dtype_name(model)} each weight takes a byte; --dtype bfloat16 keeps the 4 bits")
     return model
 
 

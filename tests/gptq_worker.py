@@ -1,0 +1,38 @@
+"""What every rank of a cut GPTQ model computes, for tests/test_gptq.py: `torchrun … gptq_worker.py FOLDER`.
+
+FOLDER holds packed checkpoints, `*-packed`; each rank writes its results beside them, to gptq-N.safetensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwen_ref import load_model
+from qwen_ref.fast import fasten
+
+IDS = torch.arange(3, 43)[None]
+
+
+def logits(folder: Path, group: str | None) -> dict[str, Tensor]:
+    """Of every checkpoint, dequantised, packed and in its bits (what cannot be is left out)."""
+    found = {}
+    for packed in sorted(folder.glob("*-packed")):
+        found[f"{packed.name} dequantised"] = load_model(packed, "float64", group=group)(IDS)
+        found[f"{packed.name} kept"] = load_model(packed, "float64", group=group, packed=True)(IDS)
+        try:
+            fast = fasten(load_model(packed, "bfloat16", group=group, packed=True))
+        except ValueError:  # groups that a cut divided unevenly
+            continue
+        found[f"{packed.name} fast"] = fast(IDS)
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    found = logits(folder, "world")
+    save_file(found, folder / f"gptq-{torch.distributed.get_rank()}.safetensors")
