@@ -18,6 +18,7 @@ from qwen_ref import KVCache, Qwen, QwenConfig, load_model
 from qwen_ref.generate import generate
 from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import causal_mask, logn_scale, ntk_alpha, rotary_frequencies
+from qwen_ref.sizes import cache_bytes, held_bytes
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
 # pass loses to rounding (README's parity table), which two orders lose independently: √2 of it; 3 allowed.
@@ -165,11 +166,8 @@ def test_an_int8_cache_takes_half_the_memory() -> None:
     config = QwenConfig.preset("72b")
     shape = (1, config.num_attention_heads, 100, config.kv_channels)
     plain, small = (kind(2, shape, None, like=torch.empty(0).bfloat16()) for kind in (KVCache, Int8Cache))
-
-    def held(cache: KVCache) -> int:
-        return sum(t.nbytes for tensors in vars(cache).values() if isinstance(tensors, list) for t in tensors)
-
-    assert held(small) / held(plain) == (128 + 2) / (2 * 128)
+    assert held_bytes(plain) == 100 * cache_bytes(config, 1, torch.bfloat16) * 2 // config.num_hidden_layers
+    assert held_bytes(small) / held_bytes(plain) == (128 + 2) / (2 * 128)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -33,7 +33,7 @@ from qwen_ref.cli import (
     run,
     speed_options,
 )
-from qwen_ref.config import QwenConfig, check_cut, require_folder
+from qwen_ref.config import GPTQConfig, QwenConfig, check_cut, require_folder
 from qwen_ref.launch import TIMEOUT, Ranks, launched
 from qwen_ref.settings import load_as_asked
 
@@ -237,25 +237,50 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
 
 
 def write_checkpoint(
-    folder: Path, config: QwenConfig, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    config: QwenConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    gptq: GPTQConfig | None = None,
 ) -> None:
-    """A folder in the published form, a file for each layer, bfloat16: noise, repeated; only sizes matter."""
+    """A folder in the published form, a file for each layer, bfloat16: noise, repeated; only sizes matter.
+
+    gptq: as such a release, in float16 and packed.
+    """
     import dataclasses
 
     import torch
     from safetensors.torch import save_file
 
     from qwen_ref.checkpoint import tensor_table
+    from qwen_ref.gptq import is_packed, packed_shapes
 
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", **dataclasses.asdict(config)}))
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.02
+    published = {"model_type": "qwen", **dataclasses.asdict(config)}
+    if gptq is not None:
+        published["quantization_config"] = dataclasses.asdict(gptq)
+    (folder / "config.json").write_text(json.dumps(published))
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    noise = noise.to(torch.bfloat16 if gptq is None else torch.float16)
+
+    def packed(part: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if part == "scales":
+            return torch.full(shape, 0.1 / 2**gptq.bits, dtype=torch.float16)
+        if part == "g_idx":
+            return (torch.arange(*shape) // gptq.group_size).int()
+        if part == "qzeros":  # the middle, less 1, in every place of a word
+            return torch.full(shape, {4: 0x77777777, 8: 0x7F7F7F7F}[gptq.bits], dtype=torch.int32)
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
     table = tensor_table(config)
     total, done, weight_map = 2 * sum(math.prod(spec.shape) for spec in table), 0, {}
     for part, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):
         file, tensors = f"{'-'.join(part)}.safetensors", {}
         for spec in specs:
             count = math.prod(spec.shape)
-            tensors[spec.published] = noise.repeat(-(-count // len(noise)))[:count].view(spec.shape)
+            if gptq is not None and is_packed(spec):
+                for name, shape in packed_shapes(spec, gptq).items():
+                    tensors[name] = packed(name.rpartition(".")[2], shape)
+            else:
+                tensors[spec.published] = noise.repeat(-(-count // len(noise)))[:count].view(spec.shape)
             done += 2 * count
         save_file(tensors, folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
@@ -264,7 +289,7 @@ def write_checkpoint(
 
 
 @contextlib.contextmanager
-def synthetic(size: str, layers: int | None = None) -> Iterator[Path]:
+def synthetic(size: str, layers: int | None = None, gptq: GPTQConfig | None = None) -> Iterator[Path]:
     """A folder with a checkpoint of a published size, removed at the end."""
     import dataclasses
 
@@ -283,7 +308,7 @@ def synthetic(size: str, layers: int | None = None) -> Iterator[Path]:
                 "left; --layers N makes fewer of its layers, TMPDIR names another folder"
             )
         with Progress("writing") as progress:
-            write_checkpoint(folder, config, progress.update)
+            write_checkpoint(folder, config, progress.update, gptq)
         yield folder
     finally:
         shutil.rmtree(folder)
@@ -313,6 +338,13 @@ def _parser() -> Parser:
         help=f"noise in the shape of a published model ({', '.join(_SIZES)}), written to a temporary folder",
     )
     add("--layers", type=int, metavar="N", help="with --synthetic: so many of its layers")
+    add(
+        "--gptq",
+        type=int,
+        choices=[4, 8],
+        metavar="BITS",
+        help="with --synthetic: as a GPTQ release, in groups of 128, of 4 or 8 bits",
+    )
     add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
     add("--device", default="cpu", help="cpu, cuda, …")
     add_speed_options(parser)
@@ -354,6 +386,8 @@ def _bench(args: argparse.Namespace) -> int:
         _check_dtype("--dtype", args.dtype)
     if args.layers is not None and args.synthetic is None:
         raise ValueError("--layers needs --synthetic: a checkpoint has the layers that it has")
+    if args.gptq is not None and args.synthetic is None:
+        raise ValueError("--gptq needs --synthetic: a checkpoint says itself how it is packed")
     speed_options(args)
     launch = launched()
     if launch is not None and args.tp > 1:
@@ -398,7 +432,8 @@ def _check_dtype(option: str, dtype: str) -> None:
 
 def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]:
     if args.synthetic is not None:
-        return synthetic(args.synthetic, args.layers)
+        gptq = None if args.gptq is None else GPTQConfig(args.gptq, 128, desc_act=False, sym=True)
+        return synthetic(args.synthetic, args.layers, gptq)
     folder = args.model or bundled_checkpoint()
     require_folder(folder)
     return contextlib.nullcontext(folder)
@@ -454,7 +489,7 @@ def _measure(
     import torch
 
     from qwen_ref.checkpoint import load_model
-    from qwen_ref.sizes import resident_bytes
+    from qwen_ref.sizes import held_bytes, resident_bytes
 
     with Memory() as loading:
         start = time.perf_counter()
@@ -468,8 +503,7 @@ def _measure(
         token = ours.prefill(ids, args.tokens)
         for _ in range(min(args.tokens, 4)):
             token = ours.decode(token)
-        kept = vars(ours.cache).values()
-        cache = sum(tensor.nbytes for tensors in kept if isinstance(tensors, list) for tensor in tensors)
+        cache = held_bytes(ours.cache)
         ours.cache = None
     subjects = [ours]
     for which, peer_dtype in peers:

@@ -125,9 +125,14 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
                 f"and {groups} groups in {bits} bits"
             )
     check_groups(g_idx, groups)
-    q = unpack(qweight, bits, dim=0)  # (in, out)
-    zeros = unpack(qzeros, bits, dim=1) + 1  # (groups, out)
-    return ((q - zeros[g_idx.long()]).float() * scales.float()[g_idx.long()]).t().contiguous()
+    zeros, scales = (unpack(qzeros, bits, dim=1) + 1).float(), scales.float()  # (groups, out)
+    weight = torch.empty(outputs, inputs, device=qweight.device)
+    step = 128 * bits // 32  # words of 128 inputs: what is between stays in the processor's cache
+    for words, g, columns in zip(
+        qweight.split(step), g_idx.long().split(128), weight.split(128, 1), strict=True
+    ):
+        columns.copy_(((unpack(words, bits, dim=0) - zeros[g]) * scales[g]).t())
+    return weight
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:

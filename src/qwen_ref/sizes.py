@@ -24,7 +24,7 @@ from qwen_ref.checkpoint import (
     tensor_table,
 )
 from qwen_ref.config import GPTQConfig, QwenConfig
-from qwen_ref.model import Qwen
+from qwen_ref.model import KVCache, Qwen
 
 
 class Kind(NamedTuple):
@@ -59,6 +59,12 @@ def weight_bytes(kind: Kind, ranks: int = 1) -> int:
 def resident_bytes(model: Qwen) -> int:
     """Bytes of a loaded model's weights, plain or fast, on this rank."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def held_bytes(cache: KVCache) -> int:
+    """Bytes of a cache of any kind: its keys and values, and scales where it has them."""
+    lists = [held for held in vars(cache).values() if isinstance(held, list)]
+    return sum(each.nbytes for held in lists for each in held if isinstance(each, torch.Tensor))
 
 
 def cache_bytes(config: QwenConfig, context: int, dtype: torch.dtype, ranks: int = 1) -> int:
