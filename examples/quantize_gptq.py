@@ -213,6 +213,9 @@ def parser() -> Parser:
 def command(args: argparse.Namespace) -> int:
     if args.output.exists():
         raise ValueError(f"{args.output} is there already")
+    for name in ("rows", "length"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     config = GPTQConfig(args.bits, args.group_size, desc_act=args.act_order, sym=not args.asymmetric)
     model = load_model(args.source, "float32")
     ids = calibration(args.source, args.text, args.rows, args.length)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from conftest import ROOT, WEIGHTS
 
 from qwen_ref import Tokenizer, load_model
+from qwen_ref.cli import run
+from qwen_ref.fast import fasten
 
 
 @pytest.fixture
@@ -65,3 +70,111 @@ def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(monkeypatch: pyt
     for form, examples in forms.items():
         right, _ = examine(model, examples)
         assert right == len(examples), form
+
+
+# The GPTQ writer
+
+
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("quantize_gptq")
+
+
+@pytest.mark.parametrize(
+    ("options", "fast"),
+    [
+        (["--bits", "4", "--group-size", "32"], False),
+        (["--bits", "4", "--group-size", "128", "--act-order", "--asymmetric"], True),
+        (["--bits", "8", "--group-size", "-1"], True),
+    ],
+    ids=["int4", "int4 in act-order, in its bits", "int8, in its bits"],
+)
+def test_the_tiny_checkpoint_quantised_answers_its_capitals(
+    gptq: ModuleType, options: list[str], fast: bool, tmp_path: Path
+) -> None:
+    from examine_tiny import examine, examples_by_form
+    from tiny_corpus import Encoder
+
+    assert run(gptq.parser(), gptq.command, [str(WEIGHTS), str(tmp_path / "made"), *options]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    model = load_model(tmp_path / "made", "bfloat16", packed=fast)
+    if fast:
+        fasten(model)
+    encoder = Encoder(Tokenizer.from_file(tmp_path / "made" / "qwen.tiktoken"))
+    for form, examples in examples_by_form(encoder, seed=1).items():
+        if "chat" in form and "sums" not in form:
+            right, _ = examine(model, examples)
+            assert right == len(examples), form
+
+
+def test_what_is_written_is_what_was_quantised(gptq: ModuleType, tmp_path: Path) -> None:
+    arguments = [
+        WEIGHTS,
+        tmp_path / "made",
+        "--bits",
+        "4",
+        "--group-size",
+        "64",
+        "--act-order",
+        "--rows",
+        "4",
+    ]
+    args = gptq.parser().parse_args(list(map(str, arguments)))
+    config = gptq.GPTQConfig(4, 64, desc_act=True, sym=True)
+    model = load_model(WEIGHTS, "float32")
+    matrices = dict(gptq.quantise(model, gptq.calibration(WEIGHTS, None, 4, 256), config))
+    gptq.command(args)
+    written = load_model(tmp_path / "made", "float64")
+    assert len(matrices) == 20
+    for name, matrix in matrices.items():
+        assert torch.equal(written.get_parameter(name), matrix.weight()), name
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_gptq_changes_outputs_less_than_rounding_to_nearest(
+    gptq: ModuleType, group_size: int, act_order: bool
+) -> None:
+    x = torch.randn(400, 24) @ torch.randn(24, 64) + 0.1 * torch.randn(400, 64)  # inputs that go together
+    weight, hessian = torch.randn(24, 64), (x.t() @ x).double()
+    config = gptq.GPTQConfig(4, group_size, desc_act=act_order, sym=True)
+    nearest = gptq.gptq(weight, torch.eye(64), config).weight()
+    assert ((nearest - weight).abs() <= (weight.abs().amax(dim=1, keepdim=True) / 15) * 1.01).all()
+
+    def lost(found: torch.Tensor) -> float:
+        return float((x.double() @ (found - weight).t()).square().sum())
+
+    assert lost(gptq.gptq(weight, hessian, config).weight()) < 0.3 * lost(nearest)
+
+
+def test_a_column_is_made_up_for_as_least_squares_would(gptq: ModuleType) -> None:
+    """After the first column was rounded, the best that the others can do is known in closed form."""
+    x = torch.randn(300, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64)
+    weight, config = torch.tensor([[0.77, 0.0, 0.0]]), gptq.GPTQConfig(8, -1, desc_act=False, sym=True)
+    found = gptq.gptq(weight, x.t() @ x, config)
+    assert found.scales.item() == pytest.approx(2 * 0.77 / 255, rel=1e-3)
+    off = 0.77 - found.weight()[0, 0]
+    best = torch.linalg.lstsq(x[:, 1:], off * x[:, :1]).solution[:, 0]
+    # The second column was then rounded, and the third made up for that as well.
+    second = (best[0] / found.scales.double()[0, 0]).round() * found.scales.double()[0, 0]
+    assert found.weight()[0, 1] == pytest.approx(float(second), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "3"], "bits=3 is not supported"),
+        (["--group-size", "0"], "group_size=0 must be -1"),
+        (["--rows", "0"], "--rows 0 must be at least 1"),
+        (["--text", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_the_writer_refuses_what_it_cannot_make(
+    gptq: ModuleType, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(gptq.parser(), gptq.command, [str(WEIGHTS), str(tmp_path / "made"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+    assert run(gptq.parser(), gptq.command, [str(WEIGHTS), str(tmp_path)]) == 2
+    assert f"{tmp_path} is there already" in capsys.readouterr().err
