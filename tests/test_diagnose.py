@@ -243,7 +243,6 @@ def test_a_base_that_nobody_lists_is_found(
     ("name", "stages", "first"),
     [
         ("value_rotated", "all", "blocks.0.attn.mixed"),
-        ("down_scaled", "all", "blocks.0.mlp.down"),
         ("post_norm", "logits", "logits"),
     ],
 )
@@ -394,8 +393,8 @@ def test_a_single_nan_is_no_overflow(tmp_path: Path, overflowing: Path, dtype: s
         parity.diagnose(overflowing, tmp_path / "port.safetensors")
 
 
-@pytest.mark.parametrize("padding", [(3,), (2, 5)])
-def test_a_batch_in_which_every_row_is_padded_is_diagnosed(tmp_path: Path, padding: tuple[int, ...]) -> None:
+def test_a_batch_in_which_every_row_is_padded_is_diagnosed(tmp_path: Path) -> None:
+    padding = (2, 5)
     ids = torch.randint(0, 320, (len(padding), 12))
     mask = torch.stack([torch.arange(12) >= pad for pad in padding]).long()
     arguments = {"dtype": "float32", "attention_mask": mask}

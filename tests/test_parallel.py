@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import GOLDEN, relative_rms
-from golden_cases import FOLDERS, Error, cases, error, golden, logits, model, recorded, recorded_dtypes, truth
-from rank_worker import MISTAKES, PROMPTS, SAMPLED, padded_batch
+from golden_cases import Error, cases, error, golden, logits, model, recorded, recorded_dtypes, truth
+from rank_worker import MISTAKES, PROMPTS, SAMPLED, folders, padded_batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,16 +74,16 @@ def test_every_rank_has_the_same_bits(outcome: Callable, ranks: int) -> None:
             assert torch.equal(values, first[name]) or name.startswith("mistake"), name
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(("folder", "ranks"), [(folder, n) for n in RANKS for folder in folders(n)])
 def test_in_float64_the_logits_are_those_of_one_rank(outcome: Callable, folder: str, ranks: int) -> None:
     found = outcome(ranks).tensors[0]
     for case in cases(folder):
         assert relative_rms(found[f"{folder}.float64.{case}"], truth(folder, case)) < 1e-12, case
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("folder", ["extended_base", "ntk_logn"])
+@pytest.mark.parametrize(
+    ("folder", "ranks"), [(folder, n) for n in RANKS for folder in folders(n) if folder != "long"]
+)
 def test_padded_rows_also_decode_as_with_one_rank(outcome: Callable, folder: str, ranks: int) -> None:
     found, exact = outcome(ranks).tensors[0], padded_batch(model(folder, "float64"))
     assert relative_rms(found[f"{folder}.float64.padded"], exact) < 1e-12
@@ -99,8 +99,7 @@ def errors(found: dict[str, Tensor], folder: str, dtype: str) -> dict[str, Error
     }
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(("folder", "ranks"), [(folder, n) for n in RANKS for folder in folders(n)])
 def test_in_float32_it_is_as_near_the_truth_as_the_published_code(
     outcome: Callable, folder: str, ranks: int
 ) -> None:
@@ -111,10 +110,15 @@ def test_in_float32_it_is_as_near_the_truth_as_the_published_code(
             assert each.ratio <= IN_ONE_CASE, (case, each)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
-    ("folder", "dtype"),
-    [(folder, dtype) for folder in FOLDERS for dtype in recorded_dtypes(folder) if dtype != "float32"],
+    ("folder", "dtype", "ranks"),
+    [
+        (folder, dtype, n)
+        for n in RANKS
+        for folder in folders(n)
+        for dtype in recorded_dtypes(folder)
+        if dtype != "float32"
+    ],
 )
 def test_in_half_precision_it_is_as_near_the_truth_as_one_rank(
     outcome: Callable, folder: str, dtype: str, ranks: int
