@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, bundled_checkpoint, read_prompt, run, say, speed_options, utf8
-from qwen_ref.config import check_cut, require_folder
-from qwen_ref.launch import Ranks, launched
+from qwen_ref.cli import Parser, read_prompt, run, say, utf8
+from qwen_ref.config import require_folder
+from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
 from qwen_ref.settings import (
     Clock,
@@ -28,6 +28,7 @@ from qwen_ref.settings import (
     dtype_name,
     length_note,
     load,
+    on_every_rank,
     open_folder,
     read_defaults,
 )
@@ -254,16 +255,6 @@ def _draft_tokens(argument: str) -> int:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def _generate(args: argparse.Namespace) -> int:
-    speed_options(args)
-    folder = args.model or bundled_checkpoint()
-    launch = launched()
-    if launch is not None:
-        check_cut(folder, launch.size)
-    with Ranks(launch, args.timeout) as ranks:
-        return _lead(args, folder, ranks) if ranks.rank == 0 else _follow(args, folder, ranks)
-
-
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """A rank that only computes: rank 0 reads the prompt, samples and prints."""
     request = json.loads(ranks.share(None))
@@ -395,7 +386,7 @@ def _token_report(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see cli.run)."""
-    return run(_parser(), _generate, arguments)
+    return run(_parser(), lambda args: on_every_rank(args, _lead, _follow), arguments)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Progress, add_speed_options, say
-from qwen_ref.config import INT4_GROUP, GPTQConfig, QwenConfig, read_json_object, shown
-from qwen_ref.launch import TIMEOUT, Ranks
+from qwen_ref.cli import Progress, add_speed_options, bundled_checkpoint, say, speed_options
+from qwen_ref.config import INT4_GROUP, GPTQConfig, QwenConfig, check_cut, read_json_object, shown
+from qwen_ref.launch import TIMEOUT, Ranks, launched
 from qwen_ref.steps import Step, check_settings
 from qwen_ref.tokenizer import Tokenizer
 
@@ -156,6 +156,21 @@ def length_note(config: QwenConfig, length: int) -> str | None:
         f"note: {length} tokens exceed the {config.seq_length} that this model was trained on; "
         "the text beyond them will be worse"
     )
+
+
+def on_every_rank(
+    args: argparse.Namespace,
+    lead: Callable[[argparse.Namespace, Path, Ranks], int],
+    follow: Callable[[argparse.Namespace, Path, Ranks], int],
+) -> int:
+    """A command, with the checkpoint's folder and the ranks: lead on rank 0, follow on all others."""
+    speed_options(args)
+    folder = args.model or bundled_checkpoint()
+    launch = launched()
+    if launch is not None:
+        check_cut(folder, launch.size)
+    with Ranks(launch, args.timeout) as ranks:
+        return (lead if ranks.rank == 0 else follow)(args, folder, ranks)
 
 
 def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, check_texts, dropped_note
-from qwen_ref.cli import Parser, bundled_checkpoint, not_utf8, read_prompt, run, say, speed_options, utf8
-from qwen_ref.config import check_cut, read_json_object, require_folder, shown
-from qwen_ref.launch import Ranks, launched
+from qwen_ref.cli import Parser, not_utf8, read_prompt, run, say, utf8
+from qwen_ref.config import read_json_object, require_folder, shown
+from qwen_ref.launch import Ranks
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import (
     Clock,
@@ -27,6 +27,7 @@ from qwen_ref.settings import (
     describe,
     length_note,
     load,
+    on_every_rank,
     open_folder,
     read_defaults,
 )
@@ -293,16 +294,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _chat(args: argparse.Namespace) -> int:
-    speed_options(args)
-    folder = args.model or bundled_checkpoint()
-    launch = launched()
-    if launch is not None:
-        check_cut(folder, launch.size)
-    with Ranks(launch, args.timeout) as ranks:
-        return _lead(args, folder, ranks) if ranks.rank == 0 else _follow(args, folder, ranks)
-
-
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """A rank that only computes: rank 0 reads what is typed, samples and prints."""
     max_length = int(ranks.share(None))
@@ -363,4 +354,4 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see cli.run)."""
-    return run(_parser(), _chat, arguments)
+    return run(_parser(), lambda args: on_every_rank(args, _lead, _follow), arguments)
