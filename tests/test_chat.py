@@ -159,6 +159,27 @@ def test_a_conversation_that_is_given_up_keeps_what_was_yielded(
     assert talk.finish_reason == "stop"
 
 
+def test_asking_again_ends_an_answer_that_is_still_coming(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
+    talk = Conversation(tiny, tiny_tokenizer)
+    first, second = talk.ask(NORWAY[0]), None
+    begun = next(first)
+    second = talk.ask(ICELAND[0])
+    assert next(second)
+    assert list(first) == []
+    assert "".join(second)
+    assert talk.history == [(NORWAY[0], begun), ICELAND]
+    never, last = talk.ask(NORWAY[0]), talk.ask(NORWAY[0])
+    assert (list(never), "".join(last)) == ([], NORWAY[1])
+    assert len(talk.history) == 3
+
+    kept = PrefixCache(tiny)
+    one = kept.generate([1, 2, 3, 4, 5], max_new_tokens=8)
+    next(one)
+    other = kept.generate([1, 2, 3, 9, 9, 9, 9], max_new_tokens=8)
+    assert list(one) == []
+    assert list(other) == list(generate(tiny, [1, 2, 3, 9, 9, 9, 9], max_new_tokens=8))
+
+
 def test_every_answer_of_a_seeded_conversation_has_a_draw_of_its_own(
     tiny: Qwen, tiny_tokenizer: Tokenizer
 ) -> None:

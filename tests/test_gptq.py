@@ -249,9 +249,9 @@ def test_its_own_bits_compute_what_dequantised_weights_do(made: Callable, settin
     one = relative_rms(load_model(plain, dtype)(IDS), truth)
     model = fasten(load_model(packed, dtype, packed=True))
     singly = decoded(model, [1] * 70)
-    # In bfloat16 and 4 bits scales are rounded to bfloat16 as well. Measured: at most 1.5, and in float32,
-    # where the sums of a bag are added in another order than a product's, 2.5.
-    assert relative_rms(singly, truth) < 2 * one if dtype != "float32" else 4 * one
+    # In bfloat16 and 4 bits scales are rounded to bfloat16 as well. Measured: at most 1.6, and in float32,
+    # where the sums of a bag are added in another order than a product's, 1.8.
+    assert relative_rms(singly, truth) < 2 * one
     assert relative_rms(model(IDS), truth) < 2 * one
     if dtype == "float32":
         assert torch.equal(decoded(model, [1, *[FEW_ROWS] * 7, 6]), singly)
@@ -274,7 +274,7 @@ def test_groups_of_unequal_size_are_not_for_faster_layers(made: Callable) -> Non
     assert torch.equal(load_model(packed, packed=True)(IDS), load_model(plain)(IDS))
     model = load_model(packed, packed=True)
     with pytest.raises(
-        ValueError, match=r"blocks\.0\.attn\.qkv: its groups are of 32 to 96 inputs.*--packed"
+        ValueError, match=r"blocks\.0\.attn\.qkv: its groups, here, are of 32 to 96 inputs.*--packed"
     ):
         fasten(model)
     assert torch.equal(model(IDS), load_model(plain)(IDS))  # nothing was changed
@@ -318,14 +318,18 @@ def test_cuts_fall_on_borders_of_groups(size: str, works: str) -> None:
             gptq.check_ranks(config, ranks)
             continue
         with pytest.raises(
-            ValueError, match=rf"groups of 128\) cannot be split over {ranks} ranks.*use {works}$"
+            ValueError,
+            match=rf"cannot be split over {ranks} ranks at the borders of groups of 128; use {works}$",
         ):
             gptq.check_ranks(config, ranks)
 
 
 def test_a_cut_inside_a_group_is_refused_before_anything_is_read(made: Callable) -> None:
     packed, _ = made(group_size=128)
-    with pytest.raises(ValueError, match=r"hidden_size 128 \(1 groups of 128\) cannot be split over 2 ranks"):
+    with pytest.raises(
+        ValueError,
+        match=r"hidden_size 128 cannot be split over 2 ranks at the borders of groups of 128; use 1",
+    ):
         check_cut(packed, 2)
     assert checkpoint.main(["inspect", str(packed), "--tp", "2"]) == 2
 
@@ -394,7 +398,7 @@ def plain_module(tensors: dict[str, Tensor]) -> None:
         ),
         (
             replaced("scales", lambda t: t.int()),
-            "weights must be BF16, F16, F32, F64: transformer.h.2.mlp.w1.scales is I32",
+            "scales must be BF16, F16, F32: transformer.h.2.mlp.w1.scales is I32",
         ),
         (replaced("scales", lambda t: t * torch.nan), "mlp.w1: scales are NaN or infinite"),
         (replaced("g_idx", lambda t: t + 1), "mlp.w1: g_idx names group 4; there are 4"),

@@ -19,6 +19,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused
 
 from qwen_ref.chat import main
 from qwen_ref.settings import Clock
+from qwen_ref.tokenizer import Tokenizer
 
 QUESTION, ANSWER = "冰岛的首都是哪里？", "雷克雅未克（Reykjavik）"
 COMMAND = [sys.executable, "-m", "qwen_ref.chat"]
@@ -74,8 +75,10 @@ def test_a_message_may_begin_with_a_slash(chat: Callable) -> None:
 def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
     script = ["/help", QUESTION, "/retry", "/history", "/system 你好", "/system", f"/save {file}", "/reset"]
-    result = chat(stdin=lines(*script, "/history", "/retry", "/nonsense", "/save", "/quit", QUESTION))
-    assert result.code == 0
+    result = chat(
+        stdin=lines(*script, "/history", "/retry", "/nonsense", "/save", "/reset all", "/quit", "x")
+    )
+    assert result.code == 2  # four lines were refused, and nobody at a terminal has seen it
     out = result.out.splitlines()
     help_text = [line for line in out if line.startswith("/")]
     for command in ("/reset", "/system", "/history", "/retry", "/save", "/help", "/quit"):
@@ -86,7 +89,8 @@ def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
         "23 tokens of 24 known from before",
         f"{file}: 1 turns",
         "all turns are forgotten",
-        "error: there is no turn to repeat yet",
+        "error: there is no query to repeat yet",
+        "error: /reset takes nothing behind it",
         "error: '/nonsense' is no command; /help lists them",
         "error: /save needs the name of a file",
     ):
@@ -96,6 +100,9 @@ def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
 def test_dropped_turns_and_cut_answers_are_reported(chat: Callable, tmp_path: Path) -> None:
     folder = shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
     settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 0}))
+    line = refused(chat("--model", folder, stdin=lines(QUESTION)))
+    assert "generation_config.json: max_window_size=0 must be from 1 to" in line
     (folder / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 40}))
     result = chat("--model", folder, "--max-new-tokens", "3", stdin=lines(*[QUESTION] * 3))
     assert result.err.count("the answer was cut at 3 tokens; --max-new-tokens allows more") == 3
@@ -122,12 +129,52 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
     monkeypatch.setattr(Clock, "watch", interrupted)
     result = chat(stdin=lines(QUESTION, QUESTION, "/history", "/retry", "/history"))
     assert result.code == 0
-    assert "stopped; the query is dropped" in result.err
+    assert "stopped; there is no answer yet; /retry asks again" in result.err
     assert "stopped; what there is of the answer is kept" in result.err
     started = result.out.splitlines()[1]
     assert ANSWER.startswith(started)
     assert 0 < len(started) < len(ANSWER)
     assert result.out == f"\n{started}\n> {QUESTION}\n{started}\n{ANSWER}\n> {QUESTION}\n{ANSWER}\n"
+
+
+def test_ctrl_c_before_the_answer_ends_no_conversation(
+    chat: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, counts = Tokenizer.encode, iter([True, True])
+
+    def interrupted(tokenizer: Tokenizer, text: str, *rest: object) -> list[int]:
+        if "3+4" in text and next(counts, False):
+            raise KeyboardInterrupt
+        return encode(tokenizer, text, *rest)
+
+    monkeypatch.setattr(Tokenizer, "encode", interrupted)
+    result = chat(stdin=lines(QUESTION, "3+4=?", "/retry", "/retry", "/history"))
+    assert result.code == 0
+    assert result.err.count("stopped; there is no answer yet; /retry asks again") == 2
+    assert result.out == f"{ANSWER}\n7\n> {QUESTION}\n{ANSWER}\n> 3+4=?\n7\n"
+
+
+def test_a_retry_without_an_answer_leaves_the_old_one(
+    chat: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, counts = Clock.watch, iter([False, True])
+
+    def interrupted(clock: Clock, steps: Iterator) -> Iterator:
+        if next(counts):
+            raise KeyboardInterrupt
+        yield from watch(clock, steps)
+
+    monkeypatch.setattr(Clock, "watch", interrupted)
+    result = chat(stdin=lines("3+4=?", "/retry", "/history"))
+    assert "stopped; the answer before stays" in result.err
+    assert result.out == "7\n\n> 3+4=?\n7\n"
+
+
+def test_output_that_fails_ends_it(tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(COMMAND, input=lines("3+4=?", "3+4=?"), stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.count(b"error: [Errno 28]") == 1
 
 
 def test_ctrl_c_ends_once_with_130(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +191,7 @@ def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch
 
     monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(ValueError("3 NaN")))
     result = chat(stdin=lines(QUESTION, "/history"))
-    assert (result.code, result.out) == (0, "\n")
+    assert (result.code, result.out) == (2, "\n")
     assert "error: 3 NaN" in result.err
 
 
@@ -168,16 +215,13 @@ def test_two_ranks_answer_as_one() -> None:
 # Bad input
 
 
-@pytest.mark.parametrize("content", [None, {"chat_format": "raw"}, {"chat_format": "chatglm"}])
-def test_a_base_checkpoint_is_refused_with_the_remedy(
-    chat: Callable, content: dict | None, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
-    (folder / "generation_config.json").unlink()
-    if content is not None:
-        (folder / "generation_config.json").write_text(json.dumps(content))
-    line = refused(chat("--model", folder, "--once", "x"))
-    assert f"chat_format is {(content or {'chat_format': 'raw'})['chat_format']!r}" in line
+@pytest.mark.parametrize("content", [{}, {"chat_format": "raw"}, {"chat_format": "chatglm"}])
+def test_a_base_checkpoint_is_refused_with_the_remedy(chat: Callable, content: dict, tmp_path: Path) -> None:
+    shutil.copy(WEIGHTS / "config.json", tmp_path)
+    assert "has a generation_config.json" in refused(chat("--model", tmp_path, "--once", "x"))
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    line = refused(chat("--model", tmp_path, "--once", "x"))
+    assert f"chat_format is {content.get('chat_format', 'raw')!r}" in line
     assert line.endswith("use its -Chat release, or python -m qwen_ref.generate")
 
 
@@ -193,7 +237,7 @@ def test_a_base_checkpoint_is_refused_with_the_remedy(
         (["--once"], b"\n", "the query is empty; give it behind --once or on stdin"),
         (["--once", "x", "--history", "/nowhere"], b"", "/nowhere: cannot be read"),
         (["--once", "x", "--temperature", "-1"], b"", "temperature=-1.0 must be 0"),
-        (["--model", GOLDEN / "long", "--once", "x"], b"", "qwen.tiktoken: cannot be read"),
+        (["--model", GOLDEN / "nowhere", "--once", "x"], b"", "nowhere: not a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
@@ -243,6 +287,10 @@ def test_a_saved_chat_goes_on_where_it_was(chat: Callable, tmp_path: Path) -> No
         ),
         ('{"format": "qwen_ref.chat", "system": "", "history": null}', "history must be a list of pairs"),
         ('{"format": "qwen_ref.chat", "history": []}', "system must be text, not None"),
+        (
+            '{"format": "qwen_ref.chat", "system": "\\ud800", "history": []}',
+            "holds '\\ud800', which is no",
+        ),
     ],
 )
 def test_a_history_file_that_save_did_not_write_is_refused(
@@ -263,19 +311,47 @@ def test_save_overwrites_nothing_but_a_saved_chat(chat: Callable, tmp_path: Path
     assert "where: cannot be written: No such file or directory" in result.err
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    os.mkfifo(tmp_path / "pipe")  # which would never end if it were read
+    assert "is there already" in chat(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
+    assert "cannot be written" in chat(stdin=lines(f"/save {tmp_path / ('x' * 300)}")).err
+
+
+def test_saving_again_keeps_a_link_and_who_may_read(chat: Callable, tmp_path: Path) -> None:
+    file, link = tmp_path / "saved.json", tmp_path / "link"
+    chat(stdin=lines(f"/save {file} "))
+    file.chmod(0o600)
+    link.symlink_to(file)
+    assert "1 turns" in chat(stdin=lines("3+4=?", f"/save {link}")).err
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert chat("--history", file, stdin=lines("/history")).out == "> 3+4=?\n7\n"
 
 
 # In a terminal
 
 
+# The terminal becomes that of the command, for which Ctrl-C is a signal.
+TAKE = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Terminal:
     """The command with a terminal for stdin, stdout and stderr."""
 
-    def __init__(self, command: list[str]) -> None:
-        self.process, self.terminal = pty.fork()
-        if self.process == 0:
-            os.environ["TERM"] = "xterm"
-            os.execv(command[0], command)
+    def __init__(self, command: list[str], **environment: str) -> None:
+        self.terminal, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TAKE, *command],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm", **environment},
+            start_new_session=True,
+        )
+        os.close(theirs)
         self.shown = ""
 
     def until(self, text: str) -> str:
@@ -292,9 +368,11 @@ class Terminal:
         os.write(self.terminal, keys.encode())
 
     def end(self) -> int:
-        _, status = os.waitpid(self.process, 0)
-        os.close(self.terminal)
-        return os.waitstatus_to_exitcode(status)
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
+            os.close(self.terminal)
 
 
 SLOW = """
@@ -341,7 +419,28 @@ def test_a_chat_in_a_terminal() -> None:
     terminal.until("> ")
     terminal.type("/save /dev/null\n")
     terminal.until("is there already")
+    terminal.until("> ")  # while nobody reads, the terminal itself takes Ctrl-D
     terminal.type("\x04")  # Ctrl-D
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_locale_without_chinese_can_be_typed_in(locale: str, tmp_path: Path) -> None:
+    (tmp_path / "saved.json").write_text(
+        json.dumps({"format": "qwen_ref.chat", "system": "", "history": [["\x1b[2J", "\x1b]0;x\x07"]]})
+    )
+    command = [*COMMAND, "--history", str(tmp_path / "saved.json"), "--system", ""]
+    terminal = Terminal(command, LC_ALL=locale)
+    terminal.until("> ")
+    terminal.type("冰岛错了\x7f\x7f的首都是哪里？\x1b*\t\n")
+    terminal.until("prefill")
+    terminal.until("> ")
+    terminal.type("/history\n")
+    terminal.until("\n")
+    # What is saved is shown, not obeyed; two characters were taken back, and no names of files came in.
+    shown = terminal.until(ANSWER).replace("\r", "").removeprefix("\x1b[?2004l")  # that ends a paste
+    assert shown == f"> \\x1b[2J\n\\x1b]0;x\\x07\n> {QUESTION}\t\n"
+    terminal.type("/quit\n")
     assert terminal.end() == 0
 
 

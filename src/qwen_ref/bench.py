@@ -228,7 +228,7 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
     from qwen_ref.int8_cache import Int8Cache
 
     config, size = model.config, model.embed.weight.element_size()
-    head = config.kv_channels + size if model.cache_type is Int8Cache else config.kv_channels * size
+    head = config.kv_channels + 4 if model.cache_type is Int8Cache else config.kv_channels * size
     position = 2 * config.num_hidden_layers * config.num_attention_heads // model.group.size * head
     return weights + batch * (config.hidden_size * size + length * position)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.config import shown
@@ -116,7 +116,8 @@ def check_texts(query: object, history: object, system: object) -> None:
 class Conversation:
     """A system message, the turns so far, and a model that answers the next query.
 
-    A new turn only computes what the last one did not (see prefix.py).
+    A new turn computes what the last one did not (see prefix.py). There is one answer at a time: asking again
+    ends one that is still coming, as closing its iterator does.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class Conversation:
         stop_ids: Collection[int] | None = None,
         **settings: Any,
     ) -> None:
-        """settings: those of qwen_ref.generate.generate. A seed is that of the first answer, and the next
-        one's is one more. stop_ids: those of ChatML by default.
+        """settings: those of qwen_ref.generate.generate, all but cache. A seed is that of the first answer,
+        and the next one's is one more. stop_ids: those of ChatML by default.
         """
         check_texts("", history, system)
         self.tokenizer = tokenizer
@@ -144,7 +145,9 @@ class Conversation:
         self.prefix = PrefixCache(model, max_window_size + self.settings["max_new_tokens"])
         self.answers = 0  # so many were asked for, repeated ones included
         self.context = Context([], 0)  # the last one
-        self.finish_reason: str | None = None  # of the last answer: "stop", "length", None: it was given up
+        # Of the last answer: "stop" or "length"; None: it is still coming, or was given up.
+        self.finish_reason: str | None = None
+        self._answer: Generator[str] | None = None
 
     def ask(self, query: str) -> Iterator[str]:
         """Yields the answer's text as it comes, in whole characters; then the turn is part of the history.
@@ -152,15 +155,18 @@ class Conversation:
         So it is with what was yielded when the iterator is closed or interrupted, unless that is nothing.
         Raises what `generate` raises.
         """
+        if self._answer is not None:
+            self._answer.close()
         self.context = context(self.tokenizer, query, self.history, self.system, self.max_window_size)
         settings = {**self.settings, "stop_ids": self.stop_ids}
         if settings.get("seed") is not None:
-            settings["seed"] += self.answers
-        self.answers += 1
+            settings["seed"] = (settings["seed"] + self.answers) % 2**63
         self.finish_reason = None
-        return self._answered(query, self.prefix.generate(self.context.ids, **settings))
+        self._answer = self._answered(query, self.prefix.generate(self.context.ids, **settings))
+        self.answers += 1
+        return self._answer
 
-    def _answered(self, query: str, steps: Iterator[Step]) -> Iterator[str]:
+    def _answered(self, query: str, steps: Generator[Step]) -> Generator[str]:
         stream = TextStream(steps, self.tokenizer, self.stop_ids, self.stop_texts)
         response = ""
         try:
@@ -190,7 +196,7 @@ def reply(
 ) -> tuple[str, list[Turn]]:
     """The model's answer to query, and the history with this turn at its end, for the next call.
 
-    settings: those of qwen_ref.generate.generate, which is greedy by default; max_new_tokens is 512.
+    settings: those of qwen_ref.generate.generate, all but cache. Greedy by default; max_new_tokens is 512.
     Where the window has no room for the oldest turns, a warning is logged, and the history still has them.
     Each call computes its whole context; a Conversation keeps what the last answer left in the cache.
     Raises ValueError for what is no text, and what `generate` raises.

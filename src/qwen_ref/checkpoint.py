@@ -45,6 +45,7 @@ STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
 
 PACKED_DTYPES = ("I32",)  # of a GPTQ checkpoint's packed tensors
+SCALE_DTYPES = ("BF16", "F16", "F32")
 
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
 _IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -212,6 +213,10 @@ class StoredTensor(NamedTuple):
         return str(STORED_DTYPES[self.dtype]).removeprefix("torch.")
 
     @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self,)
+
+    @property
     def nbytes(self) -> int:
         size = 4 if self.dtype in PACKED_DTYPES else STORED_DTYPES[self.dtype].itemsize
         return math.prod(self.shape) * size
@@ -368,6 +373,15 @@ def _compare(
             f"here are {len(plain)} that are not{mixed}: {_some(plain)}"
         )
         return
+    if gptq is not None:
+        word = 32 // gptq.bits
+        uneven = sorted({size for spec in matrices for size in spec.shape if size % word})
+        if uneven:
+            problems.append(
+                f"{', '.join(map(str, uneven))} inputs or outputs do not fill words of {word} weights: they "
+                f"cannot be packed in {gptq.bits} bits"
+            )
+            return
     expected: dict[str, tuple[tuple[int, ...], Collection[str]]] = {}
     optional = set()
     for spec in table:
@@ -375,7 +389,7 @@ def _compare(
             expected[spec.published] = spec.shape, STORED_DTYPES
             continue
         for name, shape in packed_shapes(spec, gptq).items():
-            expected[name] = shape, STORED_DTYPES if name.endswith("scales") else PACKED_DTYPES
+            expected[name] = shape, SCALE_DTYPES if name.endswith(".scales") else PACKED_DTYPES
         if (bias := f"{module_of(spec)}.bias") not in expected and spec.cut != "heads":
             expected[bias] = spec.shape[:1], STORED_DTYPES
             optional.add(bias)
@@ -392,7 +406,8 @@ def _compare(
     ]
     if shaped:
         problems.append(f"shapes that contradict config.json: {_some(shaped)}")
-    for what, names in (("weights", STORED_DTYPES), ("packed tensors", PACKED_DTYPES)):
+    kinds = (("weights", STORED_DTYPES), ("packed tensors", PACKED_DTYPES), ("scales", SCALE_DTYPES))
+    for what, names in kinds:
         typed = [
             f"{name} is {found[name].dtype}"
             for name, (_, dtypes) in expected.items()

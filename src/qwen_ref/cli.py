@@ -66,13 +66,19 @@ def run(
 
 def say(line: str) -> None:
     """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
-    printable = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
     rank = os.environ.get("RANK", "0")  # torchrun's: one of several processes says which it is
     who = "qwen_ref" if rank == "0" else f"qwen_ref, rank {rank}"
     try:
-        print(f"{who}: {printable}", file=sys.stderr, flush=True)
+        print(f"{who}: {printable(line)}", file=sys.stderr, flush=True)
     except OSError:  # a full disk behind stderr must not cost the result on stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Text without the controls that a terminal would obey, all but those kept."""
+    return "".join(
+        c if c.isprintable() or c in kept else " " if c.isspace() else ascii(c)[1:-1] for c in text
+    )
 
 
 def bundled_checkpoint() -> Path:
@@ -85,7 +91,7 @@ def bundled_checkpoint() -> Path:
 def read_prompt(argument: str | None, file: Path | None) -> str:
     """The prompt from a command's argument (see utf8), from a file, or from stdin for "-" or neither.
 
-    One newline at the end of a file or of stdin is dropped: `echo` and editors add it.
+    One line end of a file or of stdin is dropped at its end: `echo` and editors add it.
     Raises ValueError for what is not UTF-8.
     """
     if file is not None:
@@ -101,7 +107,8 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     else:
         return argument
     try:
-        return encoded.decode("utf-8").removesuffix("\n")
+        text = encoded.decode("utf-8")
+        return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(source, error)) from None
 

@@ -190,9 +190,8 @@ class GPTQConfig:
             found[own] = read_json_object(own)
         parsed = {path: cls._parsed(path, settings) for path, settings in found.items()}
         if len(set(parsed.values())) > 1:
-            raise ValueError(
-                f"{' and '.join(map(str, parsed))} disagree: {' and '.join(map(str, parsed.values()))}"
-            )
+            said = [f"{path} says {found.in_words}" for path, found in parsed.items()]
+            raise ValueError(f"{', '.join(said)}; remove the one that is wrong")
         return next(iter(parsed.values()), None)
 
     @classmethod
@@ -229,6 +228,11 @@ class GPTQConfig:
         return self.desc_act or self.group_size == -1
 
     @property
+    def in_words(self) -> str:
+        flags = f"desc_act {str(self.desc_act).lower()}, sym {str(self.sym).lower()}"
+        return f"{self.bits} bits, {self.grouping}, {flags}"
+
+    @property
     def grouping(self) -> str:
         """In words."""
         return "one group" if self.group_size == -1 else f"groups of {self.group_size}"
@@ -242,7 +246,7 @@ class GPTQConfig:
 
         >>> GPTQConfig(4, 128, False, True).check_ranks(QwenConfig.preset("1.8b"), 2)
         Traceback (most recent call last):
-        ValueError: the MLP's width 5504 (43 groups of 128) cannot be split over 2 ranks at a border; use 1
+        ValueError: the MLP's width 5504 cannot be split over 2 ranks at the borders of groups of 128; use 1
         """
         word = 32 // self.bits  # weights in an int32: they are not divided either
         unit = word if self.anywhere else math.lcm(self.group_size, word)
@@ -254,8 +258,10 @@ class GPTQConfig:
         if wrong := divided(ranks):
             works = [n for n in config.usable_ranks() if not divided(n)]
             what = f"words of {word} weights" if self.anywhere else f"groups of {self.group_size}"
-            named = " and ".join(f"{name} {sizes[name]} ({sizes[name] / unit:g} {what})" for name in wrong)
-            raise ValueError(f"{named} cannot be split over {ranks} ranks at a border; use {_either(works)}")
+            named = " and ".join(f"{name} {sizes[name]}" for name in wrong)
+            raise ValueError(
+                f"{named} cannot be split over {ranks} ranks at the borders of {what}; use {_either(works)}"
+            )
 
 
 def check_cut(folder: str | Path, ranks: int) -> None:

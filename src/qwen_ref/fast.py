@@ -119,7 +119,7 @@ def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
             )
         if packed is not None:
             try:
-                packed[0].few_bits()
+                packed[0].check_even()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     if weight.device.type != "cpu":

@@ -12,6 +12,7 @@ fasten makes faster layers of those.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -82,15 +83,20 @@ class PackedWeight(NamedTuple):
         packed = map(outputs, (self.qweight, self.qzeros, self.scales))
         return PackedWeight(*packed, self.g_idx, self.bits)
 
-    def few_bits(self) -> FewBits:
-        """The same weight for the layers of fast.py; ValueError where its groups are of different sizes."""
-        groups, inputs = len(self.scales), len(self.g_idx)
+    def check_even(self) -> None:
+        """Raises ValueError where groups are of different sizes."""
+        groups = len(self.scales)
         counts = self.g_idx.long().bincount(minlength=groups)
-        if not (counts == inputs // groups).all():
+        if not (counts == len(self.g_idx) // groups).all():
             raise ValueError(
-                f"its groups are of {int(counts.min())} to {int(counts.max())} inputs, faster layers take "
-                "groups of one size; leave --fast out, or keep the weights packed (--packed)"
+                f"its groups, here, are of {int(counts.min())} to {int(counts.max())} inputs, and faster "
+                "layers take groups of one size; use --packed instead of --fast, which takes all"
             )
+
+    def few_bits(self) -> FewBits:
+        """The same weight for the layers of fast.py; raises what check_even does."""
+        self.check_even()
+        groups, inputs = len(self.scales), len(self.g_idx)
         in_order = bool((self.g_idx.diff() >= 0).all())
         order = None if in_order else self.g_idx.long().argsort(stable=True)
         scale = self.scales.t().float()  # (out, groups)
@@ -112,8 +118,12 @@ class StoredPacked(NamedTuple):
     gptq: GPTQConfig
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.parts[0].shape[1], self.parts[3].shape[0])
+    def module(self) -> str:
+        return self.parts[0].published.removesuffix(".qweight")
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return self.parts if self.zero_bias is None else (*self.parts, self.zero_bias)
 
     @property
     def dtype(self) -> str:
@@ -125,6 +135,7 @@ class StoredPacked(NamedTuple):
         return f"int{self.gptq.bits}, {self.gptq.grouping}"
 
     def bytes_of_rank(self, spec: TensorSpec, ranks: int) -> int:
+        """Where inputs are cut, by what the settings say of the groups: g_idx is not read for it."""
         qweight, qzeros, scales, g_idx = (part.nbytes for part in self.parts)
         if spec.cut != "columns":
             return (qweight + qzeros + scales) // ranks + g_idx
@@ -135,12 +146,19 @@ class StoredPacked(NamedTuple):
         """What tells it from other checkpoints' weights."""
         return self.parts[0].start()
 
+    def read(self) -> Tensor:
+        """The weight, (out, in) float32."""
+        return self._packed().dequantized()
+
     def part(self, spec: TensorSpec, rank: int, ranks: int) -> PackedWeight:
-        """A rank's part, read; ValueError where its values are not what such a file holds."""
+        """A rank's part, packed."""
+        return self._packed().part(spec.cut, rank, ranks)
+
+    def _packed(self) -> PackedWeight:
+        """What the files hold; ValueError where that is not what such a file should."""
         packed = PackedWeight(*(part.read() for part in self.parts), self.gptq.bits)
-        name = module_of(spec)
         if self.zero_bias is not None and self.zero_bias.read().any():
-            raise ValueError(f"{name}.bias is not zero: only the q, k, v projection may have a bias")
+            raise ValueError(f"{self.module}.bias is not zero: only the q, k, v projection may have a bias")
         try:
             check_groups(packed.g_idx, len(packed.scales))
             if not torch.isfinite(packed.scales).all():
@@ -148,14 +166,15 @@ class StoredPacked(NamedTuple):
             if self.gptq.sym:
                 _check_zeros(packed.qzeros, self.gptq.bits)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        return packed.part(spec.cut, rank, ranks)
+            raise ValueError(f"{self.module}: {error}") from None
+        return packed
 
 
 def _check_zeros(qzeros: Tensor, bits: int) -> None:
     """Where sym is set, every zero point is the middle of the range, and 1 less is what is stored.
 
-    Read in the other format, every weight would be off by its scale: such models say "!!!!".
+    Read in the other format, every weight would be off by its scale: such models say "!!!!". Without sym the
+    values say nothing of the format, only checkpoint_format in the settings does.
     """
     middle = 1 << (bits - 1)
     zeros = unpack(qzeros, bits, dim=1)
@@ -183,6 +202,13 @@ class _Dequantized(nn.Module):
         for name, tensor in zip(PARTS, packed, strict=False):
             self.register_buffer(name, tensor)
         self.bits = packed.bits
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Dequantized:
+        """What .to(), .half() and the like do: a cast is one of the weight, not of its scales."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.scales.device)
+        return self
 
     def packed(self) -> PackedWeight:
         return PackedWeight(*(getattr(self, name) for name in PARTS), self.bits)

@@ -1,6 +1,6 @@
 """A KV cache in 8 bits: a byte for each number, and a scale for each token and head.
 
-    model.cache_type = Int8Cache
+    model.cache_type = Int8Cache        # after fasten, which gives the model a cache of its own
 
 It takes half the memory, and a pass turns the keys and values of one layer at a time back into the model's
 dtype. The published releases offer the like; the choice of scales here is ours.
@@ -17,6 +17,8 @@ from qwen_ref.model import KVCache
 class Int8Cache(KVCache):
     """x ≈ q · scale, with q from -127 to 127 and scale = max |x| / 127 over the K numbers of a token's head.
 
+    Scales are float32 (float64 in a float64 model): float16 has none for heads below 1e-3.
+
     All that attention reads has been rounded, what the pass itself adds included: so one shot, chunks and
     single tokens are still the same computation.
     """
@@ -28,8 +30,9 @@ class Int8Cache(KVCache):
         self.keys, self.values = (
             [like.new_empty(shape, dtype=torch.int8) for _ in range(layers)] for _ in range(2)
         )
+        wide = torch.promote_types(like.dtype, torch.float32)
         self.key_scales, self.value_scales = (
-            [like.new_empty((*shape[:3], 1)) for _ in range(layers)] for _ in range(2)
+            [like.new_empty((*shape[:3], 1), dtype=wide) for _ in range(layers)] for _ in range(2)
         )
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +45,7 @@ class Int8Cache(KVCache):
         """Writes T new positions (B, H, T, K), returns all S, (B, H, S, K)."""
         end = self.length + x.shape[2]
         new = slice(self.length, end)
-        scales[:, :, new] = x.abs().amax(dim=3, keepdim=True) / 127
-        # Rounded to the model's dtype first: then q makes up for it. All zeros have scale 0.
-        scale = scales[:, :, new]
-        numbers[:, :, new] = (x / torch.where(scale == 0, 1, scale)).round().clamp(-127, 127)
-        return numbers[:, :, :end] * scales[:, :, :end]
+        scale = x.abs().amax(dim=3, keepdim=True).to(scales.dtype) / 127
+        scales[:, :, new] = scale
+        numbers[:, :, new] = (x / torch.where(scale == 0, 1, scale)).round()  # 0 / 0 would be NaN
+        return (numbers[:, :, :end] * scales[:, :, :end]).to(x.dtype)

@@ -7,7 +7,7 @@ texts part, by moving its length back: what stands behind is overwritten.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.generate import generate
@@ -21,29 +21,35 @@ class PrefixCache:
     """`generate`, time after time, with what the last text left in the cache.
 
     What comes out is what `generate` gives without it, but for rounding: positions computed in other passes
-    round otherwise. Dynamic NTK fixes its base by the length of the whole prompt, so where a longer prompt
-    has another base, nothing can be kept, and all is computed anew.
+    round otherwise. Dynamic NTK fixes its base by the length of the whole prompt: where a longer prompt has
+    another base, nothing can be kept; nor where a text outgrows the cache, and a larger one takes its place.
     Several ranks use theirs alike.
     """
 
     def __init__(self, model: Qwen, max_length: int = 2048) -> None:
-        """max_length: positions to make room for; a text that needs more starts with a larger cache."""
+        """max_length: positions to make room for."""
         self.model = model
         self.max_length = max_length
         self.kept = 0  # positions of the last prompt that were there already
         self._cache: KVCache | None = None
         self._ids: list[int] = []  # the first cache.length of them are in the cache
+        self._steps: Generator[Step] | None = None
 
     def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
     ) -> Iterator[Step]:
-        """As qwen_ref.generate.generate, which has the settings; an iterator that is given up is closed."""
+        """As qwen_ref.generate.generate, which has the settings, all but cache.
+
+        There is one text at a time: an iterator that is still running ends with the next call.
+        """
+        if self._steps is not None:
+            self._steps.close()
         prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
         cache = self._rewound(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
         self._ids = prompt_ids
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
 
-        def watched() -> Iterator[Step]:
+        def watched() -> Generator[Step]:
             try:
                 with contextlib.closing(steps):
                     for step in steps:
@@ -53,7 +59,8 @@ class PrefixCache:
                 self._cache = None
                 raise
 
-        return watched()
+        self._steps = watched()
+        return self._steps
 
     def _rewound(self, prompt_ids: list[int], length: int) -> KVCache:
         """A cache with room for so many positions, that holds as much of the prompt as can be kept."""

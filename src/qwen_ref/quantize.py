@@ -96,12 +96,13 @@ def dequantize_int4(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> Tensor:
-    """A packed layer of a GPTQ checkpoint (AutoGPTQ v1) → its weight, (out, in) float32, exactly.
+    """A packed layer of a GPTQ checkpoint (AutoGPTQ v1) → its weight, (out, in) float32.
 
     qweight: (in · bits / 32, out) int32, an output's q's along the inputs, the first in the lowest bits.
     qzeros: (groups, out · bits / 32) int32, the zero points less 1, along the outputs.
     scales: (groups, out), float16. g_idx: (in), the group of each input. bits: 4 or 8.
-    A float16 scale times a difference of bytes has at most 20 bits: float32 holds it.
+    Exactly: a float16 or bfloat16 scale times a difference of bytes has at most 20 bits, which float32 holds.
+    A zero point stored as all ones is 2^bits, by the same formula.
 
     >>> q = torch.tensor([[0x76543210]], dtype=torch.int32)  # q from 0 to 7
     >>> zeros = torch.tensor([[7]], dtype=torch.int32)  # of eight outputs; that of the first is 8
@@ -112,7 +113,27 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
     Raises ValueError for shapes that do not belong together, other bits, and a group that is not there.
     """
     check_bits(bits)
-    inputs, outputs, groups = len(g_idx), qweight.shape[-1], len(scales)
+    for name, tensor, dimensions in (
+        ("qweight", qweight, 2),
+        ("qzeros", qzeros, 2),
+        ("scales", scales, 2),
+        ("g_idx", g_idx, 1),
+    ):
+        if (
+            tensor.ndim != dimensions
+            or tensor.numel() == 0
+            or tensor.is_floating_point() != (name == "scales")
+        ):
+            kind = "floating-point numbers" if name == "scales" else "integers"
+            raise ValueError(
+                f"{name} must be {kind} of {dimensions} dimensions, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    inputs, outputs, groups = len(g_idx), qweight.shape[1], len(scales)
+    if inputs % (32 // bits) or outputs % (32 // bits):
+        raise ValueError(
+            f"{inputs} inputs and {outputs} outputs must both be multiples of {32 // bits}: in {bits} bits "
+            "so many fill a word"
+        )
     wanted = [
         ("qweight", qweight, (inputs * bits // 32, outputs)),
         ("qzeros", qzeros, (groups, outputs * bits // 32)),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwen_ref.model import Qwen
 
 MAX_WINDOW_SIZE = 6144  # tokens of a chat's context, where its folder says nothing else
+_LARGEST_WINDOW = 2**24  # no Qwen comes near: a cache has room for a window
 
 
 class Defaults(NamedTuple):
@@ -37,7 +38,6 @@ class Defaults(NamedTuple):
     repetition_penalty: float
     stop_ids: frozenset[int]
     stop_texts: tuple[str, ...]
-    chat_format: str
     max_window_size: int
 
 
@@ -61,11 +61,16 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
             raise ValueError(f"{name}={shown(found)} must be {wanted}")
         return found
 
-    chat_format = value("chat_format", "raw", str)
+    def stop_text(word: list[int]) -> str:
+        try:
+            return tokenizer.decode_bytes(word).decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"stop_words_ids: {word} are no whole characters") from None
+
     eos = value("eos_token_id", tokenizer.special_ids["<|endoftext|>"], int, list)
     words = [[token] for token in (eos if isinstance(eos, list) else [eos])]
     words += value("stop_words_ids", [], list)
-    if chat_format == "chatml":
+    if value("chat_format", "raw", str) == "chatml":
         words += [[tokenizer.special_ids["<|im_start|>"]], [tokenizer.special_ids["<|im_end|>"]]]
     for word in words:
         ids = isinstance(word, list) and word and all(type(token) is int for token in word)
@@ -80,11 +85,14 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         repetition_penalty=float(value("repetition_penalty", 1.0, int, float)),
         stop_ids=frozenset(word[0] for word in words if len(word) == 1),
         # A stop word of several ids is text that can also be spelled with other ids: it is matched as text.
-        stop_texts=tuple(tokenizer.decode_bytes(word).decode("utf-8") for word in words if len(word) > 1),
-        chat_format=chat_format,
+        stop_texts=tuple(stop_text(word) for word in words if len(word) > 1),
         max_window_size=value("max_window_size", MAX_WINDOW_SIZE, int),
     )
     check_settings(*defaults[:5])
+    if not 1 <= defaults.max_window_size <= _LARGEST_WINDOW:
+        raise ValueError(
+            f"max_window_size={defaults.max_window_size} must be from 1 to {_LARGEST_WINDOW} tokens"
+        )
     return defaults
 
 

@@ -6,16 +6,19 @@ Answers go to stdout as they come, everything else to stderr. Ctrl-C stops an an
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import json
+import locale
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, check_texts, dropped_note
-from qwen_ref.cli import Parser, not_utf8, read_prompt, run, say, utf8
+from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, chat_stop_ids, check_texts, dropped_note
+from qwen_ref.cli import Parser, not_utf8, printable, read_prompt, run, say, utf8
 from qwen_ref.config import read_json_object, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.prefix import PrefixCache
@@ -56,6 +59,9 @@ class Chat:
         """clock: what watches the steps of each answer."""
         self.conversation = conversation
         self.clock = clock
+        self.failed = False  # whether any message was
+        self.query: str | None = None  # the last one
+        self._noted = False
 
     def message(self, text: str) -> bool:
         """Does what one message asks for; False where that is the end. What goes wrong is said."""
@@ -63,61 +69,76 @@ class Chat:
             if text.startswith("/") and not text.startswith("//") and "\n" not in text:
                 return self._command(*text.split(maxsplit=1))
             self.answer(text.removeprefix("/") if text.startswith("//") else text)
-        except ConnectionError:  # a rank is gone
-            raise
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             say(f"error: {error}")
+            self.failed = True
+        except KeyboardInterrupt:  # between answers
+            say("stopped")
         return True
 
-    def answer(self, query: str) -> int:
-        """Prints the answer while it comes; 130 where Ctrl-C stopped it, else 0."""
-        talk, code, turns = self.conversation, 0, len(self.conversation.history)
-        with contextlib.closing(talk.ask(query)) as pieces:
-            tokens, kept = len(talk.context.ids), talk.prefix.kept
-            if talk.context.dropped:
-                say(f"note: {dropped_note(talk)}")
-            if note := length_note(talk.prefix.model.config, tokens + talk.settings["max_new_tokens"]):
-                say(note)
-            try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:
-                code = 130
-            finally:
-                print(flush=True)
-        if code:
-            said = (
-                "what there is of the answer is kept" if len(talk.history) > turns else "the query is dropped"
-            )
+    def answer(self, query: str, otherwise: str = "there is no answer yet; /retry asks again") -> int:
+        """Prints the answer while it comes; 130 where Ctrl-C stopped it, else 0.
+
+        otherwise: what is so where it was stopped before there was anything.
+        """
+        talk, turns = self.conversation, len(self.conversation.history)
+        self.query = query
+        try:
+            with contextlib.closing(talk.ask(query)) as pieces:
+                tokens, kept = len(talk.context.ids), talk.prefix.kept
+                self._note(tokens)
+                try:
+                    for piece in pieces:
+                        print(shown_text(piece), end="", flush=True)
+                finally:
+                    print(flush=True)
+        except KeyboardInterrupt:
+            said = "what there is of the answer is kept" if len(talk.history) > turns else otherwise
             say(f"stopped; {said}")
-        elif talk.finish_reason == "length":
+            return 130
+        if talk.finish_reason == "length":
             limit = talk.settings["max_new_tokens"]
             say(f"the answer was cut at {limit} tokens; --max-new-tokens allows more")
         before = f"{kept} tokens of {tokens} known from before; " if kept else ""
         say(before + self.clock.report(tokens - kept))
-        return code
+        return 0
+
+    def _note(self, tokens: int) -> None:
+        """What is to be known of the context."""
+        talk = self.conversation
+        if talk.context.dropped:
+            say(f"note: {dropped_note(talk)}")
+        note = length_note(talk.prefix.model.config, tokens + talk.settings["max_new_tokens"])
+        if note and not self._noted:
+            say(note)
+            self._noted = True
 
     def _command(self, name: str, argument: str = "") -> bool:
         talk = self.conversation
+        if argument and name in ("/quit", "/help", "/history", "/reset", "/retry"):
+            raise ValueError(
+                f"{name} takes nothing behind it; a message that begins with / is written with //"
+            )
         if name == "/quit":
             return False
         if name == "/help":
             print(HELP, flush=True)
         elif name == "/history":
             for asked, answered in talk.history:
-                print(f"> {asked}\n{answered}", flush=True)
+                print(shown_text(f"> {asked}\n{answered}"), flush=True)
         elif name == "/system" and argument:
             talk.system = argument
             say("the system message is another one now; the turns stay, /reset forgets them")
         elif name == "/system":
-            print(talk.system, flush=True)
+            print(shown_text(talk.system), flush=True)
         elif name == "/reset":
             talk.history.clear()
+            self.query = None
             say("all turns are forgotten")
         elif name == "/retry":
             self._retry()
         elif name == "/save" and argument:
-            save(Path(argument), talk.system, talk.history)
+            save(Path(argument.strip()).expanduser(), talk.system, talk.history)
             say(f"{argument}: {len(talk.history)} turns")
         elif name == "/save":
             raise ValueError("/save needs the name of a file")
@@ -127,14 +148,23 @@ class Chat:
 
     def _retry(self) -> None:
         history = self.conversation.history
-        if not history:
-            raise ValueError("there is no turn to repeat yet")
+        query = history[-1][0] if self.query is None and history else self.query
+        if query is None:
+            raise ValueError("there is no query to repeat yet")
+        if not history or history[-1][0] != query:  # it had no answer
+            self.answer(query)
+            return
         last, turns = history.pop(), len(history)
         try:
-            self.answer(last[0])
+            self.answer(query, otherwise="the answer before stays")
         finally:
             if len(history) == turns:  # nothing came
                 history.append(last)
+
+
+def shown_text(text: str) -> str:
+    """Text for stdout: a terminal does not get to obey what a model or a file says."""
+    return printable(text, kept="\n\t") if sys.stdout.isatty() else text
 
 
 class _WatchedCache(PrefixCache):
@@ -161,22 +191,31 @@ class _WatchedCache(PrefixCache):
 
 def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     """Writes a conversation as JSON, whole or not at all; ValueError where another kind of file is there."""
-    if os.path.lexists(path):
-        try:
-            read_saved(path)
-        except ValueError:
-            raise ValueError(f"{path} is there already and is no saved chat; give another name") from None
-    text = json.dumps(
-        {"format": SAVED_AS, "system": system, "history": history}, ensure_ascii=False, indent=1
-    )
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    content = {"format": SAVED_AS, "system": system, "history": history}
     try:
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
+        target = Path(os.path.realpath(path))  # a link stays one
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        there = os.path.lexists(target)
+        if there and not (target.is_file() and _is_saved(target)):
+            raise ValueError(f"{path} is there already and is no saved chat; give another name")
+        try:
+            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            if there:
+                shutil.copymode(target, part)
+            os.replace(part, target)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _is_saved(path: Path) -> bool:
+    try:
+        read_saved(path)
+    except ValueError:
+        return False
+    return True
 
 
 def read_saved(path: Path) -> tuple[str, list[Turn]]:
@@ -187,6 +226,11 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
         raise ValueError(f'{path}: "format" is {shown(raw.get("format"))}, not "{SAVED_AS}"; {remedy}')
     try:
         check_texts("", raw.get("history"), raw.get("system"))
+        json.dumps(raw, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: holds {error.object[error.start]!r}, which is no character; {remedy}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {remedy}") from None
     return raw["system"], [(asked, answered) for asked, answered in raw["history"]]
@@ -198,10 +242,8 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
 def messages() -> Iterator[str]:
     """What is typed or piped in, message by message, to the end of stdin; Ctrl-C drops what is being typed.
 
-    Raises ValueError for what is not UTF-8, unless it was typed: then it is said.
+    Raises ValueError for what is not UTF-8, unless it comes from a terminal: then it is said.
     """
-    if sys.stdin is None:
-        raise ValueError("stdin is closed; --once TEXT asks without it")
     typed = sys.stdin.isatty()
     line_of = _typed_line if typed and sys.stdout.isatty() else _piped_line
     if line_of is _typed_line:
@@ -209,10 +251,6 @@ def messages() -> Iterator[str]:
     while True:
         try:
             text = _message(line_of)
-            if text is None:
-                return
-            if text.strip():
-                yield text
         except KeyboardInterrupt:
             print(file=sys.stderr)
             say("/quit or Ctrl-D ends the chat")
@@ -220,6 +258,11 @@ def messages() -> Iterator[str]:
             if not typed:
                 raise
             say(f"error: {error}")
+        else:
+            if text is None:
+                return
+            if text.strip():
+                yield text
 
 
 def _message(line_of: Callable[[str], str | None]) -> str | None:
@@ -238,11 +281,30 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
 def _edit_lines() -> None:
     """Line editing and recall of earlier lines by readline, where Python has it."""
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if _coding() != "utf-8":
+        # There readline, which asks the environment, takes the bytes of a Chinese character for commands.
+        os.environ["LC_ALL"] = "C.UTF-8"
     with contextlib.suppress(ImportError):
         import readline
 
         # A terminal then marks what is pasted, and line ends in it do not send it. Python switches it off.
         readline.parse_and_bind("set enable-bracketed-paste on")
+        # Completion would put the names of files into a message.
+        readline.parse_and_bind("set disable-completion on")
+        for key in "*?=/":
+            readline.parse_and_bind(f'"\\e{key}": ""')
+
+
+def _coding() -> str:
+    """How the locale of the environment codes text."""
+    try:
+        before = locale.setlocale(locale.LC_CTYPE)
+        locale.setlocale(locale.LC_CTYPE, "")
+        coding = locale.nl_langinfo(locale.CODESET)
+        locale.setlocale(locale.LC_CTYPE, before)
+        return codecs.lookup(coding).name
+    except (locale.Error, LookupError):  # it is not installed
+        return "unknown"
 
 
 def _typed_line(prompt: str) -> str | None:
@@ -251,7 +313,7 @@ def _typed_line(prompt: str) -> str | None:
     except EOFError:
         print(flush=True)
         return None
-    return _decoded(line.encode("utf-8", "surrogateescape"))
+    return _decoded(line.encode("utf-8", "surrogateescape")).rstrip("\n")  # a paste may end with some
 
 
 def _piped_line(prompt: str) -> str | None:
@@ -308,25 +370,22 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    require_folder(folder)
-    query = None if args.once is None else read_prompt(args.once, None)
-    if query is not None and not query.strip():
-        raise ValueError("the query is empty; give it behind --once or on stdin")
+    _require_chat(folder)
     system, history = (DEFAULT_SYSTEM, []) if args.history is None else read_saved(args.history)
     _, tokenizer = open_folder(folder)
     defaults = read_defaults(folder, tokenizer)
-    if defaults.chat_format != "chatml":
-        raise ValueError(
-            f"{folder}: chat_format is {shown(defaults.chat_format)} in generation_config.json: "
-            "a base model, which continues text; only 'chatml' is chatted with; use its -Chat release, or "
-            "python -m qwen_ref.generate"
-        )
+    stop_ids = defaults.stop_ids | chat_stop_ids(tokenizer)
     settings = chosen_settings(args, defaults)
+    if args.once is None and sys.stdin is None:
+        raise ValueError("stdin is closed; --once TEXT asks without it")
+    query = None if args.once is None else read_prompt(args.once, None)
+    if query is not None and not query.strip():
+        raise ValueError("the query is empty; give it behind --once or on stdin")
     max_length = defaults.max_window_size + settings["max_new_tokens"]
     ranks.share(str(max_length))
     ranks.meet(args.device)
     model = load(args, folder, ranks)
-    say(describe(settings, defaults.stop_ids, defaults.stop_texts))
+    say(describe(settings, stop_ids, defaults.stop_texts))
     conversation = Conversation(
         model,
         tokenizer,
@@ -334,7 +393,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         history,
         defaults.max_window_size,
         defaults.stop_texts,
-        defaults.stop_ids,
+        stop_ids,
         **settings,
     )
     chat = Chat(conversation, Clock())
@@ -342,14 +401,28 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     try:
         if query is not None:
             return chat.answer(query)
-        if sys.stdin is not None and sys.stdin.isatty():
+        if sys.stdin.isatty():
             say("/help lists the commands, /quit or Ctrl-D ends")
         for text in messages():
             if not chat.message(text):
                 break
-        return 0
+        return 2 if chat.failed and not sys.stdin.isatty() else 0
     finally:
         model.group.texts("")  # the others end
+
+
+def _require_chat(folder: Path) -> None:
+    """Raises ValueError for a checkpoint that was not taught to answer."""
+    require_folder(folder)
+    path = folder / "generation_config.json"
+    if not os.path.lexists(path):
+        raise ValueError(f"{folder}: a chat release has a generation_config.json, with chat_format 'chatml'")
+    found = read_json_object(path).get("chat_format", "raw")
+    if found != "chatml":
+        raise ValueError(
+            f"{path}: chat_format is {shown(found)}: a base model, which continues text and was not taught "
+            "to answer, as 'chatml' is; use its -Chat release, or python -m qwen_ref.generate"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

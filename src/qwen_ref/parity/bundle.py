@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, StoredTensor
+from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
 from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_bytes, shown
 
 FORMAT_VERSION = 1
@@ -549,17 +549,16 @@ class BundleWriter:
         return json.dumps({"__metadata__": self.metadata, **self.entries}).encode()
 
 
-def weights_checksum(
-    stored: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None
-) -> str:
+def weights_checksum(stored: Mapping[str, Stored], progress: Callable[[int], None] | None = None) -> str:
     """SHA-256 over all tensors by sorted published name: for each `name dtype shape\\n` and then its bytes.
 
     The shape is written as 24576,8192 and the dtype as safetensors names it, BF16. How a checkpoint is split
     into files does not change it. progress is called with the bytes of each tensor done.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(stored.items()):
-        digest.update(f"{name} {tensor.dtype} {','.join(map(str, tensor.shape))}\n".encode())
+    tensors = [tensor for each in stored.values() for tensor in each.tensors]
+    for tensor in sorted(tensors, key=lambda tensor: tensor.published):
+        digest.update(f"{tensor.published} {tensor.dtype} {','.join(map(str, tensor.shape))}\n".encode())
         content = tensor.read().contiguous().view(-1).view(torch.uint8)
         digest.update(content.numpy())
         if progress is not None:

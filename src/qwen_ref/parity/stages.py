@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import qwen_ref.model
 from qwen_ref.checkpoint import (
     DTYPES,
-    STORED_DTYPES,
     NoInitialisation,
     compute_dtype,
     open_checkpoint,
@@ -41,12 +40,10 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config, self.stored = open_checkpoint(folder)
         self._published = {spec.name: spec.published for spec in tensor_table(self.config)}
-        self.bytes = sum(
-            tensor.read().numel() * STORED_DTYPES[tensor.dtype].itemsize for tensor in self.stored.values()
-        )
+        self.bytes = sum(tensor.nbytes for stored in self.stored.values() for tensor in stored.tensors)
 
     def weight(self, name: str) -> Tensor:
-        """A view of the mapped file."""
+        """A view of the mapped file, or dequantised."""
         return self.stored[self._published[name]].read()
 
     def dtype(self, name: str) -> str:
