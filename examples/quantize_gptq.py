@@ -14,6 +14,7 @@ the identity: then nothing is made up for.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -30,8 +31,8 @@ from torch import Tensor, nn
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.cli import Parser, Progress, run
-from qwen_ref.config import GPTQConfig
+from qwen_ref.cli import Parser, Progress, read_prompt, run
+from qwen_ref.config import GPTQConfig, QwenConfig, require_folder
 from qwen_ref.gptq import is_packed, module_of
 
 # In the order in which data flows: those of a row read the same x.
@@ -89,11 +90,14 @@ def steps(group: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor]:
     low, high = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
     if config.sym:
         low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+    else:  # a zero point is stored less 1, as an unsigned number: it cannot be 0, so a step is below 0
+        low = torch.minimum(low, -high / (top - 1))
     scale = ((high - low) / top).to(torch.float16)
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"weights up to {group.abs().max():g} are too large for float16 scales")
     scale[scale == 0] = 1
     if config.sym:
         return scale, torch.full_like(scale, (top + 1) // 2, dtype=torch.int32)
-    # A zero point is stored less 1, as an unsigned number: 0 cannot be.
     return scale, (-low / scale.double()).round().clamp(1, top).int()
 
 
@@ -110,9 +114,15 @@ def quantise(
             if not to_nearest:
                 hessian = second_moments(linears[0], block, (x, at, None, layer))
             for name, linear in zip(names, linears, strict=True):
-                quantised = gptq(linear.weight, hessian, config)
+                name = f"blocks.{layer}.{name}.weight"
+                try:
+                    if not (torch.isfinite(linear.weight).all() and torch.isfinite(hessian).all()):
+                        raise ValueError("it, or what it is applied to, is NaN or infinite")
+                    quantised = gptq(linear.weight, hessian, config)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}; check the checkpoint") from None
                 linear.weight.copy_(quantised.weight())
-                yield f"blocks.{layer}.{name}.weight", quantised
+                yield name, quantised
         x = block(x, at, None, layer)
 
 
@@ -153,29 +163,40 @@ def packed(values: Tensor, bits: int, dim: int) -> Tensor:
 def write(
     source: Path, output: Path, matrices: dict[str, Quantised], model: Qwen, config: GPTQConfig
 ) -> None:
-    """The folder of a GPTQ checkpoint, under a temporary name until it is whole."""
+    """Fills a folder with a GPTQ checkpoint."""
     tensors = {}
     plain = model.state_dict()
     for spec in tensor_table(model.config):
         if not is_packed(spec):
             tensors[spec.published] = plain[spec.name].to(torch.float16)
+            if not torch.isfinite(tensors[spec.published]).all():
+                raise ValueError(f"{spec.name} has values that float16 has not; GPTQ releases are float16")
             continue
         matrix, module = matrices[spec.name], module_of(spec)
         tensors[f"{module}.qweight"] = packed(matrix.q, config.bits, dim=0)
         tensors[f"{module}.qzeros"] = packed(matrix.zeros - 1, config.bits, dim=1)
         tensors[f"{module}.scales"] = matrix.scales.contiguous()
         tensors[f"{module}.g_idx"] = matrix.g_idx
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    settings = {**vars(config), "damp_percent": DAMPING, "quant_method": "gptq"}
+    published = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**published, "quantization_config": settings}, indent=2) + "\n"
+    (output / "config.json").write_text(text, encoding="utf-8")
+    for name in ("qwen.tiktoken", "generation_config.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, output / name)
+
+
+@contextlib.contextmanager
+def unfinished(output: Path) -> Iterator[Path]:
+    """A folder to fill, which is called output once that is done, and removed if it cannot be."""
     part = output.with_name(f"{output.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
     try:
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        settings = {**vars(config), "damp_percent": DAMPING, "quant_method": "gptq"}
-        published = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        text = json.dumps({**published, "quantization_config": settings}, indent=2) + "\n"
-        (part / "config.json").write_text(text, encoding="utf-8")
-        for name in ("qwen.tiktoken", "generation_config.json"):
-            if (source / name).exists():
-                shutil.copyfile(source / name, part / name)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{output}: cannot be made: {error.strerror}") from None
+    try:
+        yield part
         os.replace(part, output)
     except BaseException:
         shutil.rmtree(part)
@@ -188,7 +209,7 @@ def calibration(source: Path, text: Path | None, rows: int, length: int) -> Tens
     if text is None:
         ids = itertools.chain.from_iterable(map(Encoder(tokenizer).document, documents(SEED)))
         return torch.tensor(list(itertools.islice(ids, rows * length))).view(rows, length)
-    found = tokenizer.encode(text.read_text(encoding="utf-8"))
+    found = tokenizer.encode(read_prompt(None, text))
     rows = min(rows, len(found) // length)
     if rows == 0:
         raise ValueError(f"{text}: {len(found)} tokens are less than a row of {length}")
@@ -211,21 +232,28 @@ def parser() -> Parser:
 
 
 def command(args: argparse.Namespace) -> int:
-    if args.output.exists():
+    if os.path.lexists(args.output):
         raise ValueError(f"{args.output} is there already")
-    for name in ("rows", "length"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    require_folder(args.source)
+    seq_length = QwenConfig.from_json(args.source / "config.json").seq_length
+    for name, most in (("rows", 4096), ("length", seq_length)):
+        if not 1 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} {getattr(args, name)} must be from 1 to {most}")
+    if args.act_order and args.round_to_nearest:
+        raise ValueError("--act-order is the order of GPTQ: --round-to-nearest has none")
+    if GPTQConfig.from_folder(args.source) is not None:
+        raise ValueError(f"{args.source} is quantised already; quantise the release that it was made of")
     config = GPTQConfig(args.bits, args.group_size, desc_act=args.act_order, sym=not args.asymmetric)
     model = load_model(args.source, "float32")
     ids = calibration(args.source, args.text, args.rows, args.length)
     matrices: dict[str, Quantised] = {}
     total = sum(map(len, STAGES)) * len(model.blocks)
-    with Progress("quantising", unit="matrices") as progress:
-        for name, matrix in quantise(model, ids, config, args.round_to_nearest):
-            matrices[name] = matrix
-            progress.update(len(matrices), total)
-    write(args.source, args.output, matrices, model, config)
+    with unfinished(args.output) as part:  # at once: better refused now than in the end
+        with Progress("quantising", unit="matrices") as progress:
+            for name, matrix in quantise(model, ids, config, args.round_to_nearest):
+                matrices[name] = matrix
+                progress.update(len(matrices), total)
+        write(args.source, part, matrices, model, config)
     print(f"{args.output}: {args.bits} bits in {config.grouping}")
     return 0
 

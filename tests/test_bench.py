@@ -135,8 +135,9 @@ def test_an_interrupted_bench_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("bits", ["4", "8"])
 def test_a_published_size_is_made_and_removed(
-    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: str
 ) -> None:
     config = dataclasses.replace(QwenConfig.from_json(WEIGHTS / "config.json"), num_hidden_layers=7)
     monkeypatch.setattr(QwenConfig, "preset", lambda size: config)
@@ -144,6 +145,13 @@ def test_a_published_size_is_made_and_removed(
     done = run_command(main, "--synthetic", "7b", "--layers", "2", *QUICK, "--json")
     assert json.loads(done.out)["layers"] == 2
     assert json.loads(done.out)["model"] == "7b, synthetic"
+    plain = json.loads(done.out)["resident_weights"]
+    done = run_command(
+        main, "--synthetic", "7b", "--layers", "2", "--gptq", bits, "--packed", *QUICK, "--json"
+    )
+    matrices = 2 * 16 * 128**2
+    saved = plain - json.loads(done.out)["resident_weights"]
+    assert saved == pytest.approx(matrices * (2 - int(bits) / 8), rel=0.05)  # but for scales and g_idx
     assert not list(tmp_path.iterdir())
 
 
@@ -230,6 +238,7 @@ def test_memory_is_the_most_there_was() -> None:
         (["--compile", "--tp", "2"], "--compile is for a model in one process"),
         (["--compile", "--fast"], "--compile is for the plain layers"),
         (["--layers", "2"], "--layers needs --synthetic"),
+        (["--gptq", "4"], "--gptq needs --synthetic"),
         (["--synthetic", "3b"], "invalid choice: '3b'"),
         (["--against", "vllm"], "--against vllm: use hf or plain"),
         (["--against", "plain:int3"], "--against plain in int3: use bfloat16"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT, WEIGHTS
+from safetensors.torch import load, save_file
 
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.cli import run
@@ -166,8 +168,12 @@ def test_a_column_is_made_up_for_as_least_squares_would(gptq: ModuleType) -> Non
     [
         (["--bits", "3"], "bits=3 is not supported"),
         (["--group-size", "0"], "group_size=0 must be -1"),
-        (["--rows", "0"], "--rows 0 must be at least 1"),
+        (["--rows", "0"], "--rows 0 must be from 1 to 4096"),
+        (["--length", "513"], "--length 513 must be from 1 to 512"),
         (["--text", "/nowhere"], "/nowhere"),
+        (["--text", str(WEIGHTS / "model.safetensors")], "model.safetensors is not UTF-8"),
+        (["--text", str(ROOT / "constraints.txt"), "--length", "512"], "are less than a row of 512"),
+        (["--act-order", "--round-to-nearest"], "--round-to-nearest has none"),
     ],
 )
 def test_the_writer_refuses_what_it_cannot_make(
@@ -178,3 +184,35 @@ def test_the_writer_refuses_what_it_cannot_make(
     assert not any(tmp_path.iterdir())
     assert run(gptq.parser(), gptq.command, [str(WEIGHTS), str(tmp_path)]) == 2
     assert f"{tmp_path} is there already" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert run(gptq.parser(), gptq.command, [str(WEIGHTS), str(tmp_path / "file" / "made")]) == 2
+    assert f"{tmp_path / 'file' / 'made'}: cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("transformer.h.1.mlp.w1.weight", torch.nan, "blocks.1.mlp.up.weight: it, or what it is applied to"),
+        ("transformer.h.1.mlp.w1.weight", 3e6, "blocks.1.mlp.up.weight: weights up to 2.998"),
+        ("transformer.h.3.attn.c_attn.bias", 1e6, "blocks.3.attn.qkv.bias has values that float16 has not"),
+    ],
+)
+def test_the_writer_names_weights_that_cannot_be_written(
+    gptq: ModuleType, name: str, value: float, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = shutil.copytree(WEIGHTS, tmp_path / "source")
+    tensors = load((source / "model.safetensors").read_bytes())
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, source / "model.safetensors")
+    options = ["--group-size", "32", "--rows", "1", "--length", "32"]
+    assert run(gptq.parser(), gptq.command, [str(source), str(tmp_path / "made"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_groups_of_one_sign_use_all_their_steps(gptq: ModuleType) -> None:
+    config = gptq.GPTQConfig(4, -1, desc_act=False, sym=False)
+    for sign in (1, -1):
+        weight = sign * torch.linspace(0.1, 1.5, 64)[torch.randperm(64)][None]
+        found = gptq.gptq(weight, torch.eye(64), config)
+        assert (found.weight() - weight).abs().max() <= 0.51 * found.scales.max()

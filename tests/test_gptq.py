@@ -19,7 +19,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from qwen_ref import Qwen, QwenConfig, checkpoint, load_model
+from qwen_ref import Qwen, QwenConfig, checkpoint, load_model, parity
 from qwen_ref.chat import main
 from qwen_ref.config import GPTQConfig, check_cut
 from qwen_ref.fast import FEW_ROWS, Int4Matrix, Int8Table, fasten
@@ -134,6 +134,11 @@ def test_the_largest_scale_and_difference_are_exact() -> None:
         (3, torch.full((64,), -1), "g_idx names group -1; there are 2, from 0 on"),
         (4, 3, "bits=3 is not supported: GPTQ weights are read in 4 and in 8 bits"),
         (4, True, "bits=True is not supported"),
+        (0, torch.zeros(8, 32), r"qweight must be integers of 2 dimensions, not torch\.float32 \(8, 32\)"),
+        (2, torch.ones(2, 32).int(), "scales must be floating-point numbers of 2 dimensions"),
+        (3, torch.zeros(2, 32, dtype=torch.int32), "g_idx must be integers of 1 dimensions"),
+        (3, torch.zeros(0, dtype=torch.int32), "g_idx must be integers"),
+        (3, torch.zeros(12, dtype=torch.int32), "12 inputs and 32 outputs must both be multiples of 8"),
     ],
 )
 def test_a_layer_whose_parts_do_not_belong_together_is_refused(
@@ -211,6 +216,24 @@ def test_kept_packed_it_takes_no_more_than_its_file(made: Callable) -> None:
     assert resident_bytes(model) == sum(tensor.nbytes for tensor in tensors.values())
     with pytest.raises(ValueError, match="not a GPTQ checkpoint; only those can be kept packed"):
         load_model(WEIGHTS, packed=True)
+
+
+def test_a_cast_of_a_packed_model_is_one_of_its_weights(made: Callable) -> None:
+    packed, _ = made()
+    model, want = load_model(packed, "float32", packed=True), load_model(packed, "bfloat16")
+    assert torch.equal(model.bfloat16().blocks[0].mlp.up.weight, want.blocks[0].mlp.up.weight)
+    again = load_model(packed, "float32")
+    assert torch.equal(model.float().blocks[0].mlp.up.weight, again.blocks[0].mlp.up.weight)
+
+
+def test_the_parity_kit_takes_a_packed_checkpoint(made: Callable, tmp_path: Path) -> None:
+    packed, plain = made()
+    for folder, name in ((packed, "packed"), (plain, "plain")):
+        parity.record(folder, IDS[:, :12], out=tmp_path / f"{name}.safetensors")
+    bundles = [parity.read_bundle(tmp_path / f"{name}.safetensors") for name in ("packed", "plain")]
+    assert torch.equal(*(bundle.stage("logits") for bundle in bundles))
+    assert bundles[0].weights_sha256 != bundles[1].weights_sha256
+    assert parity.check(packed, tmp_path / "packed.safetensors", dtype="float32").within
 
 
 def test_inspect_counts_every_byte(made: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -427,6 +450,16 @@ def test_a_v2_file_is_recognised_by_its_zero_points(made: Callable, bits: int) -
         ValueError, match=rf"c_attn: zero points are stored as {2 ** (bits - 1)}: this is GPTQ v2"
     ):
         load_model(packed)
+
+
+def test_sizes_that_do_not_fill_words_are_refused(tmp_path: Path) -> None:
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    config |= {"hidden_size": 20, "kv_channels": 20, "num_attention_heads": 1, "intermediate_size": 64}
+    config["quantization_config"] = {"bits": 4, "group_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"transformer.ln_f.weight": torch.ones(20).half()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="20, 60 inputs or outputs do not fill words of 8 weights"):
+        load_model(tmp_path)
 
 
 def test_settings_and_tensors_that_do_not_belong_together_are_refused(spoiled: Path) -> None:
