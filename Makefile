@@ -22,13 +22,16 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The figures of the README: a quarter of an hour, on a machine that does nothing else.
+# The figures of the README: twenty minutes, on a machine that does nothing else.
 bench: .venv/transformers vocab
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --fast --against hf hf:float32 --repeats 3
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --quantize int8 --against hf --repeats 3
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --quantize int4 --against hf --repeats 3
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --fast --lengths 16 4000 --repeats 2
+	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --gptq 4 --fast --dtype bfloat16 --against plain --repeats 2
+	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --gptq 8 --fast --dtype bfloat16 --against plain --repeats 2
 	$(BIN)/python examples/fast_accuracy.py
+	$(BIN)/python examples/gptq_accuracy.py
 	$(BIN)/python examples/bench_tokenizer.py
 
 # Holds transformers' Qwen2, which was not written here, to the parity kit.

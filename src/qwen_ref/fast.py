@@ -51,6 +51,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows do not meet in a bag: a pass over so many tokens has the bits of passes over one, as lookup.py wants it
 # for a token and the eight that it guesses.
 FEW_ROWS = 9
+# Where every group has a scale, turning weights back takes longer: 5504 × 2048 in groups of 128, 16 rows take
+# 5.5 ms in bags and 14.9 as a product, 32 take 10.8 and 18, 64 take 20.3 and 12.8.
+_FEW_ROWS_IN_GROUPS = 32
 # From here on the table is turned back into a matrix first: 512 rows then take 33.5 ms instead of 38.3, but
 # 16 rows would take 3.9 instead of 2.8.
 _MANY_ROWS = 64
@@ -312,6 +315,9 @@ class Int8Table(Matrix):
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
         self.register_buffer("scale", scales[:, None])  # (blocks, 1, groups, width)
         self.register_buffer("offset", offsets[:, None] if offsets.any() else None)
+
+    def takes_few(self, rows: int) -> bool:
+        return rows <= (FEW_ROWS if self.scaled_afterwards else _FEW_ROWS_IN_GROUPS)
 
     def few(self, rows: Tensor) -> Tensor:
         indices, offsets = _bags(self.blocks, self.inputs, len(rows), self.groups)
