@@ -19,6 +19,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
+import qwen_ref
 from qwen_ref import Qwen, QwenConfig, checkpoint, load_model, parity
 from qwen_ref.chat import main
 from qwen_ref.config import GPTQConfig, check_cut
@@ -85,7 +86,7 @@ def test_recorded_layers(case: dict) -> None:
         if name.startswith(f"{case['case']}.")
     }
     names = ("qweight", "qzeros", "scales", "g_idx")
-    weight = dequantize_gptq(*(layer[name] for name in names), case["bits"])
+    weight = qwen_ref.quantize.dequantize_gptq(*(layer[name] for name in names), case["bits"])
     assert weight.dtype == torch.float32
     assert weight.shape == (case["out_features"], case["in_features"])
     y = layer["x"] @ weight.t() + (layer["bias"].float() if case["bias"] else 0)

@@ -10,13 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_ref import chat, sampling
+    from qwen_ref import chat, quantize, sampling
     from qwen_ref.checkpoint import load_model
     from qwen_ref.config import QwenConfig
     from qwen_ref.model import KVCache, Qwen
     from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["KVCache", "Qwen", "QwenConfig", "StreamDecoder", "Tokenizer", "chat", "load_model", "sampling"]
+__all__ = [
+    "KVCache",
+    "Qwen",
+    "QwenConfig",
+    "StreamDecoder",
+    "Tokenizer",
+    "chat",
+    "load_model",
+    "quantize",
+    "sampling",
+]
 
 _HOME = {
     "KVCache": "model",
