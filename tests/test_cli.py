@@ -270,7 +270,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(cli: Callable, folder: Pa
         ({"eos_token_id": "<|endoftext|>"}, "eos_token_id='<|endoftext|>' must be int or list"),
         ({"stop_words_ids": [1643]}, "stop_words_ids must hold ids from 0 to 2707, not 1643"),
         ({"stop_words_ids": [[1, 999_999]]}, "must hold ids from 0 to 2707, not [1, 999999]"),
-        ({"stop_words_ids": [[0xE5, 0xA4]]}, "'utf-8' codec can't decode"),
+        ({"stop_words_ids": [[0xE5, 0xA4]]}, "stop_words_ids: [229, 164] are no whole characters"),
         ({"eos_token_id": -1}, "must hold ids from 0 to 2707, not [-1]"),
         ({"do_sample": 1}, "do_sample=1 must be bool"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0"),

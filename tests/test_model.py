@@ -326,7 +326,7 @@ def test_a_cache_of_impossible_sizes_is_refused(sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("tolerance")
 def test_a_cache_larger_than_the_machine_is_refused_with_its_size() -> None:
-    with pytest.raises(ValueError, match=r"takes [\d,.]+ GB in this dtype, more than cpu has left"):
+    with pytest.raises(ValueError, match=r"takes up to [\d,.]+ GB, more than cpu has left"):
         model("extended_base", "float32").new_cache(1, 10**12)
 
 

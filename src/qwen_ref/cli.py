@@ -53,15 +53,23 @@ def run(
     try:
         return command(parser.parse_args(arguments))
     except BrokenPipeError:
-        # The reader has gone, as `| head` does. Python would fail once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()  # the reader has gone, as `| head` does
         return 141
     except KeyboardInterrupt:
         say("interrupted")
         return 130
     except (ValueError, OSError) as error:
         say(f"error: {error}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk, say
+            _give_up_stdout()
         return 1 if isinstance(error, ConnectionError) else 2
+
+
+def _give_up_stdout() -> None:
+    """Python would fail once more when it flushes stdout at exit, with an exit code of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:

@@ -288,7 +288,7 @@ class Qwen(nn.Module):
         except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one; TypeError: beyond 64 bits
             size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
             raise ValueError(
-                f"a cache of {batch_size} × {max_length} positions takes {size / 1e9:,.1f} GB in this dtype, "
+                f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.1f} GB, "
                 f"more than {self.embed.weight.device} has left; lower max_length or the batch size"
             ) from None
 
