@@ -338,7 +338,8 @@ def _parser() -> Parser:
         prog="python -m qwen_ref.chat",
         description="Chat with a first-generation Qwen chat checkpoint. "
         "Answers go to stdout, everything else to stderr.",
-        epilog="Defaults come from the folder's generation_config.json. In it, /help lists its commands.",
+        epilog="Defaults come from the folder's generation_config.json. "
+        "/help, typed in the chat, lists its commands.",
     )
     add_model_option(parser)
     add = parser.add_argument
