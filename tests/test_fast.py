@@ -35,7 +35,7 @@ from qwen_ref.fast import (
 )
 from qwen_ref.generate import generate, main
 from qwen_ref.parallel import Group, RowParallelLinear
-from qwen_ref.quantize import dequantize_int4, quantize_int8, rounded
+from qwen_ref.quantize import FewBits, dequantize_int4, quantize_int8, rounded
 
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,6 +111,17 @@ def test_a_processor_without_products_in_half_precision_takes_float32(
     found = matrix(x)
     assert found.dtype == torch.float32
     assert relative_rms(found, x.double() @ meant.T) < 2e-6
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_int4_in_groups_larger_than_torch_knows_has_the_scale_of_each(rows: int) -> None:
+    q = torch.randint(0, 16, (70, 1024), dtype=torch.uint8)
+    scale, offset = torch.tensor([[1.0, 16.0]]).repeat(70, 1), torch.tensor([[0.0, 8.0]]).repeat(70, 1)
+    few_bits = FewBits((70, 1024), 4, 512, lambda outputs: (q[outputs], scale[outputs], offset[outputs]))
+    meant = dequantize_int4(q, scale.double(), offset.double())
+    x = torch.randn(rows, 1024).bfloat16()
+    found = Int4Matrix(few_bits)(x)
+    assert relative_rms(found, x.double() @ meant.T) < 0.5 * torch.finfo(torch.bfloat16).eps
 
 
 def test_int4_that_is_packed_otherwise_leaves_all_rows_to_torch() -> None:

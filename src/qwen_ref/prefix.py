@@ -75,8 +75,6 @@ class PrefixCache:
         while self.kept < held and self._ids[self.kept] == prompt_ids[self.kept]:
             self.kept += 1
         self._cache.length = self.kept
-        if self.kept == 0:
-            self._prompt_length = len(prompt_ids)  # the next pass is a first one
         return self._cache
 
     def _same_base(self, prompt_length: int) -> bool:
