@@ -401,7 +401,10 @@ def test_a_chat_in_a_terminal() -> None:
     terminal.type("\x03")  # Ctrl-C
     terminal.until("stopped; what there is of the answer is kept")
     terminal.until("> ")
-    terminal.type("half a line\x03")
+    terminal.type("half a line")
+    terminal.until("half a line")
+    time.sleep(0.5)  # Python's readline hears a signal only while it waits for a key
+    terminal.type("\x03")
     terminal.until("/quit or Ctrl-D ends the chat")
     terminal.until("> ")
     terminal.type("\x1b[200~3+4=?\n\n/quit\x1b[201~")  # a paste: its line ends do not send it
