@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDEN, WEIGHTS, Result, refused
 
+from qwen_ref import terminal
 from qwen_ref.chat import main
 from qwen_ref.settings import Clock
 from qwen_ref.tokenizer import Tokenizer
@@ -152,6 +153,18 @@ def test_ctrl_c_before_the_answer_ends_no_conversation(
     assert result.code == 0
     assert result.err.count("stopped; there is no answer yet; /retry asks again") == 2
     assert result.out == f"{ANSWER}\n7\n> {QUESTION}\n{ANSWER}\n> 3+4=?\n7\n"
+
+
+def test_ctrl_c_during_a_command_ends_no_conversation(
+    chat: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "save", interrupted)
+    result = chat(stdin=lines(f"/save {tmp_path / 'saved.json'}", "3+4=?"))
+    assert (result.code, result.out) == (0, "7\n")
+    assert "stopped" in result.err
 
 
 def test_a_retry_without_an_answer_leaves_the_old_one(

@@ -287,7 +287,7 @@ def _edit_lines() -> None:
     with contextlib.suppress(ImportError):
         import readline
 
-        # A terminal then marks what is pasted, and line ends in it do not send it. Python switches it off.
+        # A terminal then marks what is pasted, and line ends in it do not send it. The default since 8.1.
         readline.parse_and_bind("set enable-bracketed-paste on")
         # Completion would put the names of files into a message.
         readline.parse_and_bind("set disable-completion on")
