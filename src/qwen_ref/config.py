@@ -39,7 +39,7 @@ QUANTIZATIONS = ("int8", "int4")  # that any checkpoint's weights can be rounded
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_GROUP = 64
 
-# Of quantization_config, what else a GPTQ file could be and is not here; without a key, or with null, it means this.
+# Of quantization_config, what else a GPTQ file could say and may not; no such key, or null, means this.
 _GPTQ_VALUES = {"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}
 
 # Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
