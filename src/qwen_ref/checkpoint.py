@@ -33,7 +33,7 @@ from qwen_ref.config import (
     require_folder,
     shown,
 )
-from qwen_ref.gptq import StoredPacked, is_packed, keep_packed, module_of, packed_shapes
+from qwen_ref.gptq import PackedWeight, StoredPacked, is_packed, keep_packed, module_of, packed_shapes
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import group_size, join, own_device
 
@@ -160,11 +160,11 @@ def load_model(
             for spec in specs:
                 part = stored[spec.published].part(spec, ranks.rank, size)
                 owner, _, name = spec.name.rpartition(".")
-                if packed and not isinstance(part, Tensor):
+                if isinstance(part, PackedWeight) and not packed:
+                    part = part.to(target).dequantized()
+                if isinstance(part, PackedWeight):
                     keep_packed(model.get_submodule(owner), part.to(target), wanted)
                 else:
-                    if not isinstance(part, Tensor):
-                        part = part.to(target).dequantized()
                     part = part.to(device=target, dtype=wanted)
                     if spec.cut == "columns":
                         part = part.contiguous()
