@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_ref import chat, quantize, sampling
+    from qwen_ref import chat, perplexity, quantize, sampling
     from qwen_ref.checkpoint import load_model
     from qwen_ref.config import QwenConfig
     from qwen_ref.model import KVCache, Qwen
@@ -24,6 +24,7 @@ __all__ = [
     "Tokenizer",
     "chat",
     "load_model",
+    "perplexity",
     "quantize",
     "sampling",
 ]

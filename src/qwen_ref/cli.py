@@ -183,10 +183,16 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_line()
+
+    def _end_line(self) -> None:
         if self.shown > self.start and self.stream.isatty():
             print(file=self.stream, flush=True)
+            self.shown = self.start
 
     def update(self, done: int, total: int) -> None:
+        if done == total:
+            return self._end_line()
         now = time.monotonic()
         if now - self.shown < self.interval or os.environ.get("RANK", "0") != "0":  # one rank speaks for all
             return

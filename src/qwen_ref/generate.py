@@ -1,7 +1,8 @@
 """The generation loop, and `python -m qwen_ref.generate`: a prompt and a checkpoint folder in, text out.
 
-Prefill puts the whole prompt through the model in one pass and keeps its keys and values; then every token
-costs one pass over a single position. torch is imported inside the functions, so that --help answers at once.
+Prefill puts the whole prompt through the model, in one pass or in a few (see prefill.py), and keeps its keys
+and values; then every token costs one pass over a single position. torch is imported inside the functions,
+so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, read_prompt, run, say, utf8
+from qwen_ref.cli import Parser, Progress, read_prompt, run, say, utf8
 from qwen_ref.config import require_folder
 from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
@@ -53,12 +54,14 @@ def generate(
     seed: int | None = None,
     stop_ids: Collection[int] = (),
     cache: KVCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Step]:
     """Yields the tokens that continue prompt_ids, one by one; a stop id is the last one yielded.
 
     temperature 0 is greedy; qwen_ref.sampling explains the others. The same seed gives the same tokens.
     cache: what holds the beginning of prompt_ids already, all but its last token at most, and has room for
     the rest; only what is new is computed, and it then holds all but the last token yielded.
+    progress: called while the prompt is computed, with its tokens done and all of them.
     Raises ValueError for an empty prompt, ids or parameters out of range, and a cache that does not fit.
 
     >>> ids = tokenizer.encode("冰岛的首都是")
@@ -66,7 +69,7 @@ def generate(
     '雷克雅未克（R'
     """
     sampling = (temperature, top_k, top_p, repetition_penalty)
-    rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids, cache)
+    rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids, cache, progress)
     return (step for (step,) in rows if step is not None)
 
 
@@ -81,6 +84,7 @@ def generate_batch(
     seed: int | None = None,
     stop_ids: Collection[int] = (),
     cache: KVCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[list[Step | None]]:
     """Continues prompts of any lengths together; yields a step for every row, None for rows that have ended.
 
@@ -92,6 +96,8 @@ def generate_batch(
     an iterator that is kept must be closed before the model is used again.
     """
     import torch
+
+    from qwen_ref.prefill import prefill
 
     group = model.group
     with group.together():
@@ -125,9 +131,10 @@ def generate_batch(
         for n in range(longest, longest + max_new_tokens):
             with torch.inference_mode():
                 new = ids[:, cache.length : n].clamp(min=0)  # at first the prompt, then a token
-                states = model.hidden_states(new, mask if cache.length == 0 else None, cache)
+                padded = mask if cache.length == 0 else None
+                last = prefill(model, new, cache, padded, progress=progress if n == longest else None)
                 # (B, V): of all positions only the last one's, of all ranks only rank 0
-                logits = model.lm_head(states[:, -1], only_rank_0=True)
+                logits = model.lm_head(last, only_rank_0=True)
                 tokens, logprobs = choose(model, logits, ids[:, :n], sampling, generators)
                 ids[:, n] = tokens
             rows: list[Step | None] = []
@@ -260,7 +267,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     request = json.loads(ranks.share(None))
     ranks.meet(args.device)
     model = load(args, folder, ranks)
-    for _ in _loop(model, request, Passes()):
+    for _ in _loop(model, request, Passes(), None):
         pass
     return 0
 
@@ -290,7 +297,10 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
     clock, passes = Clock(), Passes()
     # Closed by its end in any case: the other ranks are waiting for its next step.
-    with contextlib.closing(_loop(model, request, passes)) as steps:
+    with (
+        Progress("prompt", unit="tokens") as progress,
+        contextlib.closing(_loop(model, request, passes, progress.update)) as steps,
+    ):
         watched = clock.watch(ranks.until_interrupted(steps))
         stream = TextStream(watched, tokenizer, defaults.stop_ids, stop_texts)
         text, code = _print_stream(stream, args, tokenizer)
@@ -318,13 +328,16 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     return code
 
 
-def _loop(model: Qwen, request: dict[str, Any], passes: Passes) -> Iterator[Step]:
+def _loop(
+    model: Qwen, request: dict[str, Any], passes: Passes, progress: Callable[[int, int], None] | None
+) -> Iterator[Step]:
     """The loop that rank 0's command asks every rank for."""
     if "lookup" not in request:
-        return generate(model, **request)
+        return generate(model, **request, progress=progress)
     names = ("prompt_ids", "max_new_tokens", "stop_ids", *GREEDY)
     settings = {name: request[name] for name in names}
-    return generate_lookup(model, **settings, draft_tokens=request["lookup"], passes=passes)
+    draft_tokens = request["lookup"]
+    return generate_lookup(model, **settings, draft_tokens=draft_tokens, passes=passes, progress=progress)
 
 
 def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ goes round in circles.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,12 +68,14 @@ def generate_lookup(
     temperature: float = 0.0,
     repetition_penalty: float = 1.0,
     passes: Passes | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Step]:
     """Yields the tokens of greedy `generate`, one by one, mostly in fewer passes through the model.
 
     longest_match: how many of the last ids are looked up, then fewer, down to one.
     draft_tokens: how many are guessed at most.
     passes: counts while the iteration runs.
+    progress: as `generate`'s.
 
     The tokens are those of `generate` as long as rounding moves no lead by more than MARGIN, which is
     measured, not proven, and on the CPU alone. Where a lead is smaller, all since the last such place is
@@ -93,6 +95,7 @@ def generate_lookup(
     import torch
 
     from qwen_ref.fast import FEW_ROWS, FastCache
+    from qwen_ref.prefill import in_chunks
 
     group = model.group
     with group.together():
@@ -116,9 +119,12 @@ def generate_lookup(
     if alike := isinstance(cache, FastCache):  # so have passes over several tokens
         draft_tokens = min(draft_tokens, FEW_ROWS - 1)
 
-    def states(ids: Sequence[int]) -> Tensor:
+    def states_of(ids: Sequence[int]) -> Tensor:
         count.passes += 1
-        return model.hidden_states(torch.tensor([ids], device=device), cache=cache)  # (1, T, D)
+        told = progress if cache.length == 0 else None
+        for chunk in in_chunks(model, torch.tensor([ids], device=device), cache, progress=told):
+            states = chunk
+        return states  # (1, T, D); of a long prompt its last chunk
 
     def plain() -> list[Step]:
         """The next token, decided as the plain loop decides it; what is not exact yet is computed again."""
@@ -126,7 +132,7 @@ def generate_lookup(
         cache.length = exact
         parts = [[token] for token in text.ids[exact:]] if exact else [text.ids]
         for ids in parts:
-            last = states(ids)[:, -1]
+            last = states_of(ids)[:, -1]
         exact = cache.length
         logits = model.lm_head(last, only_rank_0=True)
         # The penalty of 1 asks for no earlier ids.
@@ -136,7 +142,7 @@ def generate_lookup(
     def judged(draft: list[int]) -> tuple[list[Step], bool]:
         """The right ones of draft and the model's next token; False where a close call ends them sooner."""
         nonlocal exact
-        logits = model.lm_head(states([text.ids[-1], *draft])[0], only_rank_0=True)  # (1 + n, V)
+        logits = model.lm_head(states_of([text.ids[-1], *draft])[0], only_rank_0=True)  # (1 + n, V)
         steps = _sure_steps(model, logits, 1 + len(draft), alike)
         right = 0
         while right < len(draft) and steps[right].token == draft[right]:

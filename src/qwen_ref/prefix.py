@@ -45,8 +45,7 @@ class PrefixCache:
         if self._steps is not None:
             self._steps.close()
         prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
-        cache = self._rewound(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
-        self._ids = prompt_ids
+        cache = self.rewind(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
 
         def watched() -> Generator[Step]:
@@ -62,19 +61,24 @@ class PrefixCache:
         self._steps = watched()
         return self._steps
 
-    def _rewound(self, prompt_ids: list[int], length: int) -> KVCache:
-        """A cache with room for so many positions, that holds as much of the prompt as can be kept."""
-        self.kept = 0
-        if self._cache is None or self._cache.max_length < length or not self._same_base(len(prompt_ids)):
+    def rewind(self, prompt_ids: list[int], length: int, prompt_length: int | None = None) -> KVCache:
+        """A cache with room for so many positions, that holds as much of the prompt as can be kept.
+
+        The caller puts the rest of the prompt behind it, the last token at least. prompt_length: what fixes
+        dynamic NTK's base, where that is not the prompt alone.
+        """
+        prompt_length = prompt_length or len(prompt_ids)
+        before, self._ids, self.kept = self._ids, list(prompt_ids), 0
+        if self._cache is None or self._cache.max_length < length or not self._same_base(prompt_length):
             self._cache = None  # its memory is needed for the next one
             with self.model.group.together():
                 self._cache = self.model.new_cache(1, max(self.max_length, length))
-            self._prompt_length = len(prompt_ids)
-            return self._cache
-        held = min(self._cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
-        while self.kept < held and self._ids[self.kept] == prompt_ids[self.kept]:
-            self.kept += 1
-        self._cache.length = self.kept
+        else:
+            held = min(self._cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
+            while self.kept < held and before[self.kept] == prompt_ids[self.kept]:
+                self.kept += 1
+            self._cache.length = self.kept
+        self._cache.prompt_length = prompt_length
         return self._cache
 
     def _same_base(self, prompt_length: int) -> bool:
@@ -83,5 +87,5 @@ class PrefixCache:
         config = self.model.config
         if not config.use_dynamic_ntk:
             return True
-        before, now = (ntk_alpha(n, config.seq_length) for n in (self._prompt_length, prompt_length))
+        before, now = (ntk_alpha(n, config.seq_length) for n in (self._cache.prompt_length, prompt_length))
         return before == now

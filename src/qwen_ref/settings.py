@@ -106,7 +106,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is asked of the loop, and how the model is to be loaded."""
+    """What is asked of the generation loop, and how the model is to be loaded."""
     add = parser.add_argument
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens")
     add("--temperature", type=float, metavar="T", help="0 is greedy; 1 samples the model's own distribution")
@@ -114,6 +114,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach probability P")
     add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens seen before less likely")
     add("--seed", type=int, help="the same seed gives the same text (default: a new one, printed)")
+    add_load_options(parser)
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is to be loaded."""
+    add = parser.add_argument
     add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …; under torchrun cuda: one for each rank")
     add_speed_options(parser)

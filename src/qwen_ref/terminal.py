@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, chat_stop_ids, check_texts, dropped_note
-from qwen_ref.cli import Parser, not_utf8, printable, read_prompt, run, say, utf8
+from qwen_ref.cli import Parser, Progress, not_utf8, printable, read_prompt, run, say, utf8
 from qwen_ref.config import read_json_object, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.prefix import PrefixCache
@@ -177,10 +177,11 @@ class _WatchedCache(PrefixCache):
     def generate(self, prompt_ids: Sequence[int], **settings: Any) -> Iterator[Step]:
         request = {"prompt_ids": list(prompt_ids), **settings, "stop_ids": sorted(settings["stop_ids"])}
         self.model.group.texts(json.dumps(request))
-        steps = super().generate(**request)
+        progress = Progress("prompt", unit="tokens")
+        steps = super().generate(**request, progress=progress.update)
 
         def watched() -> Iterator[Step]:
-            with contextlib.closing(steps):
+            with progress, contextlib.closing(steps):
                 yield from self.clock.watch(self.ranks.until_interrupted(steps))
 
         return watched()
