@@ -15,7 +15,8 @@ class TextStream:
     """The text of generated steps as it comes, in whole characters, up to a stop id or a stop text.
 
     Iterate over it for pieces of text; what stopped it is left out. `steps` are the steps taken so far;
-    `finish_reason` is "stop" or "length" once the iteration has ended by itself, None before.
+    `finish_reason` is "stop" or "length" once the text has ended by itself, None before. Or push steps one
+    by one, and flush at the end.
     """
 
     def __init__(
@@ -34,20 +35,23 @@ class TextStream:
         self._until = _UntilStop(stop_texts)
 
     def __iter__(self) -> Iterator[str]:
-        reason = "length"
         for step in self._source:
-            self.steps.append(step)
-            if step.token in self._stop_ids:
-                reason = "stop"
-                break
-            if text := self._until.push(self._decoded(step.token)):
+            if text := self.push(step):
                 yield text
-            if self._until.found:
-                self.finish_reason = "stop"
+            if self.finish_reason is not None:
                 return
         if text := self.flush():
             yield text
-        self.finish_reason = "stop" if self._until.found else reason
+        self.finish_reason = "stop" if self._until.found else "length"
+
+    def push(self, step: Step) -> str:
+        """The text that a step adds; finish_reason is "stop" if it was the last one."""
+        self.steps.append(step)
+        stopped = step.token in self._stop_ids
+        text = self.flush() if stopped else self._until.push(self._decoded(step.token))
+        if stopped or self._until.found:
+            self.finish_reason = "stop"
+        return text
 
     def _decoded(self, token: int) -> str:
         # The model has more rows than the tokenizer has ids: noise at a high temperature may draw one.

@@ -1,0 +1,261 @@
+"""`python -m qwen_ref.evaluate`: a checkpoint on the tasks of lm-evaluation-harness (the extra "eval").
+
+MMLU, C-Eval, GSM8K and some thousand other tasks, as the field runs them; and task files of one's own. The
+harness is imported inside the functions, and only here and in harness.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.cli import Parser, run, say, utf8
+from qwen_ref.config import require_folder
+from qwen_ref.launch import RankLost, Ranks
+from qwen_ref.settings import (
+    add_load_options,
+    add_model_option,
+    load,
+    on_every_rank,
+    open_folder,
+    read_defaults,
+)
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.evaluate",
+        description="Run tasks of lm-evaluation-harness on a first-generation Qwen checkpoint. "
+        "The table goes to stdout, everything else to stderr.",
+        epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote is run "
+        "unless --run-unsafe-code is.",
+    )
+    add = parser.add_argument
+    add_model_option(parser)
+    add(
+        "--tasks",
+        type=_names,
+        required=True,
+        metavar="TASK,TASK,…",
+        help="names of the harness (wildcards allowed), task files (.yaml), or folders of them",
+    )
+    add(
+        "--include-path",
+        "--include_path",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="where the harness finds more tasks by name",
+    )
+    add(
+        "--num-fewshot",
+        "--num_fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question (default: the task's)",
+    )
+    add(
+        "--limit",
+        type=float,
+        metavar="N",
+        help="only the first N questions of each task; below 1, that part of them",
+    )
+    add(
+        "--apply-chat-template",
+        "--apply_chat_template",
+        action="store_true",
+        help="ask in ChatML, for chat checkpoints",
+    )
+    add(
+        "--system", type=utf8, metavar="TEXT", help="the system message, or what stands before every question"
+    )
+    add(
+        "--gen-kwargs", "--gen_kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks"
+    )
+    add(
+        "--batch-size",
+        "--batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="texts at a time (default: %(default)s)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of a question with its answer; of longer ones the beginning is cut off "
+        "(default: what the model was trained on)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="for tasks that sample or draw their examples (default: %(default)s)",
+    )
+    add("--output", type=Path, metavar="FILE.json", help="write results and every question and answer here")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--download", action="store_true", help="let data sets be downloaded")
+    add(
+        "--run-unsafe-code",
+        action="store_true",
+        help="run the programs that the model writes, as HumanEval does",
+    )
+    add_load_options(parser)
+    return parser
+
+
+def _names(argument: str) -> list[str]:
+    names = [name.strip() for name in argument.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{argument!r} names no task")
+    return names
+
+
+def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    """What every rank does: the harness asks the same of each."""
+    require_folder(folder)
+    for name, least in (("num_fewshot", 0), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.limit is not None and not args.limit > 0:
+        raise ValueError(f"--limit {args.limit:g} must be above 0")
+    _, tokenizer = open_folder(folder)
+    defaults = read_defaults(folder, tokenizer)
+    simple_evaluate, manager = _harness(args)
+    tasks = _tasks(manager, args.tasks)
+    ranks.meet(args.device)
+    model = load(args, folder, ranks)
+
+    from qwen_ref.harness import HarnessModel
+
+    adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
+    with contextlib.redirect_stdout(sys.stderr), _readable_errors():
+        results = simple_evaluate(
+            adapter,
+            tasks=tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            task_manager=manager,
+            apply_chat_template=args.apply_chat_template,
+            system_instruction=args.system,
+            gen_kwargs=args.gen_kwargs,
+            confirm_run_unsafe_code=args.run_unsafe_code,
+            random_seed=args.seed,
+            numpy_random_seed=args.seed,
+            torch_random_seed=args.seed,
+            fewshot_random_seed=args.seed,
+        )
+    if ranks.rank > 0:
+        return 0
+    if adapter.truncated:
+        say(
+            f"note: {adapter.truncated} contexts were cut to the last tokens that fit into {adapter.max_length}; "
+            "--max-length allows more"
+        )
+    results["config"].update(
+        {"model": str(folder), "model_args": {"dtype": args.dtype, "device": args.device}}
+    )
+    if args.output is not None:
+        part = args.output.with_name(args.output.name + ".part")
+        part.write_text(_as_json(results) + "\n", encoding="utf-8")
+        os.replace(part, args.output)
+    results.pop("samples", None)
+    print(_as_json(results) if args.json else _table(results), flush=True)
+    return 0
+
+
+def _harness(args: argparse.Namespace) -> tuple[Any, TaskManager]:
+    """The harness's own loop and its index of tasks; ValueError where it is not installed."""
+    if not args.download:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    if args.run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the harness asks for it a second time
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"evaluation takes lm-evaluation-harness ({error}); pip install 'qwen_ref[eval]' brings it"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for path in args.include_path or []:
+        if not path.is_dir():
+            raise ValueError(f"--include-path {path} is no folder")
+    return simple_evaluate, TaskManager(include_path=args.include_path)
+
+
+def _tasks(manager: TaskManager, names: list[str]) -> list[Any]:
+    """The tasks and groups of these names, with their data sets."""
+    specs = []
+    for name in names:
+        path = Path(name)
+        if path.suffix == ".yaml" or path.is_dir():
+            files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+            if not files or not all(file.is_file() for file in files):
+                raise ValueError(f"{name}: no such task file" if path.suffix else f"{name} has no .yaml file")
+            specs += map(str, files)
+            continue
+        matches = manager.match_tasks([name])
+        if not matches:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=4)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(
+                f"the harness knows no task {name!r}{hint} --include-path and .yaml files add tasks of your own"
+            )
+        specs += matches
+    with contextlib.redirect_stdout(sys.stderr), _readable_errors():
+        loaded = manager.load(list(dict.fromkeys(specs)))
+    inside = {child for children in loaded["group_map"].values() for child in children}
+    of_groups = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    top = [group for name, group in loaded["groups"].items() if name not in inside]
+    return top + [task for name, task in loaded["tasks"].items() if name not in of_groups]
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
+    try:
+        yield
+    except (ValueError, RankLost):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        remedy = ""
+        if "offline" in str(error).lower() or isinstance(error, ConnectionError):
+            remedy = "; fetch the data set first, or give --download"
+        raise ValueError(f"the harness: {type(error).__name__}: {lines[0]}{remedy}") from error
+
+
+def _table(results: dict[str, Any]) -> str:
+    from lm_eval.utils import make_table
+
+    parts = [make_table(results)]
+    if results.get("groups"):
+        parts.append(make_table(results, "groups"))
+    return "\n".join(part.rstrip("\n") for part in parts)
+
+
+def _as_json(results: dict[str, Any]) -> str:
+    return json.dumps(results, ensure_ascii=False, default=str)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run)."""
+    return run(_parser(), lambda args: on_every_rank(args, _evaluate, _evaluate), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
