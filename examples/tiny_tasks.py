@@ -57,7 +57,8 @@ def sums() -> list[Document]:
 def files() -> dict[str, str]:
     """The content of each file, by its name."""
     found = {}
-    for name, documents in (("capitals", capitals()), ("chinese_capitals", chinese_capitals()), ("sums", sums())):
+    sets = {"capitals": capitals(), "chinese_capitals": chinese_capitals(), "sums": sums()}
+    for name, documents in sets.items():
         lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
         found[f"{name}_dev.jsonl"] = "".join(lines[:EXAMPLES])
         found[f"{name}.jsonl"] = "".join(lines[EXAMPLES:])

@@ -111,7 +111,7 @@ class HarnessModel(TemplateLM):
             if role is None:
                 ids.append(special["<|im_end|>"])
             else:
-                ids += [special["<|im_start|>"], *plain(role), *plain(newline)]  # the harness may cut before it
+                ids += [special["<|im_start|>"], *plain(role), *plain(newline)]
             end = found.end()
         return ids + plain(string[end:])
 

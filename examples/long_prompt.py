@@ -1,0 +1,98 @@
+"""A prompt of 32,768 tokens: what memory it takes, and what a token costs by its position. The README's figure.
+
+    python examples/long_prompt.py [--synthetic 72b] [--layers 2] [--length 32768] [--out examples/figures]
+
+Noise in the shape of a published model, bfloat16, goes through the model in chunks, as every long prompt does.
+The figure takes matplotlib (the extra "plot").
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window
+
+import torch
+from cost_curves import OUT, save
+from matplotlib import pyplot
+
+from qwen_ref import QwenConfig, load_model
+from qwen_ref.bench import Memory, machine, synthetic
+from qwen_ref.cli import Progress
+from qwen_ref.prefill import CHUNK, in_chunks
+from qwen_ref.sizes import cache_bytes, resident_bytes
+
+
+def chunk_bytes(config: QwenConfig, length: int, dtype: torch.dtype) -> int:
+    """What the layers hold at once for one chunk, at the most: in the MLP, the residual stream and its norm,
+    and up, gate and silu(gate); or, in attention, the mask over all positions, as bits and as numbers.
+    """
+    activations = CHUNK * (2 * config.hidden_size + 3 * config.mlp_width) * dtype.itemsize
+    return activations + CHUNK * length * (1 + dtype.itemsize)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--synthetic", default="72b", metavar="SIZE")
+    parser.add_argument("--layers", type=int, default=2, metavar="N", help="so many of its layers")
+    parser.add_argument("--length", type=int, default=32768, metavar="TOKENS")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    ends, seconds = [], []
+    with synthetic(args.synthetic, args.layers) as folder, Memory() as memory, torch.inference_mode():
+        model = load_model(folder, "bfloat16")
+        ids = torch.randint(0, 151643, (1, args.length), generator=torch.Generator().manual_seed(0))
+        cache = model.new_cache(1, args.length)
+        with Progress("prompt", unit="tokens") as progress:
+            start = time.perf_counter()
+            for states in in_chunks(model, ids, cache, progress=progress.update):
+                ends.append(cache.length)
+                seconds.append(time.perf_counter() - start)
+            model.lm_head(states[:, -1])
+    config, dtype = model.config, torch.bfloat16
+    weights, cached = resident_bytes(model), cache_bytes(config, args.length, dtype)
+    chunk = chunk_bytes(config, args.length, dtype)
+    peak, expected = memory.anonymous + memory.mapped, weights + cached + chunk
+    here = machine("cpu")
+    what = (
+        f"{args.synthetic} widths, {args.layers} layers, bfloat16, chunks of {CHUNK:,}; "
+        f"{here['cores']}-core {here['processor']}, torch {here['torch']}"
+    )
+    print(what)
+    print("\n| | GB |\n|---|---|")
+    rows = {
+        "weights": weights,
+        f"keys and values of {args.length:,} positions": cached,
+        "one chunk, by its formula": chunk,
+        "sum": expected,
+        "peak, seen": peak,
+        "of it pages of the mapped file": memory.mapped,
+        "of it anonymous": memory.anonymous,
+    }
+    print("\n".join(f"| {name} | {count / 1e9:.2f} |" for name, count in rows.items()))
+    print(f"\npeak / sum = {peak / expected:.3f}; all of it took {seconds[-1]:,.0f} s")
+    each = [
+        1e3 * (after - before) / (end - begin)
+        for (begin, end), (before, after) in zip(
+            itertools.pairwise([0, *ends]), itertools.pairwise([0.0, *seconds]), strict=True
+        )
+    ]
+    print("\n| tokens up to | ms a token |\n|---|---|")
+    marks = [n for n in range(len(ends)) if (n + 1) & n == 0 or n == len(ends) - 1]  # doubling
+    print("\n".join(f"| {ends[n]:,} | {each[n]:.1f} |" for n in marks))
+    figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+    axes.plot(ends, each, "o-", color="#0072b2", markersize=3)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
+    axes.set(title="Prefill", xlabel="position", ylabel="ms a token")
+    axes.grid(alpha=0.3)
+    save(figure, what, args.out / "long_prompt.png")
+
+
+if __name__ == "__main__":
+    main()
