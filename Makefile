@@ -43,6 +43,11 @@ parity: .venv/transformers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'
 	touch $@
 
+# The standard evaluation harness, for python -m qwen_ref.evaluate.
+.venv/eval: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	touch $@
+
 # torch first, by its pin: a range could pull a build of several GB.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
