@@ -1,9 +1,9 @@
-"""A prompt of 32,768 tokens: what memory it takes, and what a token costs by its position. The README's figure.
+"""A prompt of 32,768 tokens: the memory it takes, and what a token costs by its position. For the README.
 
     python examples/long_prompt.py [--synthetic 72b] [--layers 2] [--length 32768] [--out examples/figures]
 
-Noise in the shape of a published model, bfloat16, goes through the model in chunks, as every long prompt does.
-The figure takes matplotlib (the extra "plot").
+Noise in the shape of a published model, bfloat16, goes through the model in chunks, as every long prompt
+does. The figure takes matplotlib (the extra "plot").
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ def main() -> None:
         cache = model.new_cache(1, args.length)
         with Progress("prompt", unit="tokens") as progress:
             start = time.perf_counter()
-            for states in in_chunks(model, ids, cache, progress=progress.update):
+            for _ in in_chunks(model, ids, cache, progress=progress.update):
                 ends.append(cache.length)
                 seconds.append(time.perf_counter() - start)
-            model.lm_head(states[:, -1])
     config, dtype = model.config, torch.bfloat16
     weights, cached = resident_bytes(model), cache_bytes(config, args.length, dtype)
     chunk = chunk_bytes(config, args.length, dtype)

@@ -146,7 +146,7 @@ def load_model(
         wanted = compute_dtype(dtype, stored)
         if packed and not any(isinstance(tensor, StoredPacked) for tensor in stored.values()):
             raise ValueError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
-        marks = _marks(config, wanted, stored) if size > 1 else {}
+        marks = fingerprint(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
 
     table = tensor_table(config)
@@ -177,8 +177,8 @@ def load_model(
     return model.eval()
 
 
-def _marks(config: QwenConfig, dtype: torch.dtype, stored: dict[str, Stored]) -> dict[str, object]:
-    """What ranks must agree on: the configuration, the dtype, and each tensor's first row, as a hash.
+def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: dict[str, Stored]) -> dict[str, object]:
+    """What tells models apart: the configuration, the dtype, and each tensor's first row, as a hash.
 
     Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
     """

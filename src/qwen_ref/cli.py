@@ -114,9 +114,14 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
         source, encoded = "stdin", sys.stdin.buffer.read()
     else:
         return argument
+    text = decoded(source, encoded)
+    return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+
+
+def decoded(source: str, encoded: bytes) -> str:
+    """The text of UTF-8 bytes, exactly; ValueError, which names the source, for anything else."""
     try:
-        text = encoded.decode("utf-8")
-        return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+        return encoded.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(source, error)) from None
 

@@ -38,8 +38,8 @@ def _parser() -> Parser:
         prog="python -m qwen_ref.evaluate",
         description="Run tasks of lm-evaluation-harness on a first-generation Qwen checkpoint. "
         "The table goes to stdout, everything else to stderr.",
-        epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote is run "
-        "unless --run-unsafe-code is.",
+        epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote "
+        "is run unless --run-unsafe-code is.",
     )
     add = parser.add_argument
     add_model_option(parser)
@@ -162,8 +162,8 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         return 0
     if adapter.truncated:
         say(
-            f"note: {adapter.truncated} contexts were cut to the last tokens that fit into {adapter.max_length}; "
-            "--max-length allows more"
+            f"note: {adapter.truncated} contexts lost their beginning, to fit into {adapter.max_length} "
+            "tokens; --max-length allows more"
         )
     results["config"].update(
         {"model": str(folder), "model_args": {"dtype": args.dtype, "device": args.device}}
@@ -211,9 +211,10 @@ def _tasks(manager: TaskManager, names: list[str]) -> list[Any]:
         matches = manager.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=4)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = f" (near: {', '.join(near)})" if near else ""
             raise ValueError(
-                f"the harness knows no task {name!r}{hint} --include-path and .yaml files add tasks of your own"
+                f"the harness knows no task {name!r}{hint}; --include-path and .yaml files add tasks of "
+                "your own"
             )
         specs += matches
     with contextlib.redirect_stdout(sys.stderr), _readable_errors():

@@ -28,8 +28,8 @@ from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Goes into the name of a special token where a message spells one out, and is taken out again before the text is
-# encoded: a code point that no text has (Unicode calls it a noncharacter).
+# Goes into the name of a special token where a message spells one out, and is taken out again before the text
+# is encoded: a code point that no text has (Unicode calls it a noncharacter).
 _NO_TOKEN = "\ufdd0"
 _MARKUP = re.compile(r"<\|im_start\|>(\w+)(\n?)|<\|im_end\|>")
 
@@ -96,7 +96,7 @@ class HarnessModel(TemplateLM):
         return "".join(messages).removesuffix("<|im_end|>\n")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Plain text, in which no special token is parsed; of chats, the ids of qwen_ref.chat.build_context."""
+        """Of plain text, in which no special token is parsed; of chats, those of chat.build_context."""
         if not self._chat:
             return self.qwen_tokenizer.encode(string)
         ids: list[int] = []
@@ -233,7 +233,8 @@ class HarnessModel(TemplateLM):
             say(f"note: left out of a task's generation settings: {', '.join(sorted(given))}")
         if not 1 <= tokens < self.max_length:
             raise ValueError(
-                f"max_gen_toks={tokens} must be from 1 to {self.max_length - 1}, below max_length; change either"
+                f"max_gen_toks={tokens} must be from 1 to {self.max_length - 1}, which is below max_length; "
+                "change either"
             )
         return {"max_new_tokens": tokens, **settings}, [text for text in until if text]
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Parser, Progress, read_prompt, run, say, speed_options
+from qwen_ref.cli import Parser, Progress, decoded, run, say, speed_options
 from qwen_ref.config import QwenConfig, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.settings import (
@@ -161,27 +161,29 @@ class State:
         self.done: dict[tuple[int, Window], Sums] = {}
         if path is None:
             return
-        header = json.dumps({"format": _STATE, **run}, ensure_ascii=False) + "\n"
+        header = {"format": _STATE, **run}
         if not os.path.lexists(path):
             part = path.with_name(path.name + ".part")
-            part.write_text(header, encoding="utf-8")
+            part.write_text(json.dumps(header) + "\n", encoding="utf-8")
             os.replace(part, path)
             return
         whole = path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # the last one may have been cut off
         try:
             first, *rest = map(json.loads, lines)
-            differ = [key for key in json.loads(header) if first.get(key) != json.loads(header)[key]]
+            differ = [key for key, value in header.items() if first.get(key) != value]
             for line in rest:
                 window = Window(*line["window"])
                 self.done[line["length"], window] = Sums(line["losses"], line["tokens"])
+            if "format" in differ:
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is no file of this command's --state; give another name") from None
         if differ:
             key = differ[0]
             raise ValueError(
                 f"{path} is of another run: there {key} is {shown(first.get(key))}, here "
-                f"{shown(json.loads(header)[key])}; give another --state, or the options of that run"
+                f"{shown(header[key])}; give another --state, or the options of that run"
             )
         os.truncate(path, sum(len(line) + 1 for line in lines))
 
@@ -267,7 +269,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if args.plot is not None:
         _pyplot()
     config, tokenizer = open_folder(folder)
-    texts = [tokenizer.encode(read_prompt(None, path)) for path in args.text]
+    texts = [tokenizer.encode(decoded(str(path), path.read_bytes())) for path in args.text]
     asked = _windows(args, texts)
     state = State(args.state, _run(args, folder, texts))
     for length in asked:
@@ -328,16 +330,22 @@ def _windows(args: argparse.Namespace, texts: list[list[int]]) -> dict[int, list
 
 def _run(args: argparse.Namespace, folder: Path, texts: list[list[int]]) -> dict[str, Any]:
     """What the results depend on, but for lengths and stride, which each of them states."""
-    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    from qwen_ref.checkpoint import compute_dtype, fingerprint, open_checkpoint
+
+    config, stored = open_checkpoint(folder)
+    model = fingerprint(config, compute_dtype(args.dtype, stored), stored)
     return {
-        "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        "weight files": [list(each) for each in weights],
-        "texts": [hashlib.sha256(repr(text).encode()).hexdigest() for text in texts],
+        "the model": _digest(model),
+        "the text": [_digest(text) for text in texts],
         "dtype": args.dtype,
         "options": speed_options(args),
         "--no-ntk": args.no_ntk,
         "--no-logn": args.no_logn,
     }
+
+
+def _digest(of: object) -> str:
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
 
 
 def _say_notes(args: argparse.Namespace, config: QwenConfig, length: int) -> None:
