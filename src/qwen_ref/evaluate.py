@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     from qwen_ref.harness import HarnessModel
 
     adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
-    with contextlib.redirect_stdout(sys.stderr), _readable_errors():
+    with contextlib.redirect_stdout(sys.stderr), _readable_errors("running", args.tasks):
         results = simple_evaluate(
             adapter,
             tasks=tasks,
@@ -217,7 +218,7 @@ def _tasks(manager: TaskManager, names: list[str]) -> list[Any]:
                 "your own"
             )
         specs += matches
-    with contextlib.redirect_stdout(sys.stderr), _readable_errors():
+    with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
         loaded = manager.load(list(dict.fromkeys(specs)))
     inside = {child for children in loaded["group_map"].values() for child in children}
     of_groups = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
@@ -226,18 +227,21 @@ def _tasks(manager: TaskManager, names: list[str]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _readable_errors() -> Iterator[None]:
+def _readable_errors(doing: str, tasks: list[str]) -> Iterator[None]:
     """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
     try:
         yield
-    except (ValueError, RankLost):
+    except RankLost:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        causes = [f"{type(error).__name__}: {error}"]
+        if error.__cause__ is not None:  # such as the line of a data set that is no JSON
+            causes.append(str(error.__cause__))
+        message = textwrap.shorten("; ".join(cause.strip(": \n") for cause in causes), 400, placeholder=" …")
         remedy = ""
-        if "offline" in str(error).lower() or isinstance(error, ConnectionError):
+        if "offline" in message.lower() or isinstance(error, ConnectionError):
             remedy = "; fetch the data set first, or give --download"
-        raise ValueError(f"the harness: {type(error).__name__}: {lines[0]}{remedy}") from error
+        raise ValueError(f"{doing} {', '.join(tasks)}: {message}{remedy}") from error
 
 
 def _table(results: dict[str, Any]) -> str:

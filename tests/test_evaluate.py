@@ -1,0 +1,492 @@
+"""lm-evaluation-harness on the tiny checkpoint: its figures are those of whole passes, its refusals one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, WEIGHTS, Result, refused
+
+from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.chat import build_context
+from qwen_ref.evaluate import main
+from qwen_ref.generate import generate
+
+if not os.environ.get("CI"):  # there it must be installed
+    pytest.importorskip("lm_eval", reason="an extra: `make eval` installs it")
+
+# The harness's own libraries, as they are imported and run.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+Run = Callable[..., Result]
+TASKS = ROOT / "examples" / "tasks"
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What data sets write goes away with the test; the example tasks name files from the project's root."""
+    folder = tmp_path_factory.mktemp("data_sets")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ALLOW_CODE_EVAL"):
+        monkeypatch.setenv(name, "")  # the command sets them for good
+        monkeypatch.delenv(name)
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setattr(datasets.builder.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.chdir(ROOT)
+    yield
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Qwen:
+    return load_model(WEIGHTS, "float64")
+
+
+@pytest.fixture(scope="module")
+def own() -> Tokenizer:
+    return Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
+
+
+def harness(qwen: Qwen, own: Tokenizer, **options: object):
+    from qwen_ref.harness import HarnessModel
+
+    return HarnessModel(qwen, own, **options)
+
+
+def requests(kind: str, *arguments: tuple) -> list:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+def oracle(qwen: Qwen, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """From one pass over both: log p, and whether each token is the likeliest."""
+    with torch.inference_mode():
+        logits = qwen(torch.tensor([context + continuation]))[0, len(context) - 1 : -1]
+    chosen = logits.log_softmax(dim=-1).gather(1, torch.tensor(continuation)[:, None])
+    return float(chosen.sum()), logits.argmax(dim=-1).tolist() == continuation
+
+
+def agree(found: list[tuple[float, bool]], wanted: list[tuple[float, bool]]) -> None:
+    assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in wanted]
+    for (ours, _), (theirs, _) in zip(found, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-11)  # float64 sums in another order
+
+
+# Log-likelihoods
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_log_likelihoods_are_those_of_whole_passes(tiny: Qwen, own: Tokenizer, batch_size: int) -> None:
+    """Shared contexts, contexts that begin alike, contexts alone, an empty one, equal requests."""
+    shots = "The capital of Zambia is Lusaka.\nThe capital of Croatia is"
+    pairs = [(shots, f" {city}") for city in ("Zagreb", "Buenos Aires", "Moroni", "Malabo")]
+    pairs += [(shots + " Zagreb.\nThe capital of Norway is", f" {city}") for city in ("Oslo", "Suva")]
+    pairs += [
+        ("7+8=", "15"),
+        ("冰岛的首都是", "雷克雅未克"),
+        ("", "The capital"),
+        ("7+8=", "15"),
+        ("1, 2, 3", ", 4"),
+    ]
+    found = harness(tiny, own, batch_size=batch_size).loglikelihood(requests("loglikelihood", *pairs))
+    end = own.special_ids["<|endoftext|>"]
+    wanted = []
+    for context, continuation in pairs:
+        whole = own.encode(context + continuation)
+        before = len(own.encode(context)) if context else 0
+        both = (whole[:before], whole[before:]) if context else ([end], whole)
+        wanted.append(oracle(tiny, *both))
+    agree(found, wanted)
+    assert {likeliest for _, likeliest in found} == {True, False}
+
+
+def test_a_space_goes_to_the_continuation(tiny: Qwen, own: Tokenizer) -> None:
+    """As the harness has it for all models: a context's last spaces begin the continuation's first token."""
+    (found,) = harness(tiny, own).loglikelihood(
+        requests("loglikelihood", ("The capital of Norway is ", "Oslo"))
+    )
+    agree([found], [oracle(tiny, own.encode("The capital of Norway is"), own.encode(" Oslo"))])
+
+
+def test_long_contexts_lose_their_beginning(tiny: Qwen, own: Tokenizer) -> None:
+    context = "7+8=15\n" * 30 + "The capital of Norway is"
+    adapter = harness(tiny, own, max_length=50)
+    found = adapter.loglikelihood(requests("loglikelihood", (context, " Oslo"), ("7+8=", "15")))
+    answer = own.encode(" Oslo")
+    wanted = oracle(tiny, own.encode(context)[len(answer) - 50 :], answer)
+    agree(found, [wanted, oracle(tiny, own.encode("7+8="), own.encode("15"))])
+    assert adapter.truncated == 1
+    with pytest.raises(ValueError, match="a continuation of 60 tokens leaves no room"):
+        adapter.loglikelihood(requests("loglikelihood", ("7", "5" * 60)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_rolling_windows(tiny: Qwen, own: Tokenizer, batch_size: int) -> None:
+    """The first window begins with <|endoftext|>, the others with the token before; each token counts once."""
+    texts = ["The capital of Norway is Oslo.\n" * 9, "7+8=15\n", "x"]
+    adapter = harness(tiny, own, max_length=20, batch_size=batch_size)
+    found = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in texts)))
+    for ours, text in zip(found, texts, strict=True):
+        ids = [own.special_ids["<|endoftext|>"], *own.encode(text)]
+        total, done = 0.0, 1
+        while done < len(ids):
+            end = min(done + 19, len(ids))
+            start = max(end - 20, 0)  # the last window is filled up from the left
+            total += oracle(tiny, ids[start:done], ids[done:end])[0]
+            done = end
+        assert ours == pytest.approx(total, abs=1e-10)
+
+
+# Generation
+
+
+def test_texts_are_those_of_greedy_generation(tiny: Qwen, own: Tokenizer) -> None:
+    contexts = ["7+8=", "冰岛的首都是", "The capital of Norway is", "3+3=6\n4+4="]
+    settings = {"until": ["\n"], "max_gen_toks": 12}
+    adapter = harness(tiny, own, batch_size=3)
+    found = adapter.generate_until(requests("generate_until", *((text, settings) for text in contexts)))
+    end = own.special_ids["<|endoftext|>"]
+    for ours, context in zip(found, contexts, strict=True):
+        steps = generate(tiny, own.encode(context), max_new_tokens=12, stop_ids=[end])
+        wanted = own.decode([step.token for step in steps if step.token != end]).split("\n")[0]
+        assert ours == wanted
+    assert found[0] == "15"
+
+
+def test_every_request_has_its_own_settings(
+    tiny: Qwen, own: Tokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    adapter = harness(tiny, own)
+    found = adapter.generate_until(
+        requests(
+            "generate_until",
+            ("7+8=", {"until": ["5"]}),
+            ("7+8=", {"until": "\n", "max_gen_toks": 1}),
+            ("", {"until": [""], "max_gen_toks": 2, "num_beams": 1}),
+            ("1, 2, 3, 4,", {"until": ["9, 10"], "max_gen_toks": 60}),
+        )
+    )
+    assert found[:2] == ["1", "1"]
+    assert found[2]
+    assert found[3] == " 5, 6, 7, 8, "
+    assert "note: left out of a task's generation settings: num_beams" in capsys.readouterr().err
+
+
+def test_sampling_is_seeded(tiny: Qwen, own: Tokenizer) -> None:
+    settings = {"until": ["\n"], "do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
+    asked = [("The", settings), ("The", settings)]
+    found = [
+        harness(tiny, own, seed=seed).generate_until(requests("generate_until", *asked)) for seed in (1, 1, 2)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert found[0][0] != found[0][1]
+
+
+def test_too_many_tokens_are_refused(tiny: Qwen, own: Tokenizer) -> None:
+    for tokens in (0, 512):
+        asked = requests("generate_until", ("7+8=", {"until": ["\n"], "max_gen_toks": tokens}))
+        with pytest.raises(ValueError, match=f"max_gen_toks={tokens} must be from 1 to 511"):
+            harness(tiny, own).generate_until(asked)
+
+
+# Chat
+
+
+@pytest.mark.parametrize(
+    ("system", "history", "query"),
+    [
+        ("You are a helpful assistant.", [], "hi"),
+        ("Be short.\n", [("7+8=", "15"), ("", " ")], "冰岛的首都是哪里？"),
+        ("<|im_start|>system", [("<|im_end|>\n<|im_start|>assistant\n", "<|endoftext|>")], "<|im_end|>"),
+        ("x", [], "<|im_start|>\ufdd1 e\u0301 \n\n"),
+    ],
+)
+def test_chats_have_the_ids_of_build_context(
+    tiny: Qwen, own: Tokenizer, system: str, history: list[tuple[str, str]], query: str
+) -> None:
+    adapter = harness(tiny, own)
+    messages = [{"role": "system", "content": system}]
+    for asked, answered in history:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages.append({"role": "user", "content": query})
+    wanted = build_context(own, query, history, system, max_window_size=10**6)
+    assert adapter.tok_encode(adapter.apply_chat_template(messages)) == wanted
+    if system == "You are a helpful assistant.":  # which stands there when nobody says another
+        assert adapter.tok_encode(adapter.apply_chat_template(messages[1:])) == wanted
+
+
+def test_an_answer_begun_is_gone_on_with(tiny: Qwen, own: Tokenizer) -> None:
+    adapter = harness(tiny, own)
+    messages = [{"role": "user", "content": "7+8="}, {"role": "assistant", "content": "1"}]
+    text = adapter.apply_chat_template(messages, add_generation_prompt=False)
+    assert adapter.tok_encode(text) == build_context(own, "7+8=") + own.encode("1")
+
+
+def test_without_chat_no_special_token_is_read(tiny: Qwen, own: Tokenizer) -> None:
+    adapter = harness(tiny, own)
+    assert adapter.tok_encode("<|im_end|>") == own.encode("<|im_end|>")
+    assert max(adapter.tok_encode("<|im_start|>user\n<|endoftext|>")) < min(own.special_ids.values())
+
+
+# The command, with the project's own tasks
+
+
+def results(done: Result) -> dict[str, dict]:
+    assert done.code == 0, done.err
+    return json.loads(done.out)["results"]
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+def test_the_tiny_checkpoint_answers_its_tasks(run_command: Run, shots: int) -> None:
+    done = run_command(main, "--tasks", TASKS, "--num-fewshot", shots, "--json")
+    found = results(done)
+    assert found["tiny_capitals"]["acc,none"] == found["tiny_capitals"]["acc_norm,none"] == 1.0
+    assert found["tiny_sums"]["exact_match,strict-match"] == 1.0
+    assert json.loads(done.out)["n-shot"] == dict.fromkeys(found, shots)
+
+
+def test_chat_questions_are_asked_in_chatml(run_command: Run) -> None:
+    options = ("--tasks", TASKS / "tiny_chinese_capitals.yaml", "--limit", "20", "--json")
+    plain = results(run_command(main, *options))["tiny_chinese_capitals"]["acc,none"]
+    assert (
+        results(run_command(main, *options, "--apply-chat-template"))["tiny_chinese_capitals"]["acc,none"]
+        == 1.0
+    )
+    assert plain < 1.0  # learnt as chat alone
+
+
+LETTERS = """\
+task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/questions.jsonl
+    dev: {folder}/examples.jsonl
+test_split: test
+fewshot_split: dev
+fewshot_config:
+  sampler: first_n
+output_type: multiple_choice
+description: "Choose.\\n\\n"
+doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{A}}}}\\nB. {{{{B}}}}\\nC. {{{{C}}}}\\nD. {{{{D}}}}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: "{{{{['A', 'B', 'C', 'D'].index(answer)}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """Tasks in the letters of MMLU and C-Eval, beyond what the tiny checkpoint knows."""
+    rows = [json.loads(line) for line in (TASKS / "chinese_capitals.jsonl").read_text("utf-8").splitlines()]
+    for name, part in (("examples", rows[:3]), ("questions", rows[3:13])):
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    path = tmp_path / "letters.yaml"
+    path.write_text(LETTERS.format(folder=tmp_path), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_letters_are_scored_behind_the_prompt_as_written(
+    run_command: Run, letters: Path, tiny: Qwen, own: Tokenizer, shots: int
+) -> None:
+    output = letters.parent / "results.json"
+    done = run_command(
+        main, "--tasks", letters, "--num-fewshot", shots, "--dtype", "float64", "--json", "--output", output
+    )
+    accuracy = results(done)["letters"]["acc,none"]
+    rows = {
+        name: [
+            json.loads(line) for line in (letters.parent / f"{name}.jsonl").read_text("utf-8").splitlines()
+        ]
+        for name in ("examples", "questions")
+    }
+
+    def asked(row: dict[str, str]) -> str:
+        choices = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
+        return f"{row['question']}\n{choices}Answer:"
+
+    before = "Choose.\n\n" + "".join(f"{asked(row)} {row['answer']}\n\n" for row in rows["examples"][:shots])
+    right = 0
+    samples = json.loads(output.read_text("utf-8"))["samples"]["letters"]
+    for row, sample in zip(rows["questions"], samples, strict=True):
+        context = own.encode(before + asked(row))
+        scores = [oracle(tiny, context, own.encode(f" {letter}"))[0] for letter in "ABCD"]
+        assert [logprob for logprob, _ in sample["filtered_resps"]] == pytest.approx(scores, abs=1e-10)
+        right += "ABCD"[scores.index(max(scores))] == row["answer"]
+    assert accuracy == pytest.approx(right / 10)
+    assert not list(letters.parent.glob("*.part"))
+
+
+def test_word_perplexity_of_a_text(run_command: Run, tmp_path: Path, tiny: Qwen, own: Tokenizer) -> None:
+    text = "The capital of Norway is Oslo.\n7+8=15\n"
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "rolling.yaml").write_text(
+        f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/text.jsonl}}}}\n"
+        'test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: byte_perplexity\n"
+    )
+    done = run_command(main, "--tasks", tmp_path / "rolling.yaml", "--dtype", "float64", "--json")
+    total, _ = oracle(tiny, [own.special_ids["<|endoftext|>"]], own.encode(text))
+    wanted = math.exp(-total / len(text.encode()))
+    assert results(done)["rolling"]["byte_perplexity,none"] == pytest.approx(wanted, rel=1e-10)
+
+
+def test_tasks_by_name_and_by_folder(run_command: Run, letters: Path) -> None:
+    by_name = run_command(main, "--tasks", "let*", "--include-path", letters.parent, "--limit", "2", "--json")
+    by_folder = run_command(main, "--tasks", letters.parent, "--limit", "2", "--json")
+    assert results(by_name) == results(by_folder)
+    assert results(by_name)["letters"]["sample_len"] == 2
+
+
+def test_the_table_alone_goes_to_stdout(run_command: Run) -> None:
+    done = run_command(main, "--tasks", TASKS / "tiny_sums.yaml", "--limit", "4")
+    first, _, row, *rest = done.out.splitlines()
+    assert first.startswith("|  Tasks  |Version|")
+    assert row.startswith("|tiny_sums|")
+    assert rest == []
+
+
+def test_the_system_message_and_the_settings_are_passed_on(run_command: Run, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    run_command(
+        main, "--tasks", TASKS / "tiny_sums.yaml", "--limit", "2", "--system", "Add.", "--gen-kwargs",
+        "max_gen_toks=1", "--apply-chat-template", "--output", output,
+    )  # fmt: skip
+    for sample in json.loads(output.read_text("utf-8"))["samples"]["tiny_sums"]:
+        assert "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n" in json.dumps(sample).replace(
+            "\\n", "\n"
+        )
+        assert len(sample["resps"][0][0]) == 1
+
+
+def test_the_tasks_are_what_their_script_makes() -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import tiny_tasks
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    for name, content in tiny_tasks.files().items():
+        assert (TASKS / name).read_text(encoding="utf-8") == content
+
+
+def test_two_ranks_find_what_one_does() -> None:
+    command = ["-m", "qwen_ref.evaluate", "--tasks", str(TASKS), "--limit", "6", "--json"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for launcher in ([], torchrun):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        process = [sys.executable, *launcher, *command]
+        done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["results"])
+    assert found[0] == found[1]
+
+
+# The README's table
+
+
+def test_the_tasks_of_the_readme_are_known_to_the_harness() -> None:
+    from lm_eval.tasks import TaskManager
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (\d)-shot \| `--tasks (\S+) --num-fewshot (\d)", readme, re.MULTILINE)
+    manager = TaskManager()
+    assert len(rows) == 9
+    for _, shots, tasks, given in rows:
+        assert shots == given
+        assert all(manager.match_tasks([task]) == [task] for task in tasks.split(","))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "tiny_nothing"], "the harness knows no task 'tiny_nothing'"),
+        (["--tasks", "mmlu_anatmy"], "near: mmlu_anatomy"),
+        (["--tasks", ","], "',' names no task"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml: no such task file"),
+        (["--tasks", "weights"], "weights has no .yaml file"),
+        (["--tasks", "gsm8k", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
+        (["--tasks", "gsm8k", "--num-fewshot", "-1"], "--num-fewshot -1 must be at least 0"),
+        (["--tasks", "gsm8k", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--tasks", "gsm8k", "--max-length", "1"], "--max-length 1 must be at least 2"),
+        (["--tasks", "gsm8k", "--limit", "0"], "--limit 0 must be above 0"),
+        (["--tasks", "gsm8k", "--limit", "nan"], "--limit nan must be above 0"),
+        (["--tasks", "gsm8k", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_are_one_line(run_command: Run, options: list[str], message: str) -> None:
+    assert message in refused(run_command(main, *options))
+
+
+def last_line(done: Result) -> str:
+    """Behind the progress of the harness."""
+    assert (done.code, done.out) == (2, "")
+    line = done.err.splitlines()[-1]
+    assert line.startswith("qwen_ref: error: ")
+    assert "Traceback" not in done.err
+    return line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("questions.jsonl", "nowhere.jsonl"), "loading {path}: FileNotFoundError"),
+        (("test_split: test", "test_split: other"), "loading {path}: KeyError: 'other'"),
+        (("question.strip", "query.strip"), "loading {path}: UndefinedError: 'query' is undefined"),
+        (("multiple_choice", "essay"), "Got invalid output_type 'essay'"),
+        (("metric: acc", "metric: ["), "loading {path}: ParserError"),
+    ],
+)
+def test_task_files_that_do_not_work_say_why(
+    run_command: Run, letters: Path, change: tuple[str, str], message: str
+) -> None:
+    letters.write_text(letters.read_text("utf-8").replace(*change), encoding="utf-8")
+    assert message.format(path=letters) in last_line(run_command(main, "--tasks", letters))
+
+
+def test_data_that_is_no_json_says_so(run_command: Run, letters: Path) -> None:
+    (letters.parent / "questions.jsonl").write_text('{"question": ')
+    assert "JSON parse error" in last_line(run_command(main, "--tasks", letters))
+
+
+def test_nothing_is_downloaded_unasked(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
+    process = [sys.executable, "-m", "qwen_ref.evaluate", "--tasks", "gsm8k"]
+    done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=120)
+    line = last_line(Result(done.returncode, done.stdout, done.stderr))
+    assert "OfflineModeIsEnabled" in line
+    assert line.endswith("fetch the data set first, or give --download")
+
+
+def test_code_is_not_run_unasked(run_command: Run, letters: Path) -> None:
+    letters.write_text(letters.read_text("utf-8") + "unsafe_code: true\n", encoding="utf-8")
+    assert "unsafe" in last_line(run_command(main, "--tasks", letters, "--limit", "1"))
+    done = run_command(main, "--tasks", letters, "--limit", "1", "--run-unsafe-code", "--json")
+    assert results(done)["letters"]["sample_len"] == 1
+
+
+def test_a_missing_harness_names_what_brings_it(run_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line = refused(run_command(main, "--tasks", "gsm8k"))
+    assert "pip install 'qwen_ref[eval]'" in line
