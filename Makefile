@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test vocab lint bench parity
+.PHONY: run test vocab lint bench parity eval
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -43,7 +43,11 @@ parity: .venv/transformers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'
 	touch $@
 
-# The standard evaluation harness, for python -m qwen_ref.evaluate.
+# The standard evaluation harness, on questions that the tiny checkpoint can answer.
+eval: .venv/eval
+	$(BIN)/python -m qwen_ref.evaluate --tasks examples/tasks --num-fewshot 5
+	$(BIN)/python -m pytest tests/test_evaluate.py
+
 .venv/eval: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	touch $@

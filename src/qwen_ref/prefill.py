@@ -31,7 +31,6 @@ def in_chunks(
     attention_mask: (B, T), for the padding that an empty cache's rows may begin with. It ends within the
     first chunk, which is as long as that needs.
     progress: called with the tokens done and all of them.
-
     """
     T, done = input_ids.shape[1], 0
     padding = 0 if attention_mask is None else int((attention_mask == 0).sum(dim=1).max())
@@ -42,9 +41,7 @@ def in_chunks(
         first_mask = attention_mask[:, :end] if attention_mask is not None and done == 0 else None
         states = model.hidden_states(input_ids[:, done:end], first_mask, cache)
         if whole_is_new:
-            cache.prompt_length = (
-                None  # the first call has fixed α; the cache may be rewound for another text
-            )
+            cache.prompt_length = None  # α is fixed by the first call; the cache may be rewound for another text
         done = end
         if progress is not None:
             progress(done, T)
