@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the tiny checkpoint: its figures are those of whole passes, its refusals one line."""
+"""lm-evaluation-harness on the tiny checkpoint: figures are those of whole passes, refusals one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.chat import build_context
 from qwen_ref.evaluate import main
 from qwen_ref.generate import generate
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 if not os.environ.get("CI"):  # there it must be installed
     pytest.importorskip("lm_eval", reason="an extra: `make eval` installs it")
@@ -35,8 +39,18 @@ TASKS = ROOT / "examples" / "tasks"
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_caches(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, index: TaskManager
+) -> None:
     """What data sets write goes away with the test; the example tasks name files from the project's root."""
+    import lm_eval.tasks
+
+    found = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_path: index if include_path is None else found(include_path=include_path),
+    )
     folder = tmp_path_factory.mktemp("data_sets")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ALLOW_CODE_EVAL"):
         monkeypatch.setenv(name, "")  # the command sets them for good
@@ -46,7 +60,14 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     monkeypatch.setattr(datasets.builder.config, "HF_DATASETS_CACHE", folder)
     monkeypatch.chdir(ROOT)
-    yield
+
+
+@pytest.fixture(scope="module")
+def index() -> TaskManager:
+    """The harness's own tasks: it takes seconds to find them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +156,7 @@ def test_long_contexts_lose_their_beginning(tiny: Qwen, own: Tokenizer) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_rolling_windows(tiny: Qwen, own: Tokenizer, batch_size: int) -> None:
-    """The first window begins with <|endoftext|>, the others with the token before; each token counts once."""
+    """The first begins with <|endoftext|>, the others with the token before; each token counts once."""
     texts = ["The capital of Norway is Oslo.\n" * 9, "7+8=15\n", "x"]
     adapter = harness(tiny, own, max_length=20, batch_size=batch_size)
     found = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in texts)))
@@ -339,7 +360,8 @@ def test_word_perplexity_of_a_text(run_command: Run, tmp_path: Path, tiny: Qwen,
     text = "The capital of Norway is Oslo.\n7+8=15\n"
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (tmp_path / "rolling.yaml").write_text(
-        f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/text.jsonl}}}}\n"
+        "task: rolling\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/text.jsonl}}}}\n"
         'test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: byte_perplexity\n"
     )
@@ -387,32 +409,26 @@ def test_the_tasks_are_what_their_script_makes() -> None:
         assert (TASKS / name).read_text(encoding="utf-8") == content
 
 
-def test_two_ranks_find_what_one_does() -> None:
-    command = ["-m", "qwen_ref.evaluate", "--tasks", str(TASKS), "--limit", "6", "--json"]
+def test_two_ranks_find_what_one_does(run_command: Run) -> None:
+    options = ["--tasks", str(TASKS), "--limit", "6", "--json"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for launcher in ([], torchrun):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-        process = [sys.executable, *launcher, *command]
-        done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout)["results"])
-    assert found[0] == found[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    process = [sys.executable, *torchrun, "-m", "qwen_ref.evaluate", *options]
+    done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
+    found = results(Result(done.returncode, done.stdout, done.stderr))
+    assert found == results(run_command(main, *options))
 
 
 # The README's table
 
 
-def test_the_tasks_of_the_readme_are_known_to_the_harness() -> None:
-    from lm_eval.tasks import TaskManager
-
+def test_the_tasks_of_the_readme_are_known_to_the_harness(index: TaskManager) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| (\d)-shot \| `--tasks (\S+) --num-fewshot (\d)", readme, re.MULTILINE)
-    manager = TaskManager()
     assert len(rows) == 9
     for _, shots, tasks, given in rows:
         assert shots == given
-        assert all(manager.match_tasks([task]) == [task] for task in tasks.split(","))
+        assert all(index.match_tasks([task]) == [task] for task in tasks.split(","))
 
 
 # Bad input

@@ -124,14 +124,17 @@ class HarnessModel(TemplateLM):
         questions) their beginning. Contexts that have one continuation and little in common share passes.
         """
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
+        pairs = []
+        for _, context, continuation in requests:
             if len(continuation) >= self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens leaves no room for a context in "
                     f"max_length={self.max_length}"
                 )
-            groups.setdefault(tuple(self._fitted(context, len(continuation))), []).append(number)
+            pairs.append((tuple(self._fitted(context, len(continuation))), continuation))
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, (context, _) in enumerate(pairs):
+            groups.setdefault(context, []).append(number)
         alone = []
         before: Sequence[int] = ()
         with Progress("scoring", unit="requests") as progress:
@@ -141,7 +144,7 @@ class HarnessModel(TemplateLM):
                 if len(numbers) == 1 and 2 * _common(context, before) < len(context):
                     alone += numbers
                 else:
-                    continuations = [requests[number][2] for number in numbers]
+                    continuations = [pairs[number][1] for number in numbers]
                     scores = score_continuations(
                         self.model, context, continuations, self.batch_size, self._prefix
                     )
@@ -150,22 +153,22 @@ class HarnessModel(TemplateLM):
                     done += len(numbers)
                     progress.update(done, len(requests))
                 before = context
-            pairs = [(self._fitted(requests[n][1], len(requests[n][2])), requests[n][2]) for n in alone]
-            for number, score in zip(alone, self._scored_pairs(pairs, progress, done), strict=True):
+            scored = self._scored_pairs([pairs[number] for number in alone], progress, done)
+            for number, score in zip(alone, scored, strict=True):
                 found[number] = score
         for (texts, _, _), result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, result)
         return found
 
     def _scored_pairs(
-        self, pairs: list[tuple[list[int], list[int]]], progress: Progress, done: int
+        self, pairs: list[tuple[tuple[int, ...], list[int]]], progress: Progress, done: int
     ) -> Iterator[tuple[float, bool]]:
         """Contexts and continuations that have nothing in common, a batch of like lengths at a time."""
         order = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
         found: dict[int, tuple[float, bool]] = {}
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
-            texts = [pairs[n][0] + pairs[n][1] for n in batch]
+            texts = [[*pairs[n][0], *pairs[n][1]] for n in batch]
             scores = score_texts(self.model, texts, [len(pairs[n][0]) for n in batch], self.batch_size)
             for n, score in zip(batch, scores, strict=True):
                 found[n] = float(score.logprobs.double().sum()), bool(score.likeliest.all())

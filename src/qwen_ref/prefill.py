@@ -41,7 +41,7 @@ def in_chunks(
         first_mask = attention_mask[:, :end] if attention_mask is not None and done == 0 else None
         states = model.hidden_states(input_ids[:, done:end], first_mask, cache)
         if whole_is_new:
-            cache.prompt_length = None  # α is fixed by the first call; the cache may be rewound for another text
+            cache.prompt_length = None  # the first call fixed α; the cache may be rewound for another text
         done = end
         if progress is not None:
             progress(done, T)
