@@ -1,4 +1,4 @@
-"""One cache for generations that begin alike: of a new prompt, only what differs is computed.
+"""One cache for texts that begin alike, generated or scored: of a new one, only what differs is computed.
 
 A chat's next context is its last one, the answer and a question more. So the cache is rewound to where both
 texts part, by moving its length back: what stands behind is overwritten.
