@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test vocab lint bench parity eval
+.PHONY: run test vocab lint bench parity eval readme
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -33,6 +33,10 @@ bench: .venv/transformers vocab
 	$(BIN)/python examples/fast_accuracy.py
 	$(BIN)/python examples/gptq_accuracy.py
 	$(BIN)/python examples/bench_tokenizer.py
+
+# The README's commands as they stand there, with the tiny checkpoint in place of the published ones.
+readme: .venv/eval vocab
+	$(BIN)/python examples/run_readme.py
 
 # Holds transformers' Qwen2, which was not written here, to the parity kit.
 parity: .venv/transformers

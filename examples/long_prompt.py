@@ -24,7 +24,7 @@ from matplotlib import pyplot
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.bench import Memory, machine, synthetic
 from qwen_ref.cli import Progress
-from qwen_ref.prefill import CHUNK, in_chunks
+from qwen_ref.prefill import CHUNK, prefill
 from qwen_ref.sizes import cache_bytes, resident_bytes
 
 
@@ -50,9 +50,13 @@ def main() -> None:
         cache = model.new_cache(1, args.length)
         with Progress("prompt", unit="tokens") as progress:
             start = time.perf_counter()
-            for _ in in_chunks(model, ids, cache, progress=progress.update):
-                ends.append(cache.length)
+
+            def done(tokens: int, total: int) -> None:
+                ends.append(tokens)
                 seconds.append(time.perf_counter() - start)
+                progress.update(tokens, total)
+
+            model.lm_head(prefill(model, ids, cache, progress=done))  # (1, V): the next token's
     config, dtype = model.config, torch.bfloat16
     weights, cached = resident_bytes(model), cache_bytes(config, args.length, dtype)
     chunk = chunk_bytes(config, args.length, dtype)
