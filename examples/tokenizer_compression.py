@@ -1,6 +1,6 @@
 """How much text a token holds, by language: bytes per token and tokens per character of any vocabularies.
 
-    python examples/compression.py [--text NAME=FILE ...] [--against cl100k_base FILE ...] [--plot FILE.png]
+    python examples/tokenizer_compression.py [--text NAME=FILE ...] [--against cl100k_base FILE ...]
 
 Without --text it is the sample in examples/languages: the same paragraphs in each language, and Python. Text
 is measured as the tokenizer sees it: bytes and characters are counted after NFC, and every vocabulary gets
@@ -266,7 +266,9 @@ def draw(counts: dict[str, Count], among: Sequence[Vocabulary], path: Path) -> N
     # A name may hold a $, and characters that the font has not.
     with plot.rc_context({"text.parse_math": False}), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure, axes = plot.subplots(figsize=(7.5, 1.2 + 0.25 * len(ordered)), layout="constrained")
+        figure, axes = plot.subplots(
+            figsize=(7.5, 1.3 + 0.25 * (len(ordered) + (len(among) + 2) // 3)), layout="constrained"
+        )
         axes.hlines(rows, list(map(min, ends)), list(map(max, ends)), color="#cccccc", zorder=1)
         styles = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
         for n, (vocabulary, (colour, marker)) in enumerate(zip(among, styles, strict=False)):
@@ -278,9 +280,12 @@ def draw(counts: dict[str, Count], among: Sequence[Vocabulary], path: Path) -> N
         axes.set_yticks(rows, ordered)
         axes.set_ylim(-0.7, len(ordered) - 0.3)
         axes.set_xlim(left=0)
-        axes.set_xlabel("bytes of UTF-8 per token (further right: fewer tokens for the same text)")
+        axes.set_xlabel(
+            "bytes of UTF-8 per token; further right is fewer tokens for the same text\n"
+            "(compare within a row: scripts differ in bytes per character)"
+        )
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=min(len(among), 3), frameon=False)
         part = path.with_name(path.name + ".part")
         figure.savefig(part, dpi=110, format="png", facecolor="white")
         plot.close(figure)
@@ -294,7 +299,7 @@ def draw(counts: dict[str, Count], among: Sequence[Vocabulary], path: Path) -> N
 
 def parser() -> Parser:
     found = Parser(
-        prog="python examples/compression.py",
+        prog="python examples/tokenizer_compression.py",
         description="Bytes per token and tokens per character, by language: a Markdown table on stdout.",
     )
     add = found.add_argument
