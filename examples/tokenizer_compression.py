@@ -146,8 +146,8 @@ def repeated(names: Sequence[str]) -> str | None:
 
 def named(argument: str) -> tuple[str, str]:
     """NAME=FILE; a file's name may hold another "="."""
-    name, equals, file = argument.partition("=")
-    if not (name.strip() and equals and file):
+    name, _, file = argument.partition("=")
+    if not (name.strip() and file):
         raise argparse.ArgumentTypeError(f"{argument!r} is not NAME=FILE, as in Welsh=welsh.txt")
     return utf8(name.strip()), file
 
@@ -213,10 +213,8 @@ def table(counts: dict[str, Count], among: Sequence[Vocabulary]) -> list[str]:
         if len(among) > 1 and n != 1:  # the first of --against would be compared with itself
             heads.append(f"÷ {cell(among[1].name)}")
     lines = [row(heads), row(["---"] + ["---:"] * (len(heads) - 1))]
-    for name, of in {
-        **{cell(name): of for name, of in counts.items()},
-        "**all**": together(counts.values()),
-    }.items():
+    named_counts = [(cell(name), of) for name, of in counts.items()]
+    for name, of in [*named_counts, ("**all**", together(counts.values()))]:
         cells = [name, f"{of.bytes:,}", f"{of.characters:,}"]
         for n, each in enumerate(figures(of, among)):
             cells += [f"{each['tokens']:,}", f"{each['bytes_per_token']:.2f}"]
