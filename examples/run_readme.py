@@ -28,6 +28,7 @@ SKIPPED = {
     "--synthetic": "make bench runs it",
     "-m venv": "makes an environment anew",
     "pip install": "installs",
+    "--download": "downloads",
 }
 PLAIN = ("Qwen-1_8B", "Qwen-7B", "Qwen-14B", "Qwen-72B")
 
@@ -84,7 +85,7 @@ def prepare(folder: Path) -> None:
     numbers = ", ".join(map(str, range(1, 12_000)))
     for name in ("prompt.txt", "calibration.txt"):
         (folder / name).write_text("冰岛的首都是雷克雅未克（Reykjavik）\n" * 40, encoding="utf-8")
-    for name in ("book.txt", "papers/one.txt", "papers/two.txt"):
+    for name in ("book.txt", "papers/one.txt", "papers/two.txt", "welsh.txt", "irish.txt"):
         (folder / name).write_text(numbers, encoding="utf-8")
     (folder / "poem.txt").write_text("7+8=\n", encoding="utf-8")
     for step in (["init"], ["add", "poem.txt"]):
