@@ -13,11 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window
-
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,6 +20,7 @@ from qwen_ref import load_model
 from qwen_ref.bench import Subject, Timing, machine, measure, synthetic
 from qwen_ref.cli import Progress
 from qwen_ref.fast import fasten
+from qwen_ref.figures import pyplot, save
 
 FORMS = {"plain": "#777777", "fast": "#0072b2", "int8": "#009e73", "int4": "#d55e00"}
 OUT = Path(__file__).resolve().parent / "figures"
@@ -71,27 +67,25 @@ def draw(axes: Axes, rows: dict[int, Timings], key: str, at: int | None = None, 
 
 
 def draw_lengths(rows: dict[int, Timings], title: str, out: Path) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     draw(left, rows, "prefill", title="Prefill", xlabel="tokens of the prompt", ylabel="tokens/s")
     draw(right, rows, "decode", title="Decoding", xlabel="tokens in the cache", ylabel="tokens/s")
     left.legend(loc="lower left")
-    save(figure, title, out)
+    save_titled(figure, title, out)
 
 
 def draw_batches(rows: dict[int, Timings], title: str, out: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(5, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(5, 3.8), layout="constrained")
     labels = {"title": f"Decoding behind {BATCH_LENGTH} tokens", "xlabel": "sequences at a time"}
     draw(axes, rows, "decode", BATCH_LENGTH, **labels, ylabel="tokens/s of all")
     axes.legend(loc="upper left")
-    save(figure, title, out)
+    save_titled(figure, title, out)
 
 
-def save(figure: Figure, title: str, out: Path) -> None:
+def save_titled(figure: Figure, title: str, out: Path) -> None:
     figure.suptitle(title, fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
-    part.replace(out)
+    save(figure, out)
 
 
 def main() -> None:

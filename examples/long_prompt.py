@@ -13,17 +13,13 @@ import itertools
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window
-
 import torch
-from cost_curves import OUT, save
-from matplotlib import pyplot
+from cost_curves import OUT, save_titled
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.bench import Memory, machine, synthetic
 from qwen_ref.cli import Progress
+from qwen_ref.figures import pyplot
 from qwen_ref.prefill import CHUNK, prefill
 from qwen_ref.sizes import cache_bytes, resident_bytes
 
@@ -88,13 +84,13 @@ def main() -> None:
     print("\n| tokens up to | ms a token |\n|---|---|")
     marks = [n for n in range(len(ends)) if (n + 1) & n == 0 or n == len(ends) - 1]  # doubling
     print("\n".join(f"| {ends[n]:,} | {each[n]:.1f} |" for n in marks))
-    figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 3.8), layout="constrained")
     axes.plot(ends, each, "o-", color="#0072b2", markersize=3)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
     axes.set(title="Prefill", xlabel="position", ylabel="ms a token")
     axes.grid(alpha=0.3)
-    save(figure, what, args.out / "long_prompt.png")
+    save_titled(figure, what, args.out / "long_prompt.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 import unicodedata
 import warnings
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 from qwen_ref import Tokenizer
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, decoded, printable, run, say, utf8
 from qwen_ref.config import read_bytes
+from qwen_ref.figures import check_path, pyplot, save
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / ".vocab" / "qwen.tiktoken"
@@ -242,18 +242,6 @@ def report(counts: dict[str, Count], among: Sequence[Vocabulary]) -> dict[str, A
     return {"texts": texts, "all": of(together(counts.values()))}
 
 
-def pyplot() -> Any:
-    """matplotlib without a window; ValueError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(counts: dict[str, Count], among: Sequence[Vocabulary], path: Path) -> None:
     """A row for each text, those of which our tokens hold the most on top; a mark for each vocabulary."""
     plot = pyplot()
@@ -284,10 +272,7 @@ def draw(counts: dict[str, Count], among: Sequence[Vocabulary], path: Path) -> N
         )
         axes.grid(alpha=0.3)
         figure.legend(loc="outside upper center", ncols=min(len(among), 3), frameon=False)
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, dpi=110, format="png", facecolor="white")
-        plot.close(figure)
-    os.replace(part, path)
+        save(figure, path)
     if any("missing from font" in str(each.message) for each in caught):
         say("note: the plot's font lacks characters of a name; boxes stand for them")
 
@@ -332,9 +317,8 @@ def parser() -> Parser:
 
 def command(args: argparse.Namespace) -> int:
     if args.plot is not None:  # better refused now than in the end
-        if not args.plot.parent.is_dir() or args.plot.is_dir():
-            raise ValueError(f"--plot {args.plot}: no file can be there")
         pyplot()
+        check_path(args.plot)
     texts = read_texts(args.text or sample())
     among = vocabularies(args)
     counts = {}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import Parser, Progress, decoded, run, say, speed_options
 from qwen_ref.config import QwenConfig, require_folder, shown
+from qwen_ref.figures import check_path, pyplot, save
 from qwen_ref.launch import Ranks
 from qwen_ref.settings import (
     add_load_options,
@@ -267,7 +268,8 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.plot is not None:
-        _pyplot()
+        pyplot()
+        check_path(args.plot)
     config, tokenizer = open_folder(folder)
     texts = [tokenizer.encode(decoded(str(path), path.read_bytes())) for path in args.text]
     asked = _windows(args, texts)
@@ -444,20 +446,8 @@ def _table(results: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"| {span} | {part['tokens']:,} | {part['loss']:.5f} | {_exp(part['loss']):.4f} |"
 
 
-def _pyplot() -> Any:
-    """matplotlib without a window; ValueError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _draw(results: list[dict[str, Any]], title: str, path: Path) -> None:
-    figure, axes = _pyplot().subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for each in results:
         parts = [part for part in each["by_position"] if part["tokens"]]
         middles = [math.sqrt(part["from"] * (part["to"] + 1)) for part in parts]
@@ -467,9 +457,7 @@ def _draw(results: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.set(xlabel="position in the window", ylabel="mean −log p of a token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=110, format="png")
-    os.replace(part, path)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

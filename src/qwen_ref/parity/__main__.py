@@ -179,8 +179,8 @@ def _diff(args: argparse.Namespace) -> int:
 def _check_plot(args: argparse.Namespace) -> None:
     """Before the work is done: that there can be a plot."""
     if args.plot is not None:
+        from qwen_ref.figures import pyplot
         from qwen_ref.parity.bundle import output_path
-        from qwen_ref.parity.report import pyplot
 
         output_path(args.plot)
         pyplot()

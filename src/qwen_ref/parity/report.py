@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
+from qwen_ref.figures import pyplot, save
 from qwen_ref.parity.bundle import layer_of, meaning, output_path
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis
@@ -185,18 +184,6 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         )
 
 
-def pyplot() -> ModuleType:
-    """matplotlib without a screen; ValueError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'qwen_ref[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def plot(comparison: Comparison, out: str | Path) -> None:
     """Error against depth, one line a dtype: what is judged, and the measured rounding of each dtype.
 
@@ -219,11 +206,4 @@ def plot(comparison: Comparison, out: str | Path) -> None:
     axes.set_xticks([starts[layer] for layer in chosen], [f"layer {layer}" for layer in chosen])
     axes.grid(alpha=0.3)
     axes.legend()
-    out = output_path(out)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, out)
-    finally:
-        pyplot().close(figure)
-        partial.unlink(missing_ok=True)
+    save(figure, output_path(out))
