@@ -136,6 +136,15 @@ class Port:
                 start += call.shape[1]
         return torch.cat(ids, dim=1)
 
+    def read_out(self, residual: Tensor) -> Tensor:
+        """What the final norm and the output head make of any layer's residual stream: (…, D) → (…, V)."""
+        norm = RMSNorm(self.config.hidden_size, self.config.layer_norm_epsilon)
+        norm.weight = nn.Parameter(self.read("norm.weight").to(self.dtype), requires_grad=False)
+        head = _Head()
+        head.port = self
+        with torch.inference_mode():
+            return head(self.normalise(norm, residual))
+
     def _uncached(self, model: Qwen, keep: Keep, only: Sequence[str] | None) -> Tensor:
         for end in range(self.prefill_length, self.ids.shape[1] + 1):
             first = 0 if end == self.prefill_length else end - 1  # the position that is new
