@@ -391,9 +391,9 @@ def _probability(value: float) -> str:
 
 
 def _leads_since(found: Trace, lens: Sequence[Lens]) -> str | None:
-    """From which of the layers on the model's own choice is the lens's first; None: its own is not shown."""
+    """From which layer on the lens's first choice is the model's own; None: not all layers were looked at."""
     first = [None if each.predictions is None else each.predictions[0].token for each in lens]
-    if lens[-1].layer != found.config.num_hidden_layers - 1 or first[-1] is None:
+    if len(found.layers) < found.config.num_hidden_layers or first[-1] is None:
         return None
     start = len(first)
     while start > 0 and first[start - 1] == first[-1]:
