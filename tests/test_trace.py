@@ -271,6 +271,23 @@ def test_the_lens_shows_where_the_capital_appears(cli: Callable) -> None:
     assert max(map(cells, out.splitlines())) <= COLUMNS
 
 
+def test_predictions_stand_in_columns(cli: Callable) -> None:
+    out = cli(PROMPT, "--lens").out
+    lens = out[out.index("embed  0.") :].splitlines()[:5]
+    # Where in the terminal each probability begins, Chinese characters being two columns wide.
+    starts = [
+        [cells(line[: match.start()]) for match in re.finditer(r"(?:\d\.\d{3}|\de-\d\d) '", line)]
+        for line in lens
+    ]
+    assert len(starts[0]) == 5
+    assert starts == [starts[0]] * 5
+
+
+@pytest.mark.parametrize(("text", "columns"), [("a", 1), ("亚的", 4), ("（L", 3), ("e\u0301", 1), ("", 0)])
+def test_wide_characters_take_two_columns(text: str, columns: int) -> None:
+    assert cells(text) == columns
+
+
 def test_more_predictions_take_more_lines(cli: Callable) -> None:
     result = cli(PROMPT, "--lens", "--top", "30", "--layers=-1")
     lens = result.out[result.out.index("lens: ") :]
