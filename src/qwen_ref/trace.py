@@ -439,8 +439,8 @@ def _parser() -> Parser:
         "--layers",
         type=_layers,
         metavar="N,N-N,…",
-        help="the layers to show, from 0 on, -1 the last: 0,3,-1 or 0-3; what begins with a minus takes an "
-        "equals sign, --layers=-4--1 (default: all)",
+        help="the layers to show, from 0 on, -1 the last: 0,3,-1 or 0-3; an equals sign before a list that "
+        "begins with a minus: --layers=-2,-1 (default: all, 80 of the 72B)",
     )
     add(
         "--lens",
@@ -496,7 +496,7 @@ def _command(args: argparse.Namespace) -> int:
     name = args.model or "the tiny checkpoint that comes with the project"
     say(
         f"{name}: {len(found.layers)} of {config.num_hidden_layers} layers, {len(found.stages)} stages of "
-        f"{len(ids)} positions in {found.dtype}"
+        f"{len(ids)} position{'s' if len(ids) > 1 else ''} in {found.dtype}"
     )
     if note := length_note(config, len(ids)):
         say(note)
