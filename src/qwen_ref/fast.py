@@ -270,7 +270,8 @@ class Table(Matrix):
     """Rows of Wᵀ, a block of outputs at a time, in the model's dtype."""
 
     def __init__(self, weight: Tensor, wide: bool) -> None:
-        super().__init__(*weight.shape, weight.dtype, _block_width(len(weight)), wide)
+        width = block_width(len(weight), torch.get_num_threads())
+        super().__init__(*weight.shape, weight.dtype, width, wide)
         self.must_not_round = wide and self.dtype != torch.float32  # as the bag does, to the table's dtype
         table = weight.new_zeros(self.blocks, self.inputs, self.width)
         for block, rows in zip(table, weight.split(self.width), strict=True):
@@ -302,7 +303,8 @@ class Int8Table(Matrix):
 
     def __init__(self, few_bits: FewBits, dtype: torch.dtype, wide: bool) -> None:
         outputs, inputs = few_bits.shape
-        super().__init__(outputs, inputs, dtype, _block_width(outputs), wide, few_bits.order)
+        width = block_width(outputs, torch.get_num_threads())
+        super().__init__(outputs, inputs, dtype, width, wide, few_bits.order)
         self.groups = inputs // few_bits.group_size
         self.middle = 1 << (few_bits.bits - 1)
         table = torch.zeros(self.blocks, inputs, self.width + 8, dtype=torch.uint8)
@@ -393,13 +395,12 @@ def kernel_group(group_size: int) -> int | None:
     return max((size for size in INT4_GROUPS if group_size % size == 0), default=None)
 
 
-def _block_width(outputs: int) -> int:
+def block_width(outputs: int, threads: int) -> int:
     """As many blocks for every thread, the fewest of at most 352 outputs; a multiple of 8.
 
     A row's sums then fit into the registers of AVX-512 (28 of 16 numbers), and a row is long enough to be
     read at full speed: blocks of 64 take 1.3 times as long, of 1024 twice.
     """
-    threads = torch.get_num_threads()
     blocks = threads * -(-outputs // (352 * threads))
     return -(-outputs // (8 * blocks)) * 8
 
