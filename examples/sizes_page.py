@@ -195,7 +195,7 @@ def _parameters_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
 def _memory_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
     yield from _prose(
         "**Weights, GB on each rank.** bf16 is the published form, cut as `inspect` says. int8 and int4 are",
-        "what `--quantize` holds with one thread a rank (8 threads on one rank: up to 0.4% more).",
+        "what `--quantize` holds with one thread a rank (8 threads on one rank: within 0.4%).",
         "Embedding, norms and biases stay in bf16.",
     )
     yield from (
