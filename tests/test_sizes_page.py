@@ -274,3 +274,10 @@ def test_what_cannot_be_written_is_one_line(
     monkeypatch.setattr(os, "replace", full)
     assert "README.md: cannot be written: No space left on device" in refused(sizes_command("--write", file))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "binary.md"]
+
+
+def test_the_readme_has_the_page_as_it_is(sizes: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{sizes.BEGIN}\n{sizes.page()}\n{sizes.END}\n" in text, (
+        "python examples/sizes_page.py --write README.md brings it up to date"
+    )
