@@ -1,0 +1,39 @@
+"""Exercise 5: rotary positions. Which two dimensions are a pair?"""
+
+import torch
+from torch import Tensor
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Every pair (a, b) of the last dimension becomes (−b, a), a turn by 90°: (…, K) → (…, K).
+
+    In Qwen dimension i and dimension i + K/2 are a pair: the first half of a head with the second. The paper
+    pairs neighbours, 0 with 1, 2 with 3; weights trained for one way are useless with the other.
+
+    In torch: x.chunk(2, dim=-1), torch.cat.
+
+    >>> rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0]))  # the pairs are (1, 3) and (2, 4)
+    tensor([-3., -4.,  1.,  2.])
+    """
+    raise NotImplementedError  # your code in the place of this line
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns every pair of x by its angle: x · cos + rotate_half(x) · sin.
+
+    x: (B, T, H, K), queries or keys, in the model's dtype. cos, sin: (1, T, 1, K) in float32, of the angle
+    position · frequency (exercise 4), for both dimensions of a pair the same.
+    The result has the dtype of x; it is computed in that of cos and sin, and rounded once, at the end.
+
+    A query turned by its position times a key turned by its own depends on how far they are apart, not on
+    where they stand. That is how attention knows positions: nothing else in Qwen tells it.
+
+    Source: Su et al. 2021, section 3.4.2, equation 34, there with neighbours as pairs.
+
+    A quarter turn for the first pair, none for the second:
+
+    >>> x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
+    >>> rotate(x, cos=torch.tensor([[[[0.0, 1.0, 0.0, 1.0]]]]), sin=torch.tensor([[[[1.0, 0.0, 1.0, 0.0]]]]))
+    tensor([[[[-3.,  2.,  1.,  4.]]]])
+    """
+    raise NotImplementedError  # your code in the place of this line
