@@ -64,13 +64,11 @@ def _one(number: int) -> int:
     from checks import EXERCISES
 
     outcome, exercise = judge(number, HOLES), EXERCISES[number - 1]
+    print(f"{exercise.name}.py ({exercise.about}): {'right' if outcome.right else 'not yet'}")
+    print(f"  {printable(outcome.text)}")
     if outcome.right:
-        print(f"exercise {number}, {exercise.about}: right")
-        print(f"  {printable(outcome.text)}")
         print(f"  now read the project's own: {exercise.source}")
         return 0
-    print(f"exercise {number}, {exercise.about}: not yet")
-    print(f"  {printable(outcome.text)}")
     print(f"  hint: {printable(outcome.hint)}")
     return 1
 

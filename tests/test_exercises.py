@@ -1,0 +1,553 @@
+"""The exercises: solutions are right, holes are holes, and what is usually wrong gets its own hint."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import pytest
+import torch
+from conftest import ROOT, Result, refused
+
+import qwen_ref.model
+import qwen_ref.tokenizer
+from qwen_ref.cli import run
+
+EXERCISES = ROOT / "examples" / "exercises"
+NAMES = sorted(path.stem for path in EXERCISES.glob("ex*.py"))
+NUMBERS = range(1, 11)
+
+NEIGHBOURS = "torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)"
+MIDDLE = "F.linear(x, w1) * F.silu(F.linear(x, w2))"
+
+# In a solution, the line that a learner may write otherwise, how, and some of the hint that this must get.
+MISTAKES = [
+    ("ex01_split", r"|\p{{N}}|", r"|\p{{N}}+|", "as in GPT-2"),
+    ("ex01_split", r"|\p{{N}}|", r"| ?\p{{N}}+|", "as in GPT-2"),
+    ("ex01_split", r"|\p{{N}}|", r"|\p{{N}}{{1,3}}|", "as in GPT-4"),
+    ("ex01_split", r"|\p{{N}}|", r"| ?\p{{N}}|", "that space is a piece by itself"),
+    ("ex01_split", r"|\p{{N}}|", "|[0-9]|", "decimal digits only"),
+    ("ex01_split", r"|\p{{N}}|", r"|\d|", "decimal digits only"),
+    ("ex01_split", 'unicodedata.normalize("NFC", text)', "text", "an accent is no letter"),
+    ("ex01_split", '"NFC"', '"NFD"', "an accent is no letter"),
+    ("ex01_split", '"NFC"', '"NFKC"', "too much"),
+    ("ex01_split", r"{WORDS}|\p{{N}}|{THE_REST}", r"{WORDS}|\p{{N}}|\s+|{THE_REST}", "the first alternative"),
+    ("ex02_merge", "min(found)", "found[0]", "leftmost pair that is a token"),
+    ("ex02_merge", "min(found)", "max(found)", "took the highest rank"),
+    (
+        "ex02_merge",
+        "min(found)",
+        "min(found, key=lambda pair: (pair[0], -pair[1]))",
+        "you took the right one",
+    ),
+    (
+        "ex02_merge",
+        "return [*parts[:i], pairs[i], *parts[i + 2 :]]",
+        "return merge_once([*parts[:i], pairs[i], *parts[i + 2 :]], ranks)",
+        "You went on merging",
+    ),
+    ("ex02_merge", "return parts", "return []", "the piece is finished"),
+    ("ex02_merge", "    if not found:\n        return parts\n", "", "There may be none"),
+    ("ex03_rms_norm", "wide = x.to(torch.float32)", "wide = x", "In which dtype does step 1 compute?"),
+    ("ex03_rms_norm", "normed.to(x.dtype) * weight", "(normed * weight).to(x.dtype)", "after the weight"),
+    ("ex03_rms_norm", "normed.to(x.dtype) * weight", "normed * weight", "It came out in float32"),
+    ("ex03_rms_norm", " * weight", "", "Where is weight?"),
+    (
+        "ex03_rms_norm",
+        "torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)",
+        "(wide.square().mean(-1, keepdim=True).sqrt() + eps)",
+        "eps stands beside the root",
+    ),
+    ("ex03_rms_norm", " + eps", "", "Where is eps?"),
+    ("ex03_rms_norm", "wide / torch.sqrt(", "wide / (", "a root is missing"),
+    ("ex03_rms_norm", "wide / torch.sqrt(", "wide * torch.sqrt(", "You multiply by the root"),
+    ("ex03_rms_norm", ".mean(-1, keepdim=True)", ".sum(-1, keepdim=True)", "the length of the row"),
+    ("ex03_rms_norm", ".mean(-1, keepdim=True)", ".mean()", "Each row"),
+    ("ex03_rms_norm", "torch.float32)", "torch.float32) - x.float().mean(-1, keepdim=True)", "LayerNorm"),
+    ("ex03_rms_norm", ".mean(-1, keepdim=True)", ".mean(-1)", "as a column"),
+    ("ex04_ntk", "math.ceil(", "(", "Nothing was rounded up"),
+    ("ex04_ntk", "math.ceil", "math.floor", "was rounded down"),
+    ("ex04_ntk", "math.ceil", "round", "to the nearest"),
+    ("ex04_ntk", " - 1, 1)", ", 1)", "Where is the − 1"),
+    ("ex04_ntk", " + 1)", ")", "⌈ ⌉ is around all of it"),
+    ("ex04_ntk", "math.log2", "math.log", "to base 2"),
+    ("ex04_ntk", " - 1, 1)", " - 1, -2)", "How small may α be?"),
+    ("ex04_ntk", "base * alpha ** (K / (K - 2))", "base * alpha", "an exponent, too"),
+    ("ex04_ntk", "base * alpha ** (K / (K - 2))", "base", "α changes nothing"),
+    ("ex04_ntk", "K / (K - 2)", "(K - 2) / K", "upside down"),
+    ("ex04_ntk", "(-torch", "(torch", "These grow"),
+    ("ex04_ntk", "torch.arange(0, K, 2, ", "torch.arange(0, K // 2, ", "where is the 2?"),
+    ("ex04_ntk", "stretched **", "1 / alpha * base **", "Pair 0 shall stay"),
+    (
+        "ex04_ntk",
+        "dtype=torch.float32) / K)",
+        "dtype=torch.float32).repeat(2) / K)",
+        "each pair is asked for once",
+    ),
+    ("ex05_rotate", "torch.cat((-second, first), dim=-1)", NEIGHBOURS, "You paired neighbours"),
+    ("ex05_rotate", "(-second, first)", "(second, -first)", "the other way"),
+    ("ex05_rotate", "(-second, first)", "(second, first)", "no sign did"),
+    ("ex05_rotate", "(-second, first)", "(-first, second)", "change places as well"),
+    ("ex05_rotate", "torch.cat((-second, first), dim=-1)", "-x.flip(-1)", "back to front"),
+    ("ex05_rotate", "(-second, first)", "(-second, -first)", "Cut x into halves"),
+    (
+        "ex05_rotate",
+        "wide * cos + rotate_half(wide) * sin",
+        "wide * sin + rotate_half(wide) * cos",
+        "cos and sin changed places",
+    ),
+    ("ex05_rotate", "wide * cos + rotate", "wide * cos - rotate", "turns backwards"),
+    (
+        "ex05_rotate",
+        "wide = x.to(cos.dtype)",
+        "wide, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)",
+        "rounded on the way",
+    ),
+    ("ex05_rotate", "* sin).to(x.dtype)", "* sin)", "It came out in float32"),
+    ("ex06_logn", "positions.double() + 1", "positions.double()", "How many does its query see?"),
+    ("ex06_logn", "positions.double() + 1", "positions.double() + 2", "one token too many"),
+    ("ex06_logn", ".clamp(min=1.0)", "", "Within the trained length"),
+    ("ex06_logn", "clamp(min", "clamp(max", "1 where it shall grow"),
+    ("ex06_logn", "torch.log(", "torch.log10(", "different bases"),
+    ("ex06_logn", "math.log(", "math.log10(", "different bases"),
+    ("ex06_logn", " / math.log(seq_length)", "", "By what is log(n) divided?"),
+    (
+        "ex06_logn",
+        "torch.log(positions.double() + 1) / math.log(seq_length)",
+        "(positions + 1) / seq_length",
+        "Where are the logarithms?",
+    ),
+    ("ex06_logn", "positions.double()", "positions.to(dtype)", "rounded to bfloat16 before the end"),
+    ("ex06_logn", ".to(dtype)", ".float()", "the dtype that is asked for"),
+    ("ex07_mask", "torch.arange(S - T, S)", "torch.arange(T)", "How many keys came before it"),
+    ("ex07_mask", "keys <= queries", "keys < queries", "its own key"),
+    ("ex07_mask", "keys <= queries", "keys > queries", "inside out"),
+    ("ex07_mask", "keys <= queries", "keys >= queries", "Which of the two are the rows?"),
+    ("ex07_mask", "keys <= queries", "keys <= queries + 1", "its own answer"),
+    (
+        "ex07_mask",
+        "return keys <= queries",
+        "return torch.ones(T, S, dtype=torch.bool)",
+        "Every query sees every key",
+    ),
+    (
+        "ex07_mask",
+        "return keys <= queries",
+        "return torch.ones(S, S, dtype=torch.bool).tril()",
+        "There are S rows",
+    ),
+    (
+        "ex07_mask",
+        "return keys <= queries",
+        "return torch.ones(T, T, dtype=torch.bool).tril()",
+        "There are T columns",
+    ),
+    ("ex07_mask", "return keys <= queries", "return torch.ones(T, S).tril(S - T)", "they are not bool"),
+    (
+        "ex07_mask",
+        "return keys <= queries",
+        "return torch.full((T, S), -torch.inf).triu(S - T + 1)",
+        "Here bool is wanted",
+    ),
+    ("ex08_swiglu", MIDDLE, "F.silu(F.linear(x, w1)) * F.linear(x, w2)", "as in Llama"),
+    ("ex08_swiglu", "F.silu(", "F.gelu(", "That is GELU"),
+    ("ex08_swiglu", "F.silu(", "F.relu(", "That is ReLU"),
+    ("ex08_swiglu", "F.silu(", "F.sigmoid(", "a factor more"),
+    ("ex08_swiglu", "F.silu(", "(", "where is the SiLU?"),
+    ("ex08_swiglu", "F.linear(x, w1) * ", "", "What does it let through?"),
+    ("ex08_swiglu", "w1) * F", "w1) + F", "A gate multiplies"),
+    ("ex08_swiglu", MIDDLE, "F.silu(F.linear(x, w1) * F.linear(x, w2))", "on the product"),
+    ("ex08_swiglu", "F.linear(x, w1) *", "F.silu(F.linear(x, w1)) *", "on both"),
+    ("ex08_swiglu", f"F.linear({MIDDLE}, c_proj)", MIDDLE, "What takes them back"),
+    ("ex08_swiglu", "F.linear(x, w1)", "x @ w1", "Follow the shapes"),
+    ("ex09_top_p", "before < p", "before + values <= p", "was dropped"),
+    ("ex09_top_p", "before < p", "before + values < p", "was dropped"),
+    ("ex09_top_p", "before < p", "before <= p", "exactly, before it"),
+    ("ex09_top_p", "before < p", "values >= p", "held against each token"),
+    ("ex09_top_p", "kept / kept.sum()", "kept", "do not sum to 1"),
+    (
+        "ex09_top_p",
+        "kept[order] = values.where(before < p, 0.0)",
+        "kept = values.where(before < p, 0.0)",
+        "are sorted",
+    ),
+    (
+        "ex09_top_p",
+        "kept[order] = values.where(before < p, 0.0)",
+        "kept = values[before < p]",
+        "Others keep a place",
+    ),
+    ("ex09_top_p", "before < p", "before < 2", "All tokens are still there"),
+    ("ex10_qkv_cut", "return torch.cat(", "return qkv.chunk(ranks)[rank]; torch.cat(", "An even cut"),
+    ("ex10_qkv_cut", "third.chunk(ranks, dim=0)[rank]", "third[rank::ranks]", "cuts through the heads"),
+    ("ex10_qkv_cut", "torch.cat", "torch.stack", "as a stack of three"),
+    ("ex10_qkv_cut", "(q, k, v)])", "(q,)])", "Only q"),
+    ("ex10_qkv_cut", "[rank]", "[ranks - 1 - rank]", "of the other rank"),
+    ("ex10_qkv_cut", "return torch.cat(", "return (q, k, v)[rank]; torch.cat(", "A third for each rank"),
+]
+
+# Right answers that are written otherwise: from where the solution stands, to what else may stand there.
+OTHERWISE = [
+    ("ex01_split", "regex.findall(", "(lambda *given: [found.group() for found in regex.finditer(*given)])("),
+    (
+        "ex02_merge",
+        "    return [*parts[:i], pairs[i], *parts[i + 2 :]]",
+        "    parts[i : i + 2] = [pairs[i]]\n    return parts",
+    ),
+    ("ex03_rms_norm", "wide / torch.sqrt(", "wide * torch.rsqrt("),
+    ("ex03_rms_norm", "torch.float32", "torch.float64"),
+    (
+        "ex03_rms_norm",
+        "return normed",
+        "normed = torch.nn.functional.rms_norm(wide, x.shape[-1:], None, eps)\n    return normed",
+    ),
+    (
+        "ex04_ntk",
+        "math.ceil(math.log2(prompt_length / seq_length) + 1)",
+        "(1 - math.log2(seq_length / prompt_length) // 1)",
+    ),
+    (
+        "ex04_ntk",
+        "return stretched ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)",
+        "return torch.tensor([stretched ** (-2 * i / K) for i in range(K // 2)])",
+    ),
+    (
+        "ex04_ntk",
+        "return stretched ** (-torch.arange(0, K, 2, dtype=torch.float32) / K)",
+        "return 1.0 / stretched ** (torch.arange(0, K, 2) / K)",
+    ),
+    (
+        "ex05_rotate",
+        "return torch.cat((-second, first), dim=-1)",
+        "return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)",
+    ),
+    (
+        "ex05_rotate",
+        "return torch.cat((-second, first), dim=-1)",
+        "n = x.shape[-1] // 2; return x.roll(n, -1) * torch.tensor([-1.0, 1.0]).repeat_interleave(n)",
+    ),
+    (
+        "ex06_logn",
+        "torch.log(positions.double() + 1) / math.log(seq_length)",
+        "torch.log2(positions + 1) / math.log2(seq_length)",
+    ),
+    (
+        "ex06_logn",
+        "    return scale.clamp(min=1.0).to(dtype)",
+        "    return torch.where(positions + 1 > seq_length, scale, 1.0).to(dtype)",
+    ),
+    ("ex07_mask", "return keys <= queries", "return torch.ones(T, S, dtype=torch.bool).tril(S - T)"),
+    (
+        "ex07_mask",
+        "return keys <= queries",
+        "return ~torch.ones(T, S, dtype=torch.bool).triu(diagonal=S - T + 1)",
+    ),
+    ("ex08_swiglu", "F.linear(x, w1) *", "(x @ w1.T) *"),
+    ("ex08_swiglu", "F.silu(F.linear(x, w2))", "F.linear(x, w2) * F.sigmoid(F.linear(x, w2))"),
+    (
+        "ex09_top_p",
+        "kept[order] = values.where(before < p, 0.0)",
+        "kept = kept.scatter(0, order, values * (before < p))",
+    ),
+    (
+        "ex09_top_p",
+        "kept[order] = values.where(before < p, 0.0)",
+        "count = int((values.cumsum(0) < p).sum()) + 1\n    kept[order[:count]] = values[:count]",
+    ),
+    (
+        "ex10_qkv_cut",
+        "return torch.cat(",
+        "return qkv.unflatten(0, (3, ranks, -1))[:, rank].flatten(0, 1)\n    torch.cat(",
+    ),
+    (
+        "ex10_qkv_cut",
+        "return torch.cat(",
+        "n = len(q) // ranks; return torch.cat([x[rank * n :][:n] for x in (q, k, v)])\n    torch.cat(",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXERCISES)
+
+
+@pytest.fixture
+def judge() -> Callable:
+    return importlib.import_module("check").judge
+
+
+@pytest.fixture
+def asked() -> list:
+    return importlib.import_module("checks").EXERCISES
+
+
+def loaded(path: Path) -> ModuleType:
+    module = ModuleType(path.stem)
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    return module
+
+
+def functions(module: ModuleType) -> dict[str, FunctionType]:
+    found = vars(module).values()
+    return {
+        f.__name__: f
+        for f in found
+        if isinstance(f, FunctionType) and f.__code__.co_filename.endswith(f"{module.__name__}.py")
+    }
+
+
+def attempt(folder: Path, name: str, changes: Sequence[tuple[str, str]] = ()) -> Path:
+    """A folder with the solution of one exercise, changed."""
+    source = (EXERCISES / "solutions" / f"{name}.py").read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in source, old
+        source = source.replace(old, new)
+    (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    return folder
+
+
+def test_ten_exercises_each_with_a_hole_a_solution_and_a_check(asked: list) -> None:
+    assert len(NAMES) == 10
+    assert [exercise.name for exercise in asked] == NAMES
+    assert sorted(path.stem for path in (EXERCISES / "solutions").glob("*.py")) == NAMES
+    assert {name for name, *_ in MISTAKES} == set(NAMES)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_solution_is_right(judge: Callable, number: int) -> None:
+    outcome = judge(number, EXERCISES / "solutions")
+    assert outcome.right, outcome
+    assert outcome.text
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_hole_says_so_with_a_hint(judge: Callable, asked: list, number: int) -> None:
+    outcome = judge(number, EXERCISES)
+    if outcome.done:  # a learner's tests shall not fail for what was learnt
+        assert not os.environ.get("CI"), f"{NAMES[number - 1]}.py is filled in"
+        pytest.skip(f"{NAMES[number - 1]}.py is filled in")
+    assert not outcome.right
+    assert (
+        outcome.text
+        == f"not done yet: {next(iter(functions(loaded(EXERCISES / f'{NAMES[number - 1]}.py'))))}"
+    )
+    assert outcome.hint == asked[number - 1].hint
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "hint"), MISTAKES, ids=[f"{m[0][:4]}-{m[3][:20]}" for m in MISTAKES]
+)
+def test_a_mistake_gets_its_hint(
+    judge: Callable, name: str, old: str, new: str, hint: str, tmp_path: Path
+) -> None:
+    outcome = judge(NAMES.index(name) + 1, attempt(tmp_path, name, [(old, new)]))
+    assert not outcome.right
+    assert outcome.done
+    assert hint in outcome.hint, outcome
+
+
+@pytest.mark.parametrize(("name", "old", "new"), OTHERWISE)
+def test_what_is_right_may_be_written_otherwise(
+    judge: Callable, name: str, old: str, new: str, tmp_path: Path
+) -> None:
+    outcome = judge(NAMES.index(name) + 1, attempt(tmp_path, name, [(old, new)]))
+    assert outcome.right, outcome
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_holes_and_solutions_have_the_same_signatures(name: str) -> None:
+    hole, solution = (
+        functions(loaded(folder / f"{name}.py")) for folder in (EXERCISES, EXERCISES / "solutions")
+    )
+    assert hole.keys() == solution.keys()
+    for function in hole:
+        assert inspect.signature(hole[function]) == inspect.signature(solution[function])
+        assert inspect.signature(hole[function]).return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_worked_examples_are_what_the_solutions_give(name: str) -> None:
+    solution = loaded(EXERCISES / "solutions" / f"{name}.py")
+    for function, hole in functions(loaded(EXERCISES / f"{name}.py")).items():
+        examples = doctest.DocTestParser().get_doctest(
+            hole.__doc__, vars(solution).copy(), function, None, None
+        )
+        assert examples.examples
+        said: list[str] = []
+        doctest.DocTestRunner(verbose=False).run(examples, out=said.append)
+        assert not said, "".join(said)
+
+
+# What else an attempt may do
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "hint"),
+    [
+        (
+            ("wide = x", "wide = = x"),
+            "Python cannot read ex03_rms_norm.py, line 8: invalid syntax",
+            "Begin in",
+        ),
+        (
+            ("import torch\n", "import torch_\n"),
+            "ex03_rms_norm.py cannot be run: ModuleNotFoundError",
+            "Begin in",
+        ),
+        (("def rms_norm", "def norm"), "ex03_rms_norm.py has no function rms_norm any more", "Begin in"),
+        (("return normed", "normed"), "rms_norm gave back None", "behind return"),
+        (("keepdim=True", "keepdim=false"), "raised NameError: name 'false' is not defined", "Begin in"),
+        (("* weight", "* weight[:5]"), "at line 10", "Begin in"),
+        (("* weight", "@ weight"), "yours has the shape (3,), Qwen's (3, 64)", "keepdim"),
+        (
+            ("normed.to(x.dtype) * weight", "(normed * weight).tolist()"),
+            "a tensor is wanted, not [[",
+            "keepdim",
+        ),
+        (("* weight", "* weight.double()"), "yours is float64, Qwen's float32", "keepdim"),
+        (("* weight", "* weight * torch.nan"), "192 of 192 numbers differ", "keepdim"),
+        (("wide = x.to", "x *= 1; wide = x.to"), "", ""),
+    ],
+)
+def test_what_python_says_is_a_line(
+    judge: Callable, change: tuple[str, str], text: str, hint: str, tmp_path: Path
+) -> None:
+    outcome = judge(3, attempt(tmp_path, "ex03_rms_norm", [change]))
+    assert outcome.right == (not text)
+    assert "\n" not in outcome.text
+    assert text in outcome.text
+    assert hint in outcome.hint
+
+
+def test_the_second_hole_of_a_file_is_named_when_the_first_is_filled(judge: Callable, tmp_path: Path) -> None:
+    folder = attempt(tmp_path, "ex04_ntk", [("stretched = ", "raise NotImplementedError; stretched = ")])
+    outcome = judge(4, folder)
+    assert (outcome.done, outcome.text) == (False, "not done yet: frequencies")
+
+
+def test_what_fails_only_inside_the_model_is_said(judge: Callable, tmp_path: Path) -> None:
+    """Right for all that is tried by itself, and for chunks of four; the last chunk has two tokens."""
+    folder = attempt(
+        tmp_path, "ex07_mask", [("return keys", "return keys[:3] <= queries if T == 2 else keys")]
+    )
+    outcome = judge(7, folder)
+    assert outcome.text.startswith("with your mask inside, qwen_ref stopped: RuntimeError: ")
+    folder = attempt(tmp_path, "ex07_mask", [("keys <= queries", "keys < queries + (T != 2)")])
+    assert "the logits of a prompt fed in chunks of 4" in judge(7, folder).text
+    folder = attempt(tmp_path, "ex03_rms_norm", [("wide = x", "1 / (x.shape[1] - 1); wide = x")])
+    assert "raised ZeroDivisionError: division by zero, at line 8" in judge(3, folder).text
+
+
+def test_an_attempt_leaves_the_project_and_the_folder_as_they_were(judge: Callable, tmp_path: Path) -> None:
+    before = [vars(module).copy() for module in (qwen_ref.model, qwen_ref.tokenizer)]
+    norm = qwen_ref.model.RMSNorm.forward
+    for name in NAMES:
+        attempt(tmp_path, name, [("return ", "1 / 0; return ")] if name == "ex07_mask" else [])
+    for number in NUMBERS:
+        judge(number, tmp_path)
+    assert [vars(module) for module in (qwen_ref.model, qwen_ref.tokenizer)] == before
+    assert qwen_ref.model.RMSNorm.forward is norm
+    assert sorted(path.stem for path in tmp_path.iterdir()) == NAMES
+    assert torch.is_grad_enabled()
+
+
+# The command
+
+
+@pytest.fixture
+def checked(run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """check.py on a folder of attempts."""
+    check = importlib.import_module("check")
+
+    def call(folder: Path, *arguments: str) -> Result:
+        monkeypatch.setattr(check, "HOLES", folder)
+        return run_command(lambda given: run(check.parser(), check.command, given), *arguments)
+
+    return call
+
+
+def test_the_command_says_right_and_not_yet(checked: Callable[..., Result], tmp_path: Path) -> None:
+    done = checked(EXERCISES / "solutions", "10")
+    assert done.code == 0
+    assert done.out.startswith(
+        "ex10_qkv_cut.py (q, k and v cut for several ranks): right\n  weights and biases"
+    )
+    assert done.out.endswith(
+        "own: src/qwen_ref/checkpoint.py, TensorSpec.part; parallel.py, HeadParallelLinear\n"
+    )
+    done = checked(attempt(tmp_path, "ex07_mask", [("S - T, S", "T")]), "7")
+    assert (done.code, done.err) == (1, "")
+    first, second, third = done.out.splitlines()
+    assert first == "ex07_mask.py (the causal mask behind a cache): not yet"
+    assert second.startswith(
+        "  3 new of 5 positions: yours is [[True, False, False, False, False], [True, True, "
+    )
+    assert third == "  hint: Row 0 is the first new query. How many keys came before it out of the cache?"
+
+
+def test_the_command_without_a_number_says_how_all_stand(
+    checked: Callable[..., Result], tmp_path: Path
+) -> None:
+    done = checked(EXERCISES / "solutions")
+    assert done.code == 0
+    assert done.out.endswith("\n10 of 10 are right\n")
+    for name in NAMES:
+        attempt(tmp_path, name)
+    attempt(tmp_path, "ex04_ntk", [("math.ceil", "math.floor")])
+    attempt(tmp_path, "ex09_top_p", [("    values", "    raise NotImplementedError\n    values")])
+    done = checked(tmp_path)
+    lines = done.out.splitlines()
+    assert done.code == 1
+    assert lines[3] == " 4  ex04_ntk.py         not right yet  dynamic NTK's α and the frequencies"
+    assert lines[8] == " 9  ex09_top_p.py       not done yet   top-p"
+    assert lines[10] == "8 of 10 are right"
+
+
+def test_the_command_refuses_in_a_line(checked: Callable[..., Result], tmp_path: Path) -> None:
+    assert "invalid choice: 11" in refused(checked(EXERCISES, "11"))
+    assert "invalid int value: 'ex03'" in refused(checked(EXERCISES, "ex03"))
+    assert "ex03_rms_norm.py: cannot be read: No such file" in refused(checked(tmp_path, "3"))
+
+
+def test_it_runs_as_the_readme_says() -> None:
+    """A bare call, from the root of the checkout; with what a learner has, torch and not pytest."""
+    command = [sys.executable, "examples/exercises/check.py", "9"]
+    environment = {**os.environ, "PYTHONPATH": "src", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.startswith("ex09_top_p.py (top-p): ")
+    assert done.stderr == ""
+
+
+def test_the_suite_does_not_collect_the_exercises(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("testpaths") == ["tests"]
+    patterns = pytestconfig.getini("python_files")
+    assert not any(path.match(pattern) for path in EXERCISES.rglob("*") for pattern in patterns)
+
+
+# What is said about them
+
+
+def test_where_the_source_is_said_to_be_it_is(asked: list) -> None:
+    for exercise in asked:
+        for place in exercise.source.split("; "):
+            file, names = place.removeprefix("the names in ").split(", ", 1)
+            text = (ROOT / "src" / "qwen_ref" / Path(file).name).read_text(encoding="utf-8")
+            for name in names.split(" and "):
+                assert name.rpartition(".")[2] in text, (exercise.name, name)
+
+
+def test_the_readme_has_every_exercise() -> None:
+    text = (EXERCISES / "README.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        assert f"[{name}.py]({name}.py)" in text
