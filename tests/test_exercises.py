@@ -53,11 +53,19 @@ MISTAKES = [
         "return merge_once([*parts[:i], pairs[i], *parts[i + 2 :]], ranks)",
         "You went on merging",
     ),
+    (
+        "ex02_merge",
+        "return [*parts[:i], pairs[i], *parts[i + 2 :]]",
+        "return b' '.join(parts).replace(parts[i] + b' ' + parts[i + 1], pairs[i]).split()",
+        "You merged the pair everywhere",
+    ),
     ("ex02_merge", "return parts", "return []", "the piece is finished"),
     ("ex02_merge", "    if not found:\n        return parts\n", "", "There may be none"),
     ("ex03_rms_norm", "wide = x.to(torch.float32)", "wide = x", "In which dtype does step 1 compute?"),
     ("ex03_rms_norm", "normed.to(x.dtype) * weight", "(normed * weight).to(x.dtype)", "after the weight"),
     ("ex03_rms_norm", "normed.to(x.dtype) * weight", "normed * weight", "It came out in float32"),
+    ("ex03_rms_norm", "normed.to(x.dtype)", "normed.to(x.dtype).float()", "float32 was right"),
+    ("ex03_rms_norm", "(x.dtype) * weight", "(x.dtype) * weight**2", "The mean is one of squares"),
     ("ex03_rms_norm", " * weight", "", "Where is weight?"),
     (
         "ex03_rms_norm",
@@ -111,6 +119,8 @@ MISTAKES = [
         "rounded on the way",
     ),
     ("ex05_rotate", "* sin).to(x.dtype)", "* sin)", "It came out in float32"),
+    ("ex05_rotate", "wide * cos + rotate_half(wide) * sin", "wide", "Nothing turns"),
+    ("ex05_rotate", "wide * cos + rotate_half(wide)", "(wide + rotate_half(wide))", "Turned by t"),
     ("ex06_logn", "positions.double() + 1", "positions.double()", "How many does its query see?"),
     ("ex06_logn", "positions.double() + 1", "positions.double() + 2", "one token too many"),
     ("ex06_logn", ".clamp(min=1.0)", "", "Within the trained length"),
@@ -128,6 +138,7 @@ MISTAKES = [
     ("ex06_logn", ".to(dtype)", ".float()", "the dtype that is asked for"),
     ("ex07_mask", "torch.arange(S - T, S)", "torch.arange(T)", "How many keys came before it"),
     ("ex07_mask", "keys <= queries", "keys < queries", "its own key"),
+    ("ex07_mask", "keys <= queries", "keys != queries", "the position of the query in row t"),
     ("ex07_mask", "keys <= queries", "keys > queries", "inside out"),
     ("ex07_mask", "keys <= queries", "keys >= queries", "Which of the two are the rows?"),
     ("ex07_mask", "keys <= queries", "keys <= queries + 1", "its own answer"),
@@ -170,6 +181,7 @@ MISTAKES = [
     ("ex09_top_p", "before < p", "before + values <= p", "was dropped"),
     ("ex09_top_p", "before < p", "before + values < p", "was dropped"),
     ("ex09_top_p", "before < p", "before <= p", "exactly, before it"),
+    ("ex09_top_p", "before < p", "before > p", "do those before it reach p already?"),
     ("ex09_top_p", "before < p", "values >= p", "held against each token"),
     ("ex09_top_p", "kept / kept.sum()", "kept", "do not sum to 1"),
     (
@@ -189,6 +201,12 @@ MISTAKES = [
     ("ex10_qkv_cut", "third.chunk(ranks, dim=0)[rank]", "third[rank::ranks]", "cuts through the heads"),
     ("ex10_qkv_cut", "torch.cat", "torch.stack", "as a stack of three"),
     ("ex10_qkv_cut", "(q, k, v)])", "(q,)])", "Only q"),
+    (
+        "ex10_qkv_cut",
+        "return torch.cat([third.chunk(ranks, dim=0)[rank] for third in (q, k, v)])",
+        "return torch.stack([third.chunk(ranks)[rank] for third in (q, k, v)], dim=1).flatten(0, 1)",
+        "take turns",
+    ),
     ("ex10_qkv_cut", "[rank]", "[ranks - 1 - rank]", "of the other rank"),
     ("ex10_qkv_cut", "return torch.cat(", "return (q, k, v)[rank]; torch.cat(", "A third for each rank"),
 ]
@@ -414,6 +432,11 @@ def test_the_worked_examples_are_what_the_solutions_give(name: str) -> None:
         ),
         (("* weight", "* weight.double()"), "yours is float64, Qwen's float32", "keepdim"),
         (("* weight", "* weight * torch.nan"), "192 of 192 numbers differ", "keepdim"),
+        (
+            ("wide = x", "raise NotImplementedError('\"rsqrt\" for Long'); wide = x"),
+            'Error: "rsqrt" for',
+            "Begin in",
+        ),
         (("wide = x.to", "x *= 1; wide = x.to"), "", ""),
     ],
 )
@@ -547,7 +570,14 @@ def test_where_the_source_is_said_to_be_it_is(asked: list) -> None:
                 assert name.rpartition(".")[2] in text, (exercise.name, name)
 
 
-def test_the_readme_has_every_exercise() -> None:
+def test_the_readme_has_every_exercise_and_what_the_command_prints(
+    checked: Callable[..., Result], tmp_path: Path
+) -> None:
     text = (EXERCISES / "README.md").read_text(encoding="utf-8")
     for name in NAMES:
         assert f"[{name}.py]({name}.py)" in text
+    hole = [("first, second", "raise NotImplementedError; first, second")]
+    neighbours = [("torch.cat((-second, first), dim=-1)", NEIGHBOURS)]
+    for changes in (hole, neighbours, []):
+        done = checked(attempt(tmp_path, "ex05_rotate", changes), "5")
+        assert f"```\n{done.out}```\n" in text

@@ -407,7 +407,6 @@ def check_logn(attempt: Attempt) -> str:
             ((p + 1).log() / log_trained).clamp(max=1),
             "It is 1 where it shall grow, and smaller where it shall be 1.",
         ),
-        ((log_trained / (p + 1).log()).clamp(max=1), "Queries become smaller. They shall become larger."),
         (((p + 1) / trained).clamp(min=1), "That grows with n itself. Where are the logarithms?"),
         ((p + 1).log().clamp(min=1), "By what is log(n) divided?"),
     ]
@@ -468,7 +467,6 @@ def check_mask(attempt: Attempt) -> str:
                 additive,
                 "That can be added to scores. Here bool is wanted: True, the query sees it.",
             ),
-            ((keys <= first).float(), f"{offset} And what is wanted is bool."),
         ]
         otherwise = "Write down the position of the query in row t, and compare it with that of the key, s."
         hold(f"{T} new of {S} positions", causal_mask(T, S), right, known, otherwise)
@@ -500,7 +498,7 @@ def check_swiglu(attempt: Attempt) -> str:
         (F.silu(one) * two, "The SiLU is on w1, as in Llama. Which of the two is the gate in Qwen?"),
         (F.silu(one * two), "The SiLU is on the product. It acts on one of the factors alone."),
         (F.silu(one) * F.silu(two), "The SiLU is on both. It acts on one of the factors alone."),
-        (one * F.sigmoid(two), "The gate went through a sigmoid alone. silu(z) has a factor more."),
+        (one * torch.sigmoid(two), "The gate went through a sigmoid alone. silu(z) has a factor more."),
         (one * F.gelu(two), "That is GELU, which gives almost the same numbers. Qwen has SiLU."),
         (one * F.relu(two), "That is ReLU. Qwen has SiLU."),
         (one * two, "Nothing bends here: where is the SiLU?"),
@@ -529,12 +527,11 @@ def _wrong_top_p(given: Tensor, p: float) -> Known:
     needed, beyond = reached - values < p, reached - values <= p
     dropped = "The token with which the sum gets to p was dropped. Without it the set does not reach p."
     threshold = "p was held against each token. It is their sum that shall reach it."
-    stays = "No token is left. The likeliest reaches p by itself, so it stays."
     short, exact = kept(reached <= p), kept(reached < p)
     return [
-        (short / short.sum(), dropped if short.any() else stays),
-        (short, dropped if short.any() else stays),
-        (exact / exact.sum(), dropped if exact.any() else stays),
+        (short / short.sum(), dropped),
+        (short, dropped),
+        (exact / exact.sum(), dropped),
         (kept(needed), "The right tokens are there, but they do not sum to 1 any more."),
         (
             values.where(needed, 0.0) / values[needed].sum(),
@@ -606,9 +603,6 @@ def check_qkv_cut(attempt: Attempt) -> str:
             for rank in range(ranks):
                 right = spec.part(whole, rank, ranks).reshape(spec.shape_of_rank(ranks))
                 known = [(whole.chunk(ranks)[rank], even), (whole[rank::ranks], strided)]
-                if whole.ndim == 2:
-                    columns = "The columns were cut. They are the inputs, and every rank has all of x."
-                    known.append((whole.chunk(ranks, dim=1)[rank], columns))
                 found = qkv_part(whole, rank, ranks)
                 hold(f"{spec.published}, rank {rank} of {ranks}", found, right, known)
     return f"weights and biases of {len(specs) // 2} layers are cut for 2 and 4 ranks as the loader does it"
