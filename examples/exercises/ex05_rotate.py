@@ -26,7 +26,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The result has the dtype of x; it is computed in that of cos and sin, and rounded once, at the end.
 
     A query turned by its position times a key turned by its own depends on how far they are apart, not on
-    where they stand. That is how attention knows positions: nothing else in Qwen tells it.
+    where they stand. That is how attention knows distances; Qwen has no other positions.
 
     Source: Su et al. 2021, section 3.4.2, equation 34, there with neighbours as pairs.
 
