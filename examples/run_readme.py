@@ -30,6 +30,7 @@ SKIPPED = {
     "pip install": "installs",
     "--download": "downloads",
 }
+CODES = {"exercises/check.py": 1}  # a hole is not filled yet
 PLAIN = ("Qwen-1_8B", "Qwen-7B", "Qwen-14B", "Qwen-72B")
 
 
@@ -76,7 +77,7 @@ def whole(command: str) -> bool:
 
 def prepare(folder: Path) -> None:
     """What the commands find where they run: the project, checkpoints, texts."""
-    for name in ("examples", "tests", "weights", "Makefile"):
+    for name in ("examples", "tests", "weights", "Makefile", ".venv"):
         (folder / name).symlink_to(ROOT / name)
     for name in PLAIN:
         for kind in ("", "-Chat"):
@@ -135,9 +136,10 @@ def main() -> int:
                 capture_output=True,
                 text=True,
             )
-            verdict = "ran" if done.returncode == 0 else f"FAILED ({done.returncode})"
+            wanted = next((code for part, code in CODES.items() if part in command), 0)
+            verdict = "ran" if done.returncode == wanted else f"FAILED ({done.returncode})"
             print(f"{verdict} in {time.monotonic() - start:.1f} s: {shown}", flush=True)
-            if done.returncode:
+            if done.returncode != wanted:
                 failed += 1
                 print(done.stdout[-1000:] + done.stderr[-2000:], flush=True)
     print(f"{len(chosen)} commands, {failed} failed")
