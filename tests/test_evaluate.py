@@ -206,11 +206,15 @@ def test_every_request_has_its_own_settings(
     assert "note: left out of a task's generation settings: num_beams" in capsys.readouterr().err
 
 
-def test_sampling_is_seeded(tiny: Qwen, own: Tokenizer) -> None:
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_sampling_is_seeded(tiny: Qwen, own: Tokenizer, batch_size: int) -> None:
     settings = {"until": ["\n"], "do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
     asked = [("The", settings), ("The", settings)]
     found = [
-        harness(tiny, own, seed=seed).generate_until(requests("generate_until", *asked)) for seed in (1, 1, 2)
+        harness(tiny, own, batch_size=batch_size, seed=seed).generate_until(
+            requests("generate_until", *asked)
+        )
+        for seed in (1, 1, 2)
     ]
     assert found[0] == found[1] != found[2]
     assert found[0][0] != found[0][1]
