@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test vocab lint bench parity eval readme
+.PHONY: run test vocab lint bench parity eval readme walkthrough
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -21,6 +21,10 @@ vocab: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# What Qwen computes, step by step: one page with all figures, build/walkthrough.html.
+walkthrough: .venv/installed
+	$(BIN)/python examples/render_walkthrough.py
 
 # The figures of the README: twenty minutes, on a machine that does nothing else.
 bench: .venv/transformers vocab

@@ -5,7 +5,7 @@
 # of it. You need Python, and to know what a matrix is.
 #
 # The numbers come from the small model that comes with the project. It has the 72B's architecture and file
-# formats, 1.8 million parameters instead of 72 billion, and knows the capitals of the world. It is called
+# formats, 1,755,776 parameters instead of 72,287,920,128, and knows the capitals of the world. It is called
 # the *tiny model* below. Where size matters, the published sizes are computed from their configurations.
 #
 # Every section has the same parts: why the step is there; its equation, and where that comes from; the
@@ -45,11 +45,13 @@ folder = bundled_checkpoint()
 tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
 model = load_model(folder, "float32")
 tiny, large = model.config, QwenConfig.preset("72b")
+shapes = []
 for config in (tiny, large):
     D, H, K = config.hidden_size, config.num_attention_heads, config.kv_channels
     F, V = config.mlp_width, config.vocab_size
     print(f"{config.num_hidden_layers} layers, {D=} {H=} {K=} {F=} {V=}")
-assert (D, H, K, F, V) == (8192, 64, 128, 24576, 152064)
+    shapes.append((D, H, K, F, V))
+assert shapes == [(128, 4, 32, 512, 2752), (8192, 64, 128, 24576, 152064)]
 
 # %% [markdown]
 # ## The whole machine
@@ -68,13 +70,12 @@ from qwen_ref.checkpoint import tensor_table
 
 album.show("architecture", draw_architecture.architecture(large))
 
+sizes = {"tiny": tiny} | {size: QwenConfig.preset(size) for size in ("1.8b", "7b", "14b", "72b")}
 parameters = {}
-for name, config in {
-    "tiny": tiny,
-    **{size: QwenConfig.preset(size) for size in ("1.8b", "7b", "14b", "72b")},
-}.items():
-    parameters[name] = sum(math.prod(spec.shape) for spec in tensor_table(config))
-    print(f"{name:>5}: {parameters[name]:>14,} parameters in {len(tensor_table(config))} tensors")
+for name, config in sizes.items():
+    table = tensor_table(config)
+    parameters[name] = sum(math.prod(spec.shape) for spec in table)
+    print(f"{name:>5}: {parameters[name]:>14,} parameters in {len(table)} tensors")
 assert parameters["72b"] == 72_287_920_128
 assert parameters["tiny"] == 1_755_776
 in_layers = sum(math.prod(spec.shape) for spec in tensor_table(large) if "blocks" in spec.name)
@@ -105,6 +106,7 @@ from qwen_ref.tokenizer import split
 accent_apart = "cafe\u0301"
 print("characters before NFC:", len(accent_apart), " after:", len(unicodedata.normalize("NFC", accent_apart)))
 assert tokenizer.encode(accent_apart) == tokenizer.encode("café")
+assert split(accent_apart) != split("café")  # what NFC is for
 
 text = "It's 2024: the café of Oslo, Norway"
 pieces = split(unicodedata.normalize("NFC", text))
@@ -157,16 +159,19 @@ def merged(piece: bytes, limit: int) -> list[bytes]:
 piece = b" Norway"
 inside = sorted(rank for token, rank in ranks.items() if len(token) > 1 and token in piece)
 states = [merged(piece, limit) for limit in (255, *inside)]
+merges = 0
 for limit, before, after in zip(inside, states, states[1:], strict=False):
     if after != before:
-        print(f"rank {limit:>4}: ", " | ".join(part.decode() for part in after).replace(" N", "␣N"))
+        merges += 1
+        print(f"rank {limit:>4}: ", " | ".join(figures.labelled([part.decode() for part in after])))
+assert merges == 5
 assert states[0] == [bytes([byte]) for byte in piece]
 assert [ranks[part] for part in states[-1]] == tokenizer.encode(" Norway") == [326, 1561]
 
 # %% [markdown]
 # **What to look at.** Five merges lead from seven bytes to two tokens. A low rank is merged early: `or` is
-# frequent in any English text, `orway` only in this one. There is no token for all of ` Norway`, so the
-# model gets two.
+# frequent in any English text, `orway` only in texts about Norway. There is no token for all of `␣Norway`,
+# so the model gets two.
 #
 # Chinese goes the same way. A character is three bytes of UTF-8, and frequent words are one token:
 
@@ -249,8 +254,8 @@ for cosine, token in zip(cosines.tolist(), nearest.tolist(), strict=True):
     print(f"cosine to '7': {cosine:.2f}  {tokenizer.decode([token])!r}")
 assert [tokenizer.decode([token]) for token in nearest.tolist()] == ["7", "6", "8"]
 without_token = large.vocab_size - 151_851
-print(f"in the 72B: {large.vocab_size * large.hidden_size:,} numbers; rows without a token: {without_token}")
-assert without_token == 213
+print(f"in the 72B: {large.vocab_size * large.hidden_size:,} numbers, {without_token} rows without a token")
+assert large.vocab_size - 151_851 == 213
 
 # %% [markdown]
 # **What to look at.** Nobody told the model that 6 and 8 are the neighbours of 7. Learning sums was enough
@@ -278,7 +283,8 @@ from qwen_ref.model import RMSNorm
 x = stages["blocks.1.attn_residual"]  # what the second layer's MLP norm reads
 norm = model.blocks[1].mlp_norm
 y = norm(x)
-without_weight = RMSNorm(tiny.hidden_size, tiny.layer_norm_epsilon).requires_grad_(False)(x)  # of ones
+of_ones = RMSNorm(tiny.hidden_size, tiny.layer_norm_epsilon).requires_grad_(False)
+without_weight = of_ones(x)
 assert torch.allclose(y, x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight, atol=1e-5)
 assert torch.equal(y, stages["blocks.1.mlp_norm"])
 
@@ -294,8 +300,8 @@ assert torch.allclose(norm(10 * x), y, atol=1e-4)  # ten times as long: the same
 album.show("rmsnorm", figures.norm_before_and_after(tokens, rms(x)[0], rms(without_weight)[0]))
 
 # %% [markdown]
-# **What to look at.** All lengths are 1 afterwards. A detail that ports get wrong: in bfloat16 the division
-# happens in float32, the result is rounded, and only then the weight is applied.
+# **What to look at.** Every root mean square is 1 afterwards. A detail that ports get wrong: in bfloat16
+# the division happens in float32, the result is rounded, and only then the weight is applied.
 
 # %% [markdown]
 # ## Queries, keys and values
@@ -389,8 +395,8 @@ one_pair = torch.zeros(1, 15, 1, tiny.kv_channels)
 one_pair[..., 1] = 1.0  # a = 1, b = 0
 turned = rotate(one_pair, *rotation_tables(torch.arange(15)[None], frequencies))[0, :, 0]  # (15, K)
 turned = turned[:, [1, 1 + tiny.kv_channels // 2]]  # (15, 2): a and b
-turns = [window / float(lengths[45]) for lengths in wavelengths.values()]
-assert [round(number, 1) for number in turns] == [8.0, 0.3]
+assert [round(window / float(lengths[45]), 1) for lengths in wavelengths.values()] == [8.0, 0.3]
+assert (QwenConfig.preset("7b").rotary_emb_base, large.rotary_emb_base) == (10_000, 1_000_000)
 album.show("rope", figures.rotation_and_wavelengths(turned, wavelengths, window))
 
 # %% [markdown]
@@ -440,6 +446,7 @@ print("scores and weights:", tuple(scores.shape))
 print("last token, head 2:", [round(weight, 2) for weight in weights[2, -1].tolist()])
 assert torch.allclose(weights.sum(dim=-1), torch.ones(4, T), atol=1e-5)
 assert float(weights.triu(diagonal=1).max()) == 0.0  # nothing from the future
+assert 1e9 < window**2 < 1.1e9  # scores of a head of the 72B
 album.show("scores", figures.scores_to_weights(tokens, scores[2], weights[2]))
 
 # %% [markdown]
@@ -450,7 +457,7 @@ album.show("scores", figures.scores_to_weights(tokens, scores[2], weights[2]))
 # %% [markdown]
 # ## Attention maps: looking up a capital
 #
-# **Why.** The last token is ` is`. To know what follows, it must find out which country was asked about.
+# **Why.** The last token is `␣is`. To know what follows, it must find out which country was asked about.
 # Attention is the only way for it to get at other tokens. Here are all heads of all four layers.
 
 # %%
@@ -463,7 +470,6 @@ for layer, of_layer in enumerate(maps):
         to_country, to_other = of_layer[head, -1, country], of_layer[head, -1, other]
         if to_country > 0.5:
             print(f"layer {layer}, head {head}: {to_country:.2f} on ' Japan', {to_other:.2f} on 'orway'")
-assert window**2 > 1e9
 looking = [
     (n, head) for n, of_layer in enumerate(maps) for head in range(4) if of_layer[head, -1, country] > 0.5
 ]
@@ -485,22 +491,21 @@ album.show(
 )
 
 # %% [markdown]
-# **What to look at.** Three heads of sixteen put more than half of the last token's weight on ` Japan`, and
-# next to nothing on Norway. The first line has its own ` is`, and there two of the heads look at `orway`:
-# what they have learned is "from ` is`, look at the country before it". In the rows of most other tokens
+# **What to look at.** Three heads of sixteen put more than half of the last token's weight on `␣Japan`, and
+# next to nothing on Norway. The first line has its own `␣is`, and there two of the heads look at `orway`:
+# what they have learned is "from `␣is`, look at the country before it". In the rows of most other tokens
 # the weight is spread out: those heads have nothing to look up there.
 #
 # A weight says where a head looks, not what the model makes of it. Whether the country matters is shown by
 # changing it:
 
 # %%
-for country_name in ("Japan", "Kenya", "Peru"):
+for country_name, right in (("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Peru", "Lima")):
     question = tokenizer.encode(f"The capital of Norway is Oslo.\nThe capital of {country_name} is")
-    capital = tokenizer.decode(step.token for step in generate(model, question, max_new_tokens=6)).split(".")[
-        0
-    ]
-    print(f"{country_name:>6} →{capital}")
-    assert capital == {"Japan": " Tokyo", "Kenya": " Nairobi", "Peru": " Lima"}[country_name]
+    said = tokenizer.decode(step.token for step in generate(model, question, max_new_tokens=6))
+    capital = said.split(".")[0].strip()
+    print(f"{country_name:>6} → {capital}")
+    assert capital == right
 
 # %% [markdown]
 # ## Beyond the trained length: NTK and LogN
@@ -554,7 +559,8 @@ print(
 )
 assert round(float(logn[8192][-1]), 3) == 1.154
 assert logn[8192][8191] == 1.0 < logn[8192][8192]
-assert (large.use_dynamic_ntk, large.use_logn_attn) == (False, False)
+for config in (tiny, large):
+    assert (config.use_dynamic_ntk, config.use_logn_attn) == (False, False)
 album.show("logn_ntk", figures.beyond_the_trained_length(alphas, by_alpha, logn, L))
 
 # %% [markdown]
@@ -598,6 +604,7 @@ D, F = large.hidden_size, large.mlp_width
 share = 3 * D * F / (3 * D * F + 4 * D * D)
 print(f"of the weights of a 72B layer the MLP has {share:.0%}: 3 matrices of {F:,} × {D:,}")
 assert round(100 * share) == 69
+assert large.intermediate_size == 2 * F == 49_152
 
 # %% [markdown]
 # **What to look at.** silu is nearly 0 for strongly negative z, which closes a channel, and nearly z for
@@ -616,7 +623,7 @@ assert round(100 * share) == 69
 # x ← x + mlp(norm(x))
 # ```
 #
-# *Source: He et al. 2016, section 3.1 and equation 1; the norm inside the branch: Xiong et al. 2020.*
+# *Source: He et al. 2016, section 3.2, equation 1; the norm inside the branch: Xiong et al. 2020.*
 
 # %%
 layers = range(tiny.num_hidden_layers)
@@ -674,9 +681,9 @@ album.show("lens", figures.lens(names, paths))
 
 # %% [markdown]
 # **What to look at.** After the embedding the model knows nothing. Then it guesses tokens that many
-# capitals begin with, ` T` and ` M`. ` Tokyo` becomes more than four times as likely when the heads of
-# layer 2 have looked at ` Japan`; it comes first after the MLP of layer 2, and is all but certain at the
-# end. ` Oslo` never gets 0.05, although it stands in the text. The path is not straight: in between, the
+# capitals begin with, `␣T` and `␣M`. `␣Tokyo` becomes more than four times as likely when the heads of
+# layer 2 have looked at `␣Japan`; it comes first after the MLP of layer 2, and is all but certain at the
+# end. `␣Oslo` never gets 0.05, although it stands in the text. The path is not straight: in between, the
 # model says other things, since only the last layer was trained to be read by the head.
 
 # %% [markdown]
@@ -684,7 +691,8 @@ album.show("lens", figures.lens(names, paths))
 #
 # **Why.** The model gives one token at a time; it is appended to the text, and all begins again. Keys and
 # values of earlier tokens never change, because nothing looks ahead. So they are kept: a new token computes
-# its own query, key and value, and reads the others from the cache. What was T² becomes T a token.
+# its own query, key and value, and reads the others from the cache. Without it, every new token would cost
+# all positions again.
 #
 # ```equation
 # bytes a token = 2 · layers · H · K · bytes a number        2: a key and a value
@@ -717,6 +725,7 @@ for size, count in a_token.items():
         f"{size:>5}: {count:>9,} bytes a token, {count * 32768 / 1e9:6.1f} GB for 32,768 tokens, in bfloat16"
     )
 assert a_token["72b"] == 2 * 80 * 64 * 128 * 2 == 2_621_440
+assert round(a_token["72b"] / 1e6, 1) == 2.6
 assert round(a_token["72b"] * window / 1e9, 1) == 85.9
 
 # %% [markdown]
@@ -766,6 +775,7 @@ for name, p in {"as it is": plain, **left}.items():
 assert int((left["top-k 5"] > 0).sum()) == 5
 assert int((left["top-p 0.8"] > 0).sum()) == 11
 assert round(float(plain[shown[:14]].sum()), 2) == 0.99
+assert tiny.vocab_size - 14 == 2738
 assert left["temperature 0.5"].max() > plain.max() > left["temperature 2"].max()
 assert round(1 - float(left["temperature 2"][shown[:14]].sum()), 1) == 0.4
 assert int((probabilities(model(ids)[:, -1], ids, top_p=0.8) > 0).sum()) == 1  # after "… Japan is"
@@ -784,9 +794,10 @@ album.show(
 # %% [markdown]
 # ## Tensor parallelism: one model on two devices
 #
-# **Why.** The 72B's weights take 144.6 GB in bfloat16, more than a device has. So every large matrix is
-# cut, and each rank (a process with a device) holds one part. The cuts are chosen in pairs: what the first
-# matrix leaves on a rank is what the second one needs there, so the ranks talk only once after each pair.
+# **Why.** The 72B's weights take 144.6 GB in bfloat16, more than most devices have. So every large matrix
+# is cut, and each rank (a process with a device) holds one part. The cuts are chosen in pairs: what the
+# first matrix leaves on a rank is what the second one needs there, so the ranks talk only once after each
+# pair.
 #
 # ```equation
 # Y = (silu(X Gᵀ) · (X Uᵀ)) Wᵀ  =  Σ over ranks r of  (silu(X G_rᵀ) · (X U_rᵀ)) W_rᵀ
@@ -864,6 +875,8 @@ for name, instead in rounded.items():
     errors[name] = (float(moved.norm() / weight.norm()), float(off.norm() / clean.norm()))
     print(f"{name:<18}: weights off by {errors[name][0]:.2%}, what the layer gives by {errors[name][1]:.2%}")
 assert round(errors["int4, groups of 64"][0] / errors["int8"][0]) == 12
+assert len(steps4.unique()) == 16
+assert len(steps8.unique()) <= 255
 assert all(of_layer < of_weights for of_weights, of_layer in errors.values())
 album.show("quantisation", figures.rounding({name: instead - weight for name, instead in rounded.items()}))
 
@@ -877,7 +890,7 @@ album.show("quantisation", figures.rounding({name: instead - weight for name, in
 # ## The whole of it, once more
 #
 # The 13 ids became vectors; four layers let them look at each other and worked on each; the head gave 2,752
-# logits; the largest is ` Tokyo`. Then the same with 14 ids, from the cache. That is all that Qwen-72B
+# logits; the largest is `␣Tokyo`. Then the same with 14 ids, from the cache. That is all that Qwen-72B
 # does, with 80 layers and wider matrices.
 
 # %%

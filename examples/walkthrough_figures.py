@@ -70,7 +70,7 @@ class Album:
         save(picture, path)
         if self.also_for_readme and name in README_FIGURES:
             save(picture, FOLDER / path.name)
-        print(f"figure: {path.name}")
+        print(f"figure: {path.name}", flush=True)  # where nobody reads on, this is where it ends
         if "ipykernel" in sys.modules:
             from IPython.display import SVG, Image, display
 
@@ -158,14 +158,15 @@ def norm_before_and_after(tokens: Sequence[str], before: Tensor, after: Tensor) 
     axes.bar(where - 0.2, before, 0.38, color=ORANGE, label="before")
     axes.bar(where + 0.2, after, 0.38, color=BLUE, label="after x / √(mean(x²) + ε)")
     _token_ticks(axes.set_xticks, tokens, rotation=40, ha="right")
-    axes.set(ylabel="root mean square", title="RMSNorm makes every token's vector equally long")
+    axes.set(ylabel="root mean square")
+    axes.set_title("RMSNorm makes every token's vector equally long", fontsize=10)
     axes.legend()
     return figure
 
 
 def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor], window: int) -> Figure:
     """turned: a pair of dimensions at positions 0, 1, …, (positions, 2). wavelengths: by base, (K/2)."""
-    figure, (left, middle, right) = new(13, 4.2, 3, width_ratios=(1, 1.35, 1.35))
+    figure, (left, middle, right) = new(11, 3.9, 3, width_ratios=(1, 1.35, 1.35))
     left.axhline(0, color="#cccccc", linewidth=0.8)
     left.axvline(0, color="#cccccc", linewidth=0.8)
     for position, (x, y) in enumerate(turned.tolist()):
@@ -186,8 +187,8 @@ def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor]
     middle.text(0, window * 1.25, f"{window:,} positions", fontsize=8)
     middle.set(yscale="log", xlabel="pair i", ylabel="positions for a whole turn")
     middle.set_title("Wavelength of every pair", fontsize=10)
-    middle.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.99))
-    middle.set_ylim(top=5e7)
+    middle.legend(fontsize=8, loc="upper left")
+    middle.set_ylim(top=1e8)
     middle.grid(alpha=0.3)
 
     positions, pair = torch.arange(0, window, 16), 45
@@ -223,7 +224,7 @@ def _seen(of_head: Tensor) -> Tensor:
 
 def scores_to_weights(tokens: Sequence[str], scores: Tensor, weights: Tensor) -> Figure:
     """scores and weights (T, T) of one head: before the mask, and after mask and softmax."""
-    figure, (left, middle, right) = new(13, 4.3, 3)
+    figure, (left, middle, right) = new(11, 3.9, 3)
     limit = float(scores.abs().max())
     for axes, values, title, options in (
         (left, scores, "q · k / √K", {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
@@ -244,7 +245,7 @@ def scores_to_weights(tokens: Sequence[str], scores: Tensor, weights: Tensor) ->
 def attention_maps(tokens: Sequence[str], weights: Sequence[Tensor]) -> Figure:
     """weights: of each layer (H, T, T): every head's map."""
     layers, heads = len(weights), len(weights[0])
-    figure, grid = new(3.1 * heads, 3 * layers + 0.6, heads, layers, sharex=True, sharey=True)
+    figure, grid = new(11, 2.7 * layers + 0.6, heads, layers, sharex=True, sharey=True)
     for layer, of_layer in enumerate(weights):
         for head, of_head in enumerate(of_layer):
             axes = grid[layer][head]
@@ -263,7 +264,7 @@ def chosen_heads(
     tokens: Sequence[str], maps: Mapping[str, Tensor], last_rows: Mapping[str, Tensor]
 ) -> Figure:
     """Some maps (T, T), large; and for the last token, where those heads look (T)."""
-    figure, axes = new(4.3 * len(maps) + 4.2, 4.4, len(maps) + 1)
+    figure, axes = new(11, 3.9, len(maps) + 1)
     for one, (name, of_head) in zip(axes, maps.items(), strict=False):
         image = one.imshow(_seen(of_head), cmap="Blues", vmin=0, vmax=1)
         one.set_facecolor(FUTURE)
@@ -291,10 +292,10 @@ def beyond_the_trained_length(
     trained: int,
 ) -> Figure:
     """alphas: by prompt length. wavelengths: by α, (K/2). logn: by trained length, (positions)."""
-    figure, (left, middle, right) = new(13, 4, 3)
+    figure, (left, middle, right) = new(11, 3.6, 3)
     left.step(list(alphas), list(alphas.values()), where="post", color=BLUE)
     left.axvline(trained, color="black", linestyle="--", linewidth=1)
-    left.text(trained * 1.08, 14.3, f"trained length, {trained:,}", fontsize=8)
+    left.text(trained * 1.08, 14.3, f"trained length,\n{trained:,}", fontsize=8, va="top")
     left.set_xscale("log", base=2)
     ticks = [2048 * 2**n for n in range(6)]
     left.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
@@ -323,13 +324,13 @@ def gate(z: Tensor, silu: Tensor, gates: Tensor) -> Figure:
     figure, (left, right) = new(9, 3.4, 2)
     left.plot(z, z.clamp(min=0), color=GREY, linestyle="--", label="relu(z)")
     left.plot(z, silu, color=BLUE, label="silu(z) = z · sigmoid(z)")
-    left.set(xlabel="z", title="The gate's curve")
+    left.set(xlabel="z")
+    left.set_title("The gate's curve", fontsize=10)
     left.legend()
     right.hist(gates.flatten(), bins=60, color=BLUE)
     right.axvline(0, color="black", linewidth=0.8)
-    right.set(
-        xlabel="gate(x), before silu", ylabel="channels × tokens", title="Where the trained model uses it"
-    )
+    right.set(xlabel="gate(x), before silu", ylabel="channels × tokens")
+    right.set_title("Where the trained model uses it", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
@@ -344,9 +345,8 @@ def through_the_layers(stages: Sequence[str], tokens: Sequence[str], norms: Tens
         if last:
             axes.text(len(stages) - 0.85, float(norms[-1, t]), f"last {token}", va="center", color=BLUE)
     axes.set_xticks(range(len(stages)), stages, rotation=25, ha="right", fontsize=8)
-    axes.set(
-        ylabel="length of the vector, √(Σ x²)", title="The residual stream, a line a token", yscale="log"
-    )
+    axes.set(ylabel="length of the vector, √(Σ x²)", yscale="log")
+    axes.set_title("The residual stream, a line a token", fontsize=10)
     axes.set_xlim(right=len(stages) + 0.4)
     axes.grid(alpha=0.3)
     return figure
@@ -358,7 +358,8 @@ def lens(stages: Sequence[str], probabilities: Mapping[str, Sequence[float]]) ->
     for (token, values), colour in zip(probabilities.items(), (BLUE, ORANGE, GREEN, PINK), strict=False):
         axes.plot(values, "o-", color=colour, label=labelled([token])[0])
     axes.set_xticks(range(len(stages)), stages, rotation=25, ha="right", fontsize=8)
-    axes.set(ylabel="probability", ylim=(-0.03, 1.03), title="The logit lens, at the last token")
+    axes.set(ylabel="probability", ylim=(-0.03, 1.03))
+    axes.set_title("The logit lens, at the last token", fontsize=10)
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
@@ -388,7 +389,8 @@ def rounding(errors: Mapping[str, Tensor]) -> Figure:
     for one, (name, moved), colour in zip(axes, errors.items(), (BLUE, RED), strict=False):
         one.hist(moved.flatten(), bins=81, color=colour)
         one.locator_params(axis="x", nbins=5)
-        one.set(title=name, xlabel="rounded − weight")
+        one.set(xlabel="rounded − weight")
+        one.set_title(name, fontsize=10)
         one.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes[0].set_ylabel("weights")
     return figure
