@@ -145,7 +145,7 @@ def architecture(config: QwenConfig) -> str:
 
     def beside(y: float, weight: str | Sequence[str], gives: str) -> None:
         lines = [weight] if isinstance(weight, str) else list(weight)
-        for n, line in enumerate(lines):
+        for n, line in enumerate(filter(None, lines)):
             drawing.text(weights_x, y + 16 * (n - (len(lines) - 1) / 2), line)
         drawing.text(gives_x, y, gives)
 

@@ -189,6 +189,10 @@ assert len(tokenizer.encode(chinese)) == 2
 # The model would have to learn the value of each by heart. As single digits, every number is spelled with
 # the same ten tokens, and a digit's place says what it counts. The price is longer sequences for numbers.
 #
+# ```equation
+# 2024 → 2 | 0 | 2 | 4          never 20 | 24 or 202 | 4
+# ```
+#
 # *Source: the `\p{N}` without a `+` in `PATTERN`; Bai et al. 2023 (the Qwen technical report), section
 # 2.2.*
 
@@ -459,6 +463,12 @@ album.show("scores", figures.scores_to_weights(tokens, scores[2], weights[2]))
 #
 # **Why.** The last token is `␣is`. To know what follows, it must find out which country was asked about.
 # Attention is the only way for it to get at other tokens. Here are all heads of all four layers.
+#
+# ```equation
+# what a head reads at token t = Σ over tokens j ≤ t of weights[t, j] · v_j          a map shows weights[t, j]
+# ```
+#
+# *Source: Vaswani et al. 2017, section 3.2.1; that weights are not yet reasons: Jain and Wallace 2019.*
 
 # %%
 maps = [attention_weights(layer)[1] for layer in range(tiny.num_hidden_layers)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -154,9 +155,9 @@ def pieces_and_tokens(
 def norm_before_and_after(tokens: Sequence[str], before: Tensor, after: Tensor) -> Figure:
     """Root mean squares (T) of a residual stream and of its norm without weight, a bar a token."""
     figure, axes = new(8, 3)
-    where = torch.arange(len(tokens))
-    axes.bar(where - 0.2, before, 0.38, color=ORANGE, label="before")
-    axes.bar(where + 0.2, after, 0.38, color=BLUE, label="after x / √(mean(x²) + ε)")
+    where = np.arange(len(tokens))
+    axes.bar(where - 0.2, before.numpy(), 0.38, color=ORANGE, label="before")
+    axes.bar(where + 0.2, after.numpy(), 0.38, color=BLUE, label="after x / √(mean(x²) + ε)")
     _token_ticks(axes.set_xticks, tokens, rotation=40, ha="right")
     axes.set(ylabel="root mean square")
     axes.set_title("RMSNorm makes every token's vector equally long", fontsize=10)
@@ -182,7 +183,9 @@ def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor]
     colours = dict(zip(wavelengths, (ORANGE, BLUE), strict=True))
     for base, lengths in wavelengths.items():
         slow = int((lengths > window).sum())
-        middle.plot(lengths, color=colours[base], label=f"{names[base]}: {slow} pairs turn less than once")
+        middle.plot(
+            lengths.numpy(), color=colours[base], label=f"{names[base]}: {slow} pairs turn less than once"
+        )
     middle.axhline(window, color="black", linestyle="--", linewidth=1)
     middle.text(0, window * 1.25, f"{window:,} positions", fontsize=8)
     middle.set(yscale="log", xlabel="pair i", ylabel="positions for a whole turn")
@@ -191,10 +194,10 @@ def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor]
     middle.set_ylim(top=1e8)
     middle.grid(alpha=0.3)
 
-    positions, pair = torch.arange(0, window, 16), 45
+    positions, pair = np.arange(0, window, 16), 45
     for base, lengths in wavelengths.items():
         turns = window / float(lengths[pair])
-        curve = torch.cos(2 * torch.pi * positions / lengths[pair])
+        curve = np.cos(2 * np.pi * turns * positions / window)
         right.plot(positions, curve, color=colours[base], label=f"{names[base]}: {turns:.1f} turns")
     right.set(xlabel="position", ylabel="cosine of its angle", ylim=(-1.1, 1.5))
     right.set_title(f"Pair {pair} through a window of {window:,}", fontsize=10)
@@ -208,7 +211,8 @@ def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor]
 def distances(products: Tensor) -> Figure:
     """products: q · k (positions of q, positions of k), of one q and one k placed everywhere."""
     figure, axes = new(4.6, 3.8)
-    image = axes.imshow(products, cmap="RdBu_r", vmin=-products.abs().max(), vmax=products.abs().max())
+    limit = float(products.abs().max())
+    image = axes.imshow(products.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     ticks = range(0, len(products), 2)
     axes.set(xlabel="position of the key", ylabel="position of the query", xticks=ticks, yticks=ticks)
     axes.set_title("The same q and k, moved about:\nonly the distance counts", fontsize=10)
@@ -216,10 +220,10 @@ def distances(products: Tensor) -> Figure:
     return figure
 
 
-def _seen(of_head: Tensor) -> Tensor:
+def _seen(of_head: Tensor) -> np.ndarray:
     """A map without what the causal mask forbids, which is then left as the grey ground."""
     future = torch.ones_like(of_head, dtype=torch.bool).triu(diagonal=1)
-    return of_head.masked_fill(future, torch.nan)
+    return of_head.masked_fill(future, torch.nan).numpy()
 
 
 def scores_to_weights(tokens: Sequence[str], scores: Tensor, weights: Tensor) -> Figure:
@@ -227,7 +231,7 @@ def scores_to_weights(tokens: Sequence[str], scores: Tensor, weights: Tensor) ->
     figure, (left, middle, right) = new(11, 3.9, 3)
     limit = float(scores.abs().max())
     for axes, values, title, options in (
-        (left, scores, "q · k / √K", {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
+        (left, scores.numpy(), "q · k / √K", {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
         (middle, _seen(scores), "what the mask leaves", {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
         (right, _seen(weights), "softmax of every row: the weights", {"cmap": "Blues", "vmin": 0, "vmax": 1}),
     ):
@@ -274,9 +278,11 @@ def chosen_heads(
         one.set_xlabel("key: the token looked at", fontsize=8)
     axes[0].set_ylabel("query: the token that looks", fontsize=8)
     figure.colorbar(image, ax=axes[len(maps) - 1], shrink=0.7, label="attention weight")
-    where, bars = torch.arange(len(tokens)), len(last_rows)
+    where, bars = np.arange(len(tokens)), len(last_rows)
     for n, ((name, row), colour) in enumerate(zip(last_rows.items(), (BLUE, ORANGE, GREEN), strict=False)):
-        axes[-1].barh(where + 0.8 * ((n + 0.5) / bars - 0.5), row, 0.8 / bars, color=colour, label=name)
+        axes[-1].barh(
+            where + 0.8 * ((n + 0.5) / bars - 0.5), row.numpy(), 0.8 / bars, color=colour, label=name
+        )
     _token_ticks(axes[-1].set_yticks, tokens, fontsize=8)
     axes[-1].invert_yaxis()
     axes[-1].set(xlabel="attention weight", xlim=(0, 1))
@@ -303,12 +309,12 @@ def beyond_the_trained_length(
     left.set(xlabel="tokens of the prompt", ylabel="α", ylim=(0, 16))
     left.set_title("NTK: α goes up in steps", fontsize=10)
     for (alpha, lengths), colour in zip(wavelengths.items(), (ORANGE, SKY, BLUE, GREEN), strict=False):
-        middle.plot(lengths, color=colour, label=f"α = {alpha}")
+        middle.plot(lengths.numpy(), color=colour, label=f"α = {alpha}")
     middle.set(yscale="log", xlabel="pair i", ylabel="positions for a whole turn")
     middle.set_title("NTK: slow pairs get slower, fast ones stay", fontsize=10)
     middle.legend(fontsize=8)
     for (length, factors), colour in zip(logn.items(), (BLUE, ORANGE), strict=False):
-        right.plot(factors, color=colour, label=f"trained length {length:,}")
+        right.plot(factors.numpy(), color=colour, label=f"trained length {length:,}")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     right.set_xticks(range(0, 32769, 8192))
     right.set(xlabel="position of the query", ylabel="factor of the query")
@@ -322,12 +328,12 @@ def beyond_the_trained_length(
 def gate(z: Tensor, silu: Tensor, gates: Tensor) -> Figure:
     """silu over z; and how often a channel's gate has which value."""
     figure, (left, right) = new(9, 3.4, 2)
-    left.plot(z, z.clamp(min=0), color=GREY, linestyle="--", label="relu(z)")
-    left.plot(z, silu, color=BLUE, label="silu(z) = z · sigmoid(z)")
+    left.plot(z.numpy(), z.clamp(min=0).numpy(), color=GREY, linestyle="--", label="relu(z)")
+    left.plot(z.numpy(), silu.numpy(), color=BLUE, label="silu(z) = z · sigmoid(z)")
     left.set(xlabel="z")
     left.set_title("The gate's curve", fontsize=10)
     left.legend()
-    right.hist(gates.flatten(), bins=60, color=BLUE)
+    right.hist(gates.flatten().numpy(), bins=60, color=BLUE)
     right.axvline(0, color="black", linewidth=0.8)
     right.set(xlabel="gate(x), before silu", ylabel="channels × tokens")
     right.set_title("Where the trained model uses it", fontsize=10)
@@ -341,7 +347,12 @@ def through_the_layers(stages: Sequence[str], tokens: Sequence[str], norms: Tens
     figure, axes = new(8.5, 3.8)
     for t, token in enumerate(labelled(tokens)):
         last = t == len(tokens) - 1
-        axes.plot(norms[:, t], "o-" if last else "-", color=BLUE if last else GREY, alpha=1 if last else 0.45)
+        axes.plot(
+            norms[:, t].numpy(),
+            "o-" if last else "-",
+            color=BLUE if last else GREY,
+            alpha=1 if last else 0.45,
+        )
         if last:
             axes.text(len(stages) - 0.85, float(norms[-1, t]), f"last {token}", va="center", color=BLUE)
     axes.set_xticks(range(len(stages)), stages, rotation=25, ha="right", fontsize=8)
@@ -368,8 +379,9 @@ def lens(stages: Sequence[str], probabilities: Mapping[str, Sequence[float]]) ->
 def sampling(names: Sequence[str], plain: Tensor, settings: Mapping[str, Tensor]) -> Figure:
     """The probabilities of some tokens as the model gives them, and as each setting leaves them."""
     figure, grid = new(12, 5.4, 2, 2, sharex=True, sharey=True)
-    where = torch.arange(len(names))
-    for axes, (title, left) in zip(grid.flat, settings.items(), strict=True):
+    where, plain = np.arange(len(names)), plain.numpy()
+    for axes, (title, probabilities) in zip(grid.flat, settings.items(), strict=True):
+        left = probabilities.numpy()
         cut = left == 0
         axes.bar(where, left, color=SKY, label="what is drawn from")
         axes.bar(where[cut], plain[cut], fill=False, edgecolor=RED, linewidth=1.2, label="cut away")
@@ -387,7 +399,7 @@ def rounding(errors: Mapping[str, Tensor]) -> Figure:
     """Of a weight rounded in several ways, how far its numbers moved."""
     figure, axes = new(9, 3.2, len(errors), sharey=False)
     for one, (name, moved), colour in zip(axes, errors.items(), (BLUE, RED), strict=False):
-        one.hist(moved.flatten(), bins=81, color=colour)
+        one.hist(moved.flatten().numpy(), bins=81, color=colour)
         one.locator_params(axis="x", nbins=5)
         one.set(xlabel="rounded − weight")
         one.set_title(name, fontsize=10)

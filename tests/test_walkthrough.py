@@ -190,7 +190,7 @@ def test_every_topic_is_a_section(cells: list) -> None:
         if heading not in WITHOUT_EQUATION:
             assert "**Why.**" in text, heading
             assert re.search(r"^\*Source: ", text, re.MULTILINE), heading
-            assert "```equation" in text or heading.startswith(("Digits", "Attention maps")), heading
+            assert "```equation" in text, heading
 
 
 # Numbers of the text that stand for any number of their kind.
