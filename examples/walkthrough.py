@@ -405,9 +405,10 @@ album.show("rope", figures.rotation_and_wavelengths(turned, wavelengths, window)
 
 # %% [markdown]
 # **What to look at.** Left: pair 1 of the tiny model goes round once in 15 positions. Middle: the lines
-# start together, since pair 0 turns at the same speed with any base, and part from there. Right: with base
-# 10,000, pair 45 turns eight times within the window. Its cosine has the same value at many positions. With
-# 1,000,000 it is a third of one turn, and every position has a value of its own.
+# start together, since pair 0 turns at the same speed with any base, and part from there; a pair above the
+# dashed line turns less than once. Right: with base 10,000, pair 45 turns eight times within the window.
+# Its cosine has the same value at many positions. With 1,000,000 it is a third of one turn, and every
+# position has a value of its own.
 
 # %% [markdown]
 # ## Scores, the causal mask, softmax

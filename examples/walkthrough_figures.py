@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwen_ref.cli import Parser, run
 
+OUT = Path("build/walkthrough")
 FOLDER = Path(__file__).resolve().parent / "figures"  # those that the README shows
 README_FIGURES = ("rope", "logn_ntk", "attention")
 
@@ -40,11 +41,12 @@ class Album:
 
     @classmethod
     def from_command_line(cls, description: str) -> Album:
-        """Ends the process with exit code 2, and one line, for options that are none."""
+        """Ends the process with exit code 2, and one line, for options that are none. A notebook has none."""
+        if "ipykernel" in sys.modules:  # the command line and stdout are the kernel's
+            OUT.mkdir(parents=True, exist_ok=True)
+            return cls(OUT)
         parser = Parser(prog="walkthrough.py", description=description)
-        parser.add_argument(
-            "--out", type=Path, default=Path("build/walkthrough"), help="folder for the figures (%(default)s)"
-        )
+        parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures (%(default)s)")
         parser.add_argument(
             "--readme",
             action="store_true",
@@ -57,8 +59,7 @@ class Album:
             made.append(cls(args.out, args.readme))
             return 0
 
-        # A notebook's kernel has a command line of its own.
-        code = run(parser, command, [] if "ipykernel" in sys.modules else None)
+        code = run(parser, command)
         if code:
             sys.exit(code)
         sys.excepthook = _as_commands_end
@@ -96,7 +97,7 @@ def save(picture: Figure | str, path: Path) -> None:
     if isinstance(picture, str):
         part.write_text(picture, encoding="utf-8")
     else:
-        picture.savefig(part, dpi=130, format="png", facecolor="white")
+        picture.savefig(part, dpi=140, format="png", facecolor="white")
     part.replace(path)
 
 
@@ -167,7 +168,7 @@ def norm_before_and_after(tokens: Sequence[str], before: Tensor, after: Tensor) 
 
 def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor], window: int) -> Figure:
     """turned: a pair of dimensions at positions 0, 1, …, (positions, 2). wavelengths: by base, (K/2)."""
-    figure, (left, middle, right) = new(11, 3.9, 3, width_ratios=(1, 1.35, 1.35))
+    figure, (left, middle, right) = new(10, 3.7, 3, width_ratios=(1, 1.35, 1.35))
     left.axhline(0, color="#cccccc", linewidth=0.8)
     left.axvline(0, color="#cccccc", linewidth=0.8)
     for position, (x, y) in enumerate(turned.tolist()):
@@ -183,9 +184,7 @@ def rotation_and_wavelengths(turned: Tensor, wavelengths: Mapping[float, Tensor]
     colours = dict(zip(wavelengths, (ORANGE, BLUE), strict=True))
     for base, lengths in wavelengths.items():
         slow = int((lengths > window).sum())
-        middle.plot(
-            lengths.numpy(), color=colours[base], label=f"{names[base]}: {slow} pairs turn less than once"
-        )
+        middle.plot(lengths.numpy(), color=colours[base], label=f"{names[base]}: {slow} pairs above")
     middle.axhline(window, color="black", linestyle="--", linewidth=1)
     middle.text(0, window * 1.25, f"{window:,} positions", fontsize=8)
     middle.set(yscale="log", xlabel="pair i", ylabel="positions for a whole turn")
@@ -228,7 +227,7 @@ def _seen(of_head: Tensor) -> np.ndarray:
 
 def scores_to_weights(tokens: Sequence[str], scores: Tensor, weights: Tensor) -> Figure:
     """scores and weights (T, T) of one head: before the mask, and after mask and softmax."""
-    figure, (left, middle, right) = new(11, 3.9, 3)
+    figure, (left, middle, right) = new(10, 3.7, 3)
     limit = float(scores.abs().max())
     for axes, values, title, options in (
         (left, scores.numpy(), "q · k / √K", {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
@@ -268,7 +267,7 @@ def chosen_heads(
     tokens: Sequence[str], maps: Mapping[str, Tensor], last_rows: Mapping[str, Tensor]
 ) -> Figure:
     """Some maps (T, T), large; and for the last token, where those heads look (T)."""
-    figure, axes = new(11, 3.9, len(maps) + 1)
+    figure, axes = new(10, 3.8, len(maps) + 1)
     for one, (name, of_head) in zip(axes, maps.items(), strict=False):
         image = one.imshow(_seen(of_head), cmap="Blues", vmin=0, vmax=1)
         one.set_facecolor(FUTURE)
@@ -298,7 +297,7 @@ def beyond_the_trained_length(
     trained: int,
 ) -> Figure:
     """alphas: by prompt length. wavelengths: by α, (K/2). logn: by trained length, (positions)."""
-    figure, (left, middle, right) = new(11, 3.6, 3)
+    figure, (left, middle, right) = new(10, 3.5, 3)
     left.step(list(alphas), list(alphas.values()), where="post", color=BLUE)
     left.axvline(trained, color="black", linestyle="--", linewidth=1)
     left.text(trained * 1.08, 14.3, f"trained length,\n{trained:,}", fontsize=8, va="top")
@@ -311,7 +310,7 @@ def beyond_the_trained_length(
     for (alpha, lengths), colour in zip(wavelengths.items(), (ORANGE, SKY, BLUE, GREEN), strict=False):
         middle.plot(lengths.numpy(), color=colour, label=f"α = {alpha}")
     middle.set(yscale="log", xlabel="pair i", ylabel="positions for a whole turn")
-    middle.set_title("NTK: slow pairs get slower, fast ones stay", fontsize=10)
+    middle.set_title("NTK: slow pairs get slower", fontsize=10)
     middle.legend(fontsize=8)
     for (length, factors), colour in zip(logn.items(), (BLUE, ORANGE), strict=False):
         right.plot(factors.numpy(), color=colour, label=f"trained length {length:,}")
