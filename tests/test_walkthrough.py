@@ -408,6 +408,11 @@ def test_the_renderer_writes_a_whole_page_or_none(
     result = run_command(main, "--out", tmp_path / "new" / "page.html")
     assert (result.code, result.out) == (0, f"{tmp_path / 'new' / 'page.html'}\n")
     assert "&lt;out&gt;" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    script.write_text("# %% [markdown]\n# # Another\n\n# %%\nprint('x')\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(renderer, "page", lambda *_: "\ud800")  # what no file can hold
+        refused(run_command(main, "--out", tmp_path / "new" / "page.html"))
+    assert "&lt;out&gt;" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     script.write_text("# %%\nx = = 1\n")
     assert "line 2" in refused(run_command(main, "--out", tmp_path / "other.html"))
     assert "--page" in refused(run_command(main, "--page"))
