@@ -9,8 +9,8 @@
 # the *tiny model* below. Where size matters, the published sizes are computed from their configurations.
 #
 # Every section has the same parts: why the step is there; its equation, and where that comes from; the
-# project's own code, called on real tensors; what came out; what to look at. Each `assert` holds a claim of
-# the text to what was computed, so this page cannot say what is not so.
+# project's own code, called on real tensors; what came out; what to look at. Each `assert` holds a number
+# of the text to what was computed: one that is no longer right stops the page.
 #
 # One letter a dimension, as in model.py:
 #
@@ -62,8 +62,8 @@ assert shapes == [(128, 4, 32, 512, 2752), (8192, 64, 128, 24576, 152064)]
 # token by itself. At the end the output head gives every vocabulary entry a score, the *logit*, for being
 # the next token.
 #
-# The picture has the real shapes of the 72B, and is drawn from its configuration. Keep it open: every
-# section below is one box of it.
+# The picture has the real shapes of the 72B, and is drawn from its configuration. Keep it open: most
+# sections below are boxes of it.
 
 # %%
 from qwen_ref.checkpoint import tensor_table
@@ -169,9 +169,9 @@ assert states[0] == [bytes([byte]) for byte in piece]
 assert [ranks[part] for part in states[-1]] == tokenizer.encode(" Norway") == [326, 1561]
 
 # %% [markdown]
-# **What to look at.** Five merges lead from seven bytes to two tokens. A low rank is merged early: `or` is
-# frequent in any English text, `orway` only in texts about Norway. There is no token for all of `␣Norway`,
-# so the model gets two.
+# **What to look at.** Five merges lead from seven bytes to two tokens. A low rank is merged early: `or` was
+# frequent in the training text, `orway` much less. There is no token for all of `␣Norway`, so the model
+# gets two.
 #
 # Chinese goes the same way. A character is three bytes of UTF-8, and frequent words are one token:
 
@@ -262,8 +262,8 @@ print(f"in the 72B: {large.vocab_size * large.hidden_size:,} numbers, {without_t
 assert large.vocab_size - 151_851 == 213
 
 # %% [markdown]
-# **What to look at.** Nobody told the model that 6 and 8 are the neighbours of 7. Learning sums was enough
-# for their vectors to point in similar directions.
+# **What to look at.** Nobody told the model that 6 and 8 are the neighbours of 7. Learning sums and
+# counting was enough for their vectors to point in similar directions.
 #
 # V is larger than the number of tokens (151,851 in the published models): the table was padded to a rounder
 # size. The 213 rows of the 72B beyond them are never looked up. The output head has as many.
@@ -304,7 +304,7 @@ assert torch.allclose(norm(10 * x), y, atol=1e-4)  # ten times as long: the same
 album.show("rmsnorm", figures.norm_before_and_after(tokens, rms(x)[0], rms(without_weight)[0]))
 
 # %% [markdown]
-# **What to look at.** Every root mean square is 1 afterwards. A detail that ports get wrong: in bfloat16
+# **What to look at.** Every root mean square is 1 afterwards. A detail that is easy to miss: in bfloat16
 # the division happens in float32, the result is rounded, and only then the weight is applied.
 
 # %% [markdown]
@@ -373,10 +373,10 @@ album.show("distances", figures.distances(products))
 #
 # ### What a window of 32,768 tokens asks for
 #
-# A pair that turns fast tells near positions apart, but after a whole turn it starts again. Only pairs that
-# turn less than once within a text can tell near from far without doubt. With base 10,000 and heads of 128,
-# only 4 of 64 pairs turn less than once in 32,768 positions. With base 1,000,000, the 72B's, it is 24. That
-# is its *extended base*. The smaller Qwens have 10,000.
+# A pair that turns fast tells near positions apart, but after a whole turn it starts again. Only a pair
+# that turns less than once within a text can by itself tell near from far without doubt. With base 10,000
+# and heads of 128, only 4 of 64 pairs turn less than once in 32,768 positions. With base 1,000,000, the
+# 72B's, it is 24. That is its *extended base*. The smaller Qwens have 10,000.
 
 # %%
 window = large.seq_length
@@ -456,8 +456,8 @@ album.show("scores", figures.scores_to_weights(tokens, scores[2], weights[2]))
 
 # %% [markdown]
 # **What to look at.** The mask takes away the upper right triangle (grey), nearly half of all scores. The
-# first token can only look at itself. In the 72B with 32,768 tokens a head has a billion scores; that is
-# why nobody writes them all down.
+# first token can only look at itself. In the 72B with 32,768 tokens a head has a billion scores: too many
+# to write down.
 
 # %% [markdown]
 # ## Attention maps: looking up a capital
@@ -503,12 +503,58 @@ album.show(
 
 # %% [markdown]
 # **What to look at.** Three heads of sixteen put more than half of the last token's weight on `␣Japan`, and
-# next to nothing on Norway. The first line has its own `␣is`, and there two of the heads look at `orway`:
-# what they have learned is "from `␣is`, look at the country before it". In the rows of most other tokens
-# the weight is spread out: those heads have nothing to look up there.
+# next to nothing on Norway. The first line has its own `␣is`, and there two of the three look at `orway`.
 #
-# A weight says where a head looks, not what the model makes of it. Whether the country matters is shown by
-# changing it:
+# ### Which look counts?
+#
+# A weight says where a head looks, not what the model makes of it. To find that out we forbid looks: the
+# last token may not see `␣Japan`, in one head or in several, and all else stays. The parity kit's `Port`
+# lets us put our own attention in place of torch's, here with a mask that has those holes.
+
+
+# %%
+def probability_without(looks: list[tuple[int, int]]) -> float:
+    """What ' Tokyo' gets when the last token may not see ' Japan' in these heads, (layer, head) each."""
+    layers_done, seen = [], {}
+
+    def with_holes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        holes = mask.repeat(1, tiny.num_attention_heads, 1, 1)  # (1, H, T, T)
+        for layer, head in looks:
+            if layer == len(layers_done):
+                holes[0, head, -1, country] = False
+        layers_done.append(True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=holes)
+
+    port = Port(Checkpoint(folder), "float32", ids)
+    port.scaled_dot_product_attention = with_holes
+    port.run(lambda stage, value, start: seen.update({stage: value}), only=["logits"])
+    return float(seen["logits"][0, -1].softmax(dim=-1)[tokenizer.encode(" Tokyo")[0]])
+
+
+others = [(n, head) for n in range(tiny.num_hidden_layers) for head in range(4) if (n, head) != (0, 0)]
+forbidden = {
+    "nothing": [],
+    "layer 0, head 0": [(0, 0)],
+    "layer 2, heads 1 and 2": [(2, 1), (2, 2)],
+    "all but layer 0, head 0": others,
+}
+tokyo = {name: probability_without(looks) for name, looks in forbidden.items()}
+for name, probability in tokyo.items():
+    print(f"forbidden: {name:<27} ' Tokyo' {probability:.4f}")
+assert tokyo["layer 0, head 0"] < 0.001
+assert min(tokyo["nothing"], tokyo["layer 2, heads 1 and 2"]) > 0.99
+assert tokyo["all but layer 0, head 0"] > 0.99
+assert len(others) == 15
+
+# %% [markdown]
+# **What to look at.** All three looks are dark in the maps, and only one of them counts. Without that of
+# layer 0 `␣Tokyo` falls below 0.001, whatever the later layers look at. Without the two of layer 2 it stays
+# above 0.99. With that of layer 0 alone, and the 15 others forbidden, it stays there, too: the country
+# reached the last token in layer 0, and the later looks could have been left out. A map alone does not tell
+# you this; the experiment does. (It has a limit of its own: what a head may not give to `␣Japan` it gives
+# to other tokens, so a forbidden look changes more than it takes away.)
+#
+# And when the country changes, so does the capital:
 
 # %%
 for country_name, right in (("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Peru", "Lima")):
@@ -619,15 +665,14 @@ assert large.intermediate_size == 2 * F == 49_152
 
 # %% [markdown]
 # **What to look at.** silu is nearly 0 for strongly negative z, which closes a channel, and nearly z for
-# large z. The tiny model keeps its gates between −3 and 3, where the curve bends: it turns channels down
-# more than off. In `config.json` the 72B's `intermediate_size` is 49,152: gate and up counted together,
-# twice the real F.
+# large z. In this layer, on this text, all gates are between −3 and 3, where the curve bends. In
+# `config.json` the 72B's `intermediate_size` is 49,152: gate and up counted together, twice the real F.
 
 # %% [markdown]
 # ## The residual stream
 #
-# **Why.** Each half of a layer adds to the stream and overwrites nothing. So what the embedding said is
-# still there at the end, and a layer only has to learn what to change.
+# **Why.** Each half of a layer adds to the stream and overwrites nothing. So what the embedding said is a
+# part of the sum to the end, and a layer only has to learn what to change.
 #
 # ```equation
 # x ← x + attention(norm(x))
@@ -641,19 +686,31 @@ layers = range(tiny.num_hidden_layers)
 halves = ["embed"] + [f"blocks.{n}.{half}" for n in layers for half in ("attn_residual", "residual")]
 names = ["embed"] + [f"layer {n}, after {half}" for n in layers for half in ("attention", "MLP")]
 norms = torch.stack([stages[half][0].norm(dim=-1) for half in halves])  # (stages, T)
+additions = []
 for n in layers:
     before = stages["embed" if n == 0 else f"blocks.{n - 1}.residual"]
     after = before + stages[f"blocks.{n}.attn.out"] + stages[f"blocks.{n}.mlp.down"]
     assert torch.allclose(after, stages[f"blocks.{n}.residual"], atol=1e-4)
+    read_by_mlp, added = stages[f"blocks.{n}.attn_residual"][0, -1], stages[f"blocks.{n}.mlp.down"][0, -1]
+    longer = float(added.norm() / read_by_mlp.norm())
+    cosine = float(torch.nn.functional.cosine_similarity(added, read_by_mlp, dim=0))
+    print(
+        f"layer {n}: the MLP adds a vector of {longer:5.2f} times the length; cosine of the two {cosine:5.2f}"
+    )
+    additions.append((longer, cosine))
 for name, length in zip(names, norms[:, -1].tolist(), strict=True):
     print(f"{name:<25} {length:6.2f}")
 assert norms[2, -1] > 10 * norms[1, -1]
+assert round(additions[0][0]) == 11
+assert [round(value, 2) for value in additions[-1]] == [0.85, -0.57]
 album.show("residual", figures.through_the_layers(names, tokens, norms))
 
 # %% [markdown]
 # **What to look at.** In the tiny model the first MLP makes the last token's vector more than ten times as
-# long. What later layers add to it is small beside that, so without the norm in front they would see little
-# of each other. How the lengths go differs from model to model; that the stream is a sum does not.
+# long. What it adds is 11 times as long as what was there. From then on the length hardly changes, but that
+# does not mean that little happens: the last MLP adds a vector of 0.85 times the length, which points
+# against the stream (cosine −0.57). How the lengths go differs from model to model; that the stream is a
+# sum does not.
 
 # %% [markdown]
 # ## The logit lens: when is the capital there?
@@ -691,11 +748,14 @@ assert max(paths[" Oslo"]) < 0.05
 album.show("lens", figures.lens(names, paths))
 
 # %% [markdown]
-# **What to look at.** After the embedding the model knows nothing. Then it guesses tokens that many
-# capitals begin with, `␣T` and `␣M`. `␣Tokyo` becomes more than four times as likely when the heads of
-# layer 2 have looked at `␣Japan`; it comes first after the MLP of layer 2, and is all but certain at the
-# end. `␣Oslo` never gets 0.05, although it stands in the text. The path is not straight: in between, the
-# model says other things, since only the last layer was trained to be read by the head.
+# **What to look at.** Behind the embedding the stream holds only the last token itself, `␣is`; the country
+# cannot be known yet. Then come tokens that many capitals begin with, `␣T` and `␣M`. `␣Tokyo` becomes more
+# than four times as likely in the attention of layer 2, is first after that layer's MLP, and all but
+# certain at the end. `␣Oslo` never gets 0.05, although it stands in the text.
+#
+# The path is not straight, and it need not be: only the last layer was trained to be read by the head. What
+# the lens says earlier is a reading, not an answer. It also says when a token shows, not what put it there:
+# the look that decides was in layer 0, and `␣Tokyo` is first only in layer 2.
 
 # %% [markdown]
 # ## Token by token, and the cache
@@ -760,10 +820,12 @@ assert round(a_token["72b"] * window / 1e9, 1) == 85.9
 # *Source: top-k: Fan et al. 2018; top-p: Holtzman et al. 2020, section 3.1. The published order is
 # repetition penalty, temperature, top-k, top-p.*
 #
-# After "The capital of the" the tiny model has real choices: the states whose English names begin with
-# "the".
+# After "The capital of the" the tiny model has real choices: it has learned the capitals of 16 states whose
+# English names begin with "the". Three of them go on with `␣United`, so 14 tokens are right.
 
 # %%
+from tiny_corpus import COUNTRIES
+
 from qwen_ref.sampling import probabilities
 
 unfinished = torch.tensor([tokenizer.encode("The capital of the")])
@@ -786,6 +848,11 @@ for name, p in {"as it is": plain, **left}.items():
 assert int((left["top-k 5"] > 0).sum()) == 5
 assert int((left["top-p 0.8"] > 0).sum()) == 11
 assert round(float(plain[shown[:14]].sum()), 2) == 0.99
+begun = tokenizer.encode("The capital of the")
+states = [fact["english"] for fact in COUNTRIES if fact["english"].startswith("the ")]
+right_tokens = {tokenizer.encode(f"The capital of {state}")[len(begun)] for state in states}
+assert (len(states), len(right_tokens)) == (16, 14)
+assert set(shown[:14].tolist()) == right_tokens
 assert tiny.vocab_size - 14 == 2738
 assert left["temperature 0.5"].max() > plain.max() > left["temperature 2"].max()
 assert round(1 - float(left["temperature 2"][shown[:14]].sum()), 1) == 0.4
@@ -796,11 +863,11 @@ album.show(
 )
 
 # %% [markdown]
-# **What to look at.** 14 tokens have 0.99 of the probability; the other 2,738 share the rest. Temperature
-# cuts nothing away: it moves probability to the front, or to the back. At 2 the 2,738 get 0.4 of it
-# together, and more than every third draw is nonsense: each is unlikely, but they are many. Top-k cuts at a
-# fixed number, here in the middle of good answers. Top-p keeps as many as it takes: 11 here, and one behind
-# "The capital of Japan is", where the model is sure.
+# **What to look at.** The 14 right tokens are the 14 likeliest and have 0.99 of the probability; the other
+# 2,738 share the rest. Temperature cuts nothing away: it moves probability to the front, or to the back. At
+# 2 the 2,738 wrong ones get 0.4 of it together: each is unlikely, but they are many. Top-k cuts at a fixed
+# number, here in the middle of right answers. Top-p keeps as many as it takes: 11 here, and one behind "The
+# capital of Japan is", where the model is sure.
 
 # %% [markdown]
 # ## Tensor parallelism: one model on two devices
@@ -885,17 +952,27 @@ for name, instead in rounded.items():
     off = stages["blocks.2.mlp.product"] @ instead.T - clean
     errors[name] = (float(moved.norm() / weight.norm()), float(off.norm() / clean.norm()))
     print(f"{name:<18}: weights off by {errors[name][0]:.2%}, what the layer gives by {errors[name][1]:.2%}")
-assert round(errors["int4, groups of 64"][0] / errors["int8"][0]) == 12
+times = {}
+for group in (32, 64, 128, 256):
+    moved = dequantize_int4(*quantize_int4(weight, group)) - weight
+    times[group] = float(moved.norm() / weight.norm()) / errors["int8"][0]
+    print(f"int4 in groups of {group:>3}: {times[group]:.1f} times the error of int8")
+assert {group: round(value) for group, value in times.items()} == {32: 10, 64: 12, 128: 13, 256: 14}
+in_groups = weight.unflatten(1, (-1, 64))
+moved = rounded["int4, groups of 64"].unflatten(1, (-1, 64)) - in_groups
+for ends in (in_groups.argmin(dim=2, keepdim=True), in_groups.argmax(dim=2, keepdim=True)):
+    assert moved.gather(2, ends).abs().max() < 1e-6
 assert len(steps4.unique()) == 16
 assert len(steps8.unique()) <= 255
 assert all(of_layer < of_weights for of_weights, of_layer in errors.values())
 album.show("quantisation", figures.rounding({name: instead - weight for name, instead in rounded.items()}))
 
 # %% [markdown]
-# **What to look at.** Rounding moves weights evenly to both sides, so that some of it cancels in the
-# layer's sums. The peak at 0 on the right: in int4 the smallest and the largest weight of a group are hit
-# by its steps. int4 has 16 of them where int8 has 255, and small groups take some of that back: its error
-# here is 12 times as large. What that costs in text is measured in the README.
+# **What to look at.** Rounding moves weights evenly to both sides. The peak at 0 on the right: in int4 the
+# smallest and the largest weight of a group are hit by its steps. int4 has 16 steps where int8 has 255;
+# with groups of 64 its error is 12 times as large, with groups of 32 it is 10 times, with groups of 256 it
+# is 14 times. On this text what the layer gives is off by less than its weights are. What rounding costs in
+# the model's answers is measured in the README.
 
 # %% [markdown]
 # ## The whole of it, once more
