@@ -85,6 +85,11 @@ def _as_commands_end(kind: type[BaseException], error: BaseException, trace: Tra
         sys.__excepthook__(kind, error, trace)
         return
 
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left to be printed has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     def fail(_: object) -> int:
         raise error
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, Result, refused
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 import qwen_ref.model
 import qwen_ref.quantize
@@ -93,6 +94,7 @@ def cells(renderer: ModuleType) -> list:
 
 def start(script: str, *arguments: str | Path, **options: object) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
+    environment.pop("PYTHONUNBUFFERED", None)  # a pipe is buffered, as a user has it
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, encoding="utf-8", **options)
 
@@ -151,13 +153,15 @@ def test_figures_for_the_readme_are_kept_twice(
     album.show("rope", Figure())
     album.show("pieces", Figure())
     assert [path.name for path in readme.iterdir()] == ["rope.png"]
+    assert imread(readme / "rope.png")[0, 0].tolist() == [1.0, 1.0, 1.0, 1.0]
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["pieces.png", "rope.png"]
     assert capsys.readouterr().out == "figure: rope.png\nfigure: pieces.png\n"
 
 
 def test_the_readme_has_its_figures(figures: ModuleType) -> None:
     for name in figures.README_FIGURES:
-        assert (figures.FOLDER / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        corner = imread(figures.FOLDER / f"{name}.png")[0, 0]
+        assert corner.tolist() == [1.0, 1.0, 1.0, 1.0]  # white and opaque: its text is dark on any page
 
 
 # What the text claims
