@@ -11,9 +11,10 @@ run: .venv/installed
 	printf '$(QUICKSTART)' | $(BIN)/python -m qwen_ref.generate
 
 # The vocabulary may be out of reach without network: then the tests that need it say so and are skipped.
+# A process a core: a test uses one thread.
 test: .venv/installed
 	-$(BIN)/python examples/fetch_vocabulary.py
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 vocab: .venv/installed
 	$(BIN)/python examples/fetch_vocabulary.py

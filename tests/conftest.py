@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,25 @@ def refused(result: Result) -> str:
     (line,) = result.err.splitlines()
     assert line.startswith("qwen_ref: error: ")
     return line
+
+
+@pytest.fixture(autouse=True)
+def turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where tests run side by side (pytest-xdist): one that is marked alone waits for the others, and they
+    for it. Its ranks have seconds to answer, and need the processor for that.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    import fcntl
+
+    shared = tmp_path_factory.getbasetemp().parent  # by all workers
+    with (shared / "queue.lock").open("w") as queue, (shared / "turn.lock").open("w") as turn:
+        fcntl.flock(queue, fcntl.LOCK_EX)  # who waits for all others lets none pass
+        alone = request.node.get_closest_marker("alone") is not None
+        fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture

@@ -390,6 +390,20 @@ def test_the_table_alone_goes_to_stdout(run_command: Run) -> None:
     assert rest == []
 
 
+def test_what_a_task_prints_is_no_result(run_command: Run, letters: Path) -> None:
+    (letters.parent / "noisy.py").write_text(
+        "def answer(doc):\n    print('noise')\n    return 'ABCD'.index(doc['answer'])\n", encoding="utf-8"
+    )
+    lines = [
+        "doc_to_target: !function noisy.answer" if line.startswith("doc_to_target") else line
+        for line in letters.read_text("utf-8").splitlines()
+    ]
+    letters.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run_command(main, "--tasks", letters, "--limit", "2", "--json")
+    assert results(done)["letters"]["sample_len"] == 2
+    assert "noise" in done.err
+
+
 def test_the_system_message_and_the_settings_are_passed_on(run_command: Run, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     run_command(
