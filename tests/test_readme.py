@@ -64,8 +64,10 @@ def test_commands_are_found_whole(runner: ModuleType) -> None:
 
 def test_commands_name_what_exists(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """`make readme` runs them; here their programs and options are looked up."""
-    found = runner.commands(PAGE)
-    assert len(found) > 25
+    prose = "".join(PAGE.split("```")[::2])
+    inline = re.findall(r"`((?:\.venv/bin/)?python (?:-m qwen_ref|examples/|tests/)[^`]*)`", prose)
+    found = [*runner.commands(PAGE), *inline]
+    assert len(found) > 40
     for command in found:
         words = shlex.split(command, comments=True)
         for number, word in enumerate(words):
@@ -74,12 +76,12 @@ def test_commands_name_what_exists(runner: ModuleType, capsys: pytest.CaptureFix
                 if not hasattr(module, "main"):
                     module = importlib.import_module(words[number + 1] + ".__main__")
                 options = [each for each in words[number + 2 :] if re.fullmatch(r"--[a-z-]+", each)]
-                sub = [words[number + 2]] if words[number + 1] in SUBCOMMANDS else []
+                sub = words[number + 2 : number + 3] if words[number + 1] in SUBCOMMANDS else []
                 with pytest.raises(SystemExit, match="0"):
                     module.main([*sub, "--help"])
                 known = capsys.readouterr().out
                 assert [each for each in options if each not in known] == [], command
-            elif word.startswith("examples/") and word.endswith(".py"):
+            elif word.startswith(("examples/", "tests/")) and word.endswith(".py"):
                 assert (ROOT / word).is_file(), command
 
 
