@@ -20,9 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_ref import Tokenizer
-from qwen_ref.cli import Parser, Progress, bundled_checkpoint, decoded, printable, run, say, utf8
+from qwen_ref.cli import (
+    Parser,
+    Progress,
+    bundled_checkpoint,
+    check_path,
+    decoded,
+    printable,
+    run,
+    say,
+    utf8,
+)
 from qwen_ref.config import read_bytes
-from qwen_ref.figures import check_path, pyplot, save
+from qwen_ref.figures import pyplot, save
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / ".vocab" / "qwen.tiktoken"
@@ -318,7 +328,7 @@ def parser() -> Parser:
 def command(args: argparse.Namespace) -> int:
     if args.plot is not None:  # better refused now than in the end
         pyplot()
-        check_path(args.plot)
+        check_path(args.plot, "--plot")
     texts = read_texts(args.text or sample())
     among = vocabularies(args)
     counts = {}

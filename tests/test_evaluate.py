@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, WEIGHTS, Result, refused
 
-from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref import Qwen, Tokenizer, load_model, scoring
 from qwen_ref.chat import build_context
 from qwen_ref.evaluate import main
 from qwen_ref.generate import generate
@@ -171,6 +171,40 @@ def test_rolling_windows(tiny: Qwen, own: Tokenizer, batch_size: int) -> None:
         assert ours == pytest.approx(total, abs=1e-10)
 
 
+def test_a_token_across_the_border_is_encoded_in_two_parts(tiny: Qwen, own: Tokenizer) -> None:
+    """冰岛的首 and 都 end in one token together, and a continuation of none would be certain."""
+    (joined,) = own.encode("的首都是")
+    assert joined
+    adapter = harness(tiny, own)
+    pairs = [("冰岛的首", "都是"), ("冰岛的首", "府"), ("  ", "x")]
+    found = adapter.loglikelihood(requests("loglikelihood", *pairs))
+    agree(found, [oracle(tiny, own.encode(before), own.encode(after)) for before, after in pairs])
+    assert adapter.apart >= 2
+    with pytest.raises(ValueError, match="an empty continuation behind '7\\+8='"):
+        adapter.loglikelihood(requests("loglikelihood", ("7+8=", "")))
+
+
+def test_a_failed_request_does_no_harm(tiny: Qwen, own: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = harness(tiny, own)
+    asked = requests(
+        "loglikelihood", ("The capital of Norway is", " Oslo"), ("The capital of Norway is", " Buenos Aires")
+    )
+    judged, calls = scoring._judged, []
+
+    def fails(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return judged(*arguments)
+
+    monkeypatch.setattr(scoring, "_judged", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        adapter.loglikelihood(asked)
+    longer = [("The capital of Norway is Oslo", "."), ("The capital of Norway is Oslo", ".\n")]
+    found = adapter.loglikelihood(requests("loglikelihood", *longer))
+    agree(found, [oracle(tiny, own.encode(a), own.encode(b)) for a, b in longer])
+
+
 # Generation
 
 
@@ -262,6 +296,7 @@ def test_an_answer_begun_is_gone_on_with(tiny: Qwen, own: Tokenizer) -> None:
 
 def test_without_chat_no_special_token_is_read(tiny: Qwen, own: Tokenizer) -> None:
     adapter = harness(tiny, own)
+    adapter.apply_chat_template([{"role": "user", "content": "hi"}])  # a chat before changes nothing
     assert adapter.tok_encode("<|im_end|>") == own.encode("<|im_end|>")
     assert max(adapter.tok_encode("<|im_start|>user\n<|endoftext|>")) < min(own.special_ids.values())
 
@@ -382,6 +417,37 @@ def test_tasks_by_name_and_by_folder(run_command: Run, letters: Path) -> None:
     assert results(by_name)["letters"]["sample_len"] == 2
 
 
+GROUP = """\
+group: two_letters
+task: [letters, letters_too]
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+
+
+def test_groups_by_file_and_by_folder(run_command: Run, letters: Path) -> None:
+    too = letters.read_text("utf-8").replace("task: letters", "task: letters_too")
+    letters.with_name("letters_too.yaml").write_text(too, encoding="utf-8")
+    letters.with_name("alone.yaml").write_text(too.replace("letters_too", "alone"), encoding="utf-8")
+    group = letters.with_name("group.yaml")
+    group.write_text(GROUP, encoding="utf-8")
+    by_file = run_command(main, "--tasks", group, "--limit", "3", "--json")
+    assert set(results(by_file)) == {"two_letters", "letters", "letters_too"}
+    by_folder = run_command(main, "--tasks", letters.parent, "--limit", "3", "--json")
+    assert set(results(by_folder)) == {"two_letters", "letters", "letters_too", "alone"}
+    assert results(by_folder)["two_letters"] == results(by_file)["two_letters"]
+
+
+def test_what_is_no_number_is_null(run_command: Run, letters: Path) -> None:
+    (letters.parent / "none.py").write_text("def none(items):\n    return float('nan')\n", encoding="utf-8")
+    task = letters.read_text("utf-8").replace("aggregation: mean", "aggregation: !function none.none")
+    letters.write_text(task, encoding="utf-8")
+    done = run_command(main, "--tasks", letters, "--limit", "2", "--json")
+    assert results(done)["letters"]["acc,none"] is None
+    assert "NaN" not in done.out
+
+
 def test_the_table_alone_goes_to_stdout(run_command: Run) -> None:
     done = run_command(main, "--tasks", TASKS / "tiny_sums.yaml", "--limit", "4")
     first, _, row, *rest = done.out.splitlines()
@@ -459,13 +525,20 @@ def test_the_tasks_of_the_readme_are_known_to_the_harness(index: TaskManager) ->
         (["--tasks", "mmlu_anatmy"], "near: mmlu_anatomy"),
         (["--tasks", ","], "',' names no task"),
         (["--tasks", "nowhere.yaml"], "nowhere.yaml: no such task file"),
-        (["--tasks", "weights"], "weights has no .yaml file"),
+        (["--tasks", "weights"], "weights has no .yaml file with a task or a group"),
+        (["--tasks", "README.md"], "README.md: the name of a task file must end in .yaml"),
+        (
+            ["--tasks", "gsm8k", "--output", "nowhere/x.json"],
+            "--output nowhere/x.json: there is no folder nowhere",
+        ),
+        (["--tasks", "gsm8k", "--output", "weights"], "--output weights is a folder"),
+        (["--tasks", "gsm8k", "--limit", "inf"], "--limit inf must be a number above 0"),
         (["--tasks", "gsm8k", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
         (["--tasks", "gsm8k", "--num-fewshot", "-1"], "--num-fewshot -1 must be at least 0"),
         (["--tasks", "gsm8k", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--tasks", "gsm8k", "--max-length", "1"], "--max-length 1 must be at least 2"),
-        (["--tasks", "gsm8k", "--limit", "0"], "--limit 0 must be above 0"),
-        (["--tasks", "gsm8k", "--limit", "nan"], "--limit nan must be above 0"),
+        (["--tasks", "gsm8k", "--limit", "0"], "--limit 0 must be a number above 0"),
+        (["--tasks", "gsm8k", "--limit", "nan"], "--limit nan must be a number above 0"),
         (["--tasks", "gsm8k", "--model", "nowhere"], "nowhere"),
     ],
 )

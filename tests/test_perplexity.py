@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
@@ -177,8 +178,11 @@ def test_few_logits_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("ids", "continuations", "message"),
     [
-        ([], None, "no tokens"),
+        ([], None, "ids must be the tokens of a text, or of several; they are \\[\\]"),
+        (torch.zeros(0, 5, dtype=torch.int64), None, "ids must be"),
+        (torch.zeros(1, 5, 1, dtype=torch.int64), None, "ids must be"),
         ([[1, 2], []], None, "no tokens"),
+        ([1, 2], [3, 4], "continuations must be lists of token ids; they are \\[3, 4\\]"),
         ([1, 400], None, "token id 400 is outside the vocabulary, 0 to 319"),
         ([1, 2], [[3], [-1]], "token id -1 is outside"),
         ([[1, 2], [3, 4]], [[3]], "continuations are those of one prompt"),
@@ -188,6 +192,21 @@ def test_few_logits_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_ids_are_refused(ids: object, continuations: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(model("extended_base", "float32"), ids, continuations)
+
+
+def test_ids_may_be_arrays_and_scores_may_meet_gradients() -> None:
+    qwen = model("extended_base", "float64")
+    (ids,) = texts(qwen, 12)
+    wanted = score(qwen, ids)
+    for form in (np.array(ids), torch.tensor(ids), tuple(ids)):
+        assert torch.equal(score(qwen, form), wanted)
+    for several in (np.array([ids, ids]), [np.array(ids), np.array(ids)], torch.tensor([ids, ids])):
+        assert furthest(list(score(qwen, several)), [wanted, wanted]) < TOLERANCE
+    (continuation,) = score(qwen, np.array(ids[:8]), [np.array(ids[8:])])
+    assert furthest([continuation], [wanted[7:]]) < TOLERANCE
+    weight = torch.ones(11, dtype=torch.float64, requires_grad=True)
+    (weight * wanted).sum().backward()
+    assert torch.equal(weight.grad, wanted)
 
 
 def test_wrong_numbers_are_refused() -> None:
@@ -410,13 +429,24 @@ def test_another_run_s_state_is_refused(
     assert run_command(main, *first).code == 0
     before = state.read_bytes()
     for change in (["--no-ntk"], ["--no-logn"], ["--dtype", "float32"], ["--kv-cache", "int8"]):
-        assert f"{state} is of another run: there " in refused(run_command(main, *first, *change))
+        line = refused(run_command(main, *first, *change))
+        assert f"{state} is of another run: there {change[0]} is " in line or change[0] == "--kv-cache"
+        assert f"{state} is of another run: there " in line
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"seq_length": 63}))
     assert "another run" in refused(run_command(main, *first))
     assert state.read_bytes() == before
     text.write_text("7+8=15\n" * 40)
     assert "another run" in refused(run_command(main, *first))
+    header, line = before.splitlines()[:2]
+    wrong = [
+        line.replace(b'"losses": [', b'"losses": ' + each) for each in (b"null, [", b"[NaN, ", b'["a", ')
+    ]
+    wrong.append(line.replace(b'"tokens": [1', b'"tokens": [0'))
+    assert line not in wrong
+    for each in wrong:
+        state.write_bytes(header + b"\n" + each + b"\n")
+        assert f"{state} is no file of this command's" in refused(run_command(main, *first))
     for content in (b"", b"\xff\n", b"[]\n", b'{"a": 1}\n{"length": 3}\n', b"words\n"):
         state.write_bytes(content)
         assert f"{state} is " in refused(run_command(main, *first))
@@ -446,6 +476,12 @@ def test_the_plot_is_written_whole(run_command: Run, text: Path, tmp_path: Path)
     assert done.code == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "text.txt"]
+
+
+def test_a_name_with_a_dollar_is_no_formula(run_command: Run, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "m$x_^$").symlink_to(WEIGHTS)
+    options = ("--model", tmp_path / "m$x_^$", "--text", text, "--lengths", "32")
+    assert run_command(main, *options, "--plot", tmp_path / "loss.png").code == 0
 
 
 def test_a_plot_without_matplotlib_says_what_brings_it(
@@ -488,7 +524,12 @@ def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> Non
         (["--lengths", "32", "--windows", "0"], "--windows 0 must be at least 1"),
         (["--lengths", "32", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--lengths", "32", "--model", "nowhere"], "nowhere"),
-        (["--lengths", "32", "--state", "nowhere/state"], "nowhere/state"),
+        (
+            ["--lengths", "32", "--state", "nowhere/state"],
+            "--state nowhere/state: there is no folder nowhere",
+        ),
+        (["--lengths", "32", "--state", ""], "--state . is a folder; give the name of a file"),
+        (["--lengths", "32", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
         (["--lengths", "32", "--dtype", "int7"], "int7"),
     ],
 )
@@ -502,6 +543,7 @@ def test_bad_texts_are_one_line(run_command: Run, tmp_path: Path) -> None:
     empty.write_bytes(b"")
     assert str(missing) in refused(run_command(main, "--text", missing))
     assert f"{binary} is not UTF-8 (byte 0xff at offset 1)" in refused(run_command(main, "--text", binary))
+    assert refused(run_command(main, "--text", empty)).endswith("the longest has 0; give more text")
     assert "the longest has 0" in refused(run_command(main, "--text", empty))
     assert "--text" in refused(run_command(main))
 

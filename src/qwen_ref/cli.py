@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
 
@@ -124,6 +126,40 @@ def decoded(source: str, encoded: bytes) -> str:
         return encoded.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(source, error)) from None
+
+
+def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON, in which there is no NaN and no infinity: null stands for them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(each) for key, each in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=default)
+
+
+def check_path(path: Path, option: str) -> None:
+    """ValueError where an option names what cannot be a new file: better now than after the work is done."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir() or not path.name:
+        raise ValueError(f"{option} {path} is a folder; give the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option} {path}: nothing can be written to {path.parent}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file under a temporary name until it is complete."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import logging
+import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, run, say, utf8
-from qwen_ref.config import require_folder
+from qwen_ref.cli import Parser, as_json, check_path, decoded, run, say, utf8, write_whole
+from qwen_ref.config import read_bytes, require_folder
 from qwen_ref.launch import RankLost, Ranks
 from qwen_ref.settings import (
     add_load_options,
@@ -32,6 +33,8 @@ from qwen_ref.settings import (
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+_DECLARATION = re.compile(r"^(group|task):[ \t]*['\"]?([^\s'\"\[#]+)", re.MULTILINE)
 
 
 def _parser() -> Parser:
@@ -131,16 +134,19 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    if args.limit is not None and not args.limit > 0:
-        raise ValueError(f"--limit {args.limit:g} must be above 0")
+    if args.limit is not None and not 0 < args.limit < math.inf:
+        raise ValueError(f"--limit {args.limit:g} must be a number above 0")
+    if args.output is not None:
+        check_path(args.output, "--output")
+    files = _task_files(args.tasks)
     _, tokenizer = open_folder(folder)
     defaults = read_defaults(folder, tokenizer)
-    simple_evaluate, manager = _harness(args)
-    tasks = _tasks(manager, args.tasks)
+    simple_evaluate, manager = _harness(args, files)
+    tasks = _tasks(manager, args.tasks, files)
     ranks.meet(args.device)
     model = load(args, folder, ranks)
 
-    from qwen_ref.harness import HarnessModel
+    from qwen_ref.harness import MARK, HarnessModel
 
     adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
     with contextlib.redirect_stdout(sys.stderr), _readable_errors("running", args.tasks):
@@ -163,22 +169,54 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         return 0
     if adapter.truncated:
         say(
-            f"note: {adapter.truncated} contexts lost their beginning, to fit into {adapter.max_length} "
-            "tokens; --max-length allows more"
+            f"note: {adapter.truncated} requests lost the beginning of their context, to fit into "
+            f"{adapter.max_length} tokens; --max-length allows more"
+        )
+    if adapter.apart:
+        say(
+            f"note: {adapter.apart} requests were encoded in two parts, context and continuation: together "
+            "a token would reach across their border"
         )
     results["config"].update(
         {"model": str(folder), "model_args": {"dtype": args.dtype, "device": args.device}}
     )
-    if args.output is not None:
-        part = args.output.with_name(args.output.name + ".part")
-        part.write_text(_as_json(results) + "\n", encoding="utf-8")
-        os.replace(part, args.output)
+    whole = as_json(results, default=str).replace(MARK, "") + "\n"
     results.pop("samples", None)
-    print(_as_json(results) if args.json else _table(results), flush=True)
+    print(as_json(results, default=str) if args.json else _table(results), flush=True)
+    if args.output is not None:
+        write_whole(args.output, lambda part: part.write_text(whole, encoding="utf-8"))
     return 0
 
 
-def _harness(args: argparse.Namespace) -> tuple[Any, TaskManager]:
+def _task_files(names: list[str]) -> list[Path]:
+    """The task files that are named, and those of the folders that are; ValueError for one that is not there.
+
+    A folder may hold other .yaml files, which the task files include.
+    """
+    found = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            files = [file for file in sorted(path.glob("*.yaml")) if _declared(file)]
+            if not files:
+                raise ValueError(f"{name} has no .yaml file with a task or a group")
+            found += files
+        elif path.suffix == ".yaml" or path.is_file():
+            if not path.is_file():
+                raise ValueError(f"{name}: no such task file")
+            if path.suffix != ".yaml":
+                raise ValueError(f"{name}: the name of a task file must end in .yaml")
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _declared(file: Path) -> tuple[str, str] | None:
+    """("group" or "task", name), as the file says on a line of its own."""
+    lines = dict(_DECLARATION.findall(decoded(str(file), read_bytes(file))))
+    return next(((kind, lines[kind]) for kind in ("group", "task") if kind in lines), None)
+
+
+def _harness(args: argparse.Namespace, files: list[Path]) -> tuple[Any, TaskManager]:
     """The harness's own loop and its index of tasks; ValueError where it is not installed."""
     if not args.download:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -192,22 +230,19 @@ def _harness(args: argparse.Namespace) -> tuple[Any, TaskManager]:
             f"evaluation takes lm-evaluation-harness ({error}); pip install 'qwen_ref[eval]' brings it"
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    for path in args.include_path or []:
+    included = list(args.include_path or [])
+    for path in included:
         if not path.is_dir():
             raise ValueError(f"--include-path {path} is no folder")
-    return simple_evaluate, TaskManager(include_path=args.include_path)
+    included += {file.parent for file in files if (_declared(file) or ("",))[0] == "group"}
+    return simple_evaluate, TaskManager(include_path=included or None)
 
 
-def _tasks(manager: TaskManager, names: list[str]) -> list[Any]:
-    """The tasks and groups of these names, with their data sets."""
-    specs = []
+def _tasks(manager: TaskManager, names: list[str], files: list[Path]) -> list[Any]:
+    """The tasks and groups of these names and files, with their data sets."""
+    known: list[str] = []
     for name in names:
-        path = Path(name)
-        if path.suffix == ".yaml" or path.is_dir():
-            files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
-            if not files or not all(file.is_file() for file in files):
-                raise ValueError(f"{name}: no such task file" if path.suffix else f"{name} has no .yaml file")
-            specs += map(str, files)
+        if Path(name).is_dir() or Path(name).suffix == ".yaml":
             continue
         matches = manager.match_tasks([name])
         if not matches:
@@ -217,13 +252,24 @@ def _tasks(manager: TaskManager, names: list[str]) -> list[Any]:
                 f"the harness knows no task {name!r}{hint}; --include-path and .yaml files add tasks of "
                 "your own"
             )
-        specs += matches
+        known += matches
+    declared = {file: _declared(file) for file in files}
+    # The harness knows what a group's parts are where it knows the group by its name, not by its file.
+    known += [found[1] for found in declared.values() if found and found[0] == "group"]
     with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
-        loaded = manager.load(list(dict.fromkeys(specs)))
-    inside = {child for children in loaded["group_map"].values() for child in children}
-    of_groups = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
-    top = [group for name, group in loaded["groups"].items() if name not in inside]
-    return top + [task for name, task in loaded["tasks"].items() if name not in of_groups]
+        by_name = manager.load(list(dict.fromkeys(known)))
+        rest = [
+            str(file)
+            for file, found in declared.items()
+            if found is None or (found[0] == "task" and found[1] not in by_name["tasks"])
+        ]
+        by_file = manager.load(rest)
+    groups, children = by_name["groups"], by_name["group_map"].values()
+    inside = {child for names in children for child in names}
+    of_groups = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    top = [group for name, group in groups.items() if name not in inside]
+    alone = [task for name, task in by_name["tasks"].items() if name not in of_groups]
+    return top + alone + list(by_file["tasks"].values())
 
 
 @contextlib.contextmanager
@@ -251,10 +297,6 @@ def _table(results: dict[str, Any]) -> str:
     if results.get("groups"):
         parts.append(make_table(results, "groups"))
     return "\n".join(part.rstrip("\n") for part in parts)
-
-
-def _as_json(results: dict[str, Any]) -> str:
-    return json.dumps(results, ensure_ascii=False, default=str)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from qwen_ref.cli import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,18 +24,9 @@ def pyplot() -> ModuleType:
     return pyplot
 
 
-def check_path(path: Path) -> None:
-    """ValueError where no file can be written: better now than after the work is done."""
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise ValueError(f"--plot {path}: no file can be there")
-
-
 def save(figure: Figure, path: Path) -> None:
-    """A PNG file, under a temporary name until it is complete. Closes the figure."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """A PNG file, whole or not at all. Closes the figure."""
     try:
-        figure.savefig(part, dpi=110, format="png", facecolor="white")
-        os.replace(part, path)
+        write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png", facecolor="white"))
     finally:
         pyplot().close(figure)
-        part.unlink(missing_ok=True)

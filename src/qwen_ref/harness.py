@@ -28,10 +28,10 @@ from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Goes into the name of a special token where a message spells one out, and is taken out again before the text
-# is encoded: a code point that no text has (Unicode calls it a noncharacter).
-_NO_TOKEN = "\ufdd0"
-_MARKUP = re.compile(r"<\|im_start\|>(\w+)(\n?)|<\|im_end\|>")
+# Stands before the special tokens of a chat, and is no part of the text: so one that a message spells out is
+# none. A code point that no text has (Unicode calls it a noncharacter).
+MARK = "\ufdd0"
+_MARKUP = re.compile(MARK + r"(?:<\|im_start\|>(\w+)(\n?)|<\|im_end\|>)")
 
 Pair = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the context, ids of the continuation
 
@@ -52,19 +52,22 @@ class HarnessModel(TemplateLM):
         seed: int = 0,
     ) -> None:
         """max_length: tokens of a context and what follows; longer contexts lose their beginning. By default
-        the length that the model was trained on.
+        the length that the model was trained on. The harness's own models do not count the last token, which
+        is only predicted, and so cut one token later; dynamic NTK does.
         stop_ids: what ends a generated text besides the task's own stops; by default <|endoftext|>.
         seed: for tasks that sample.
         """
         super().__init__()
         self.model, self.qwen_tokenizer, self.batch_size = model, tokenizer, batch_size
         self.max_length = model.config.seq_length if max_length is None else max_length
+        if batch_size < 1:
+            raise ValueError(f"{batch_size=} must be at least 1")
         if self.max_length < 2:
             raise ValueError(f"max_length={max_length} must be at least 2 tokens")
         self.stop_ids = frozenset([self.eot_token_id] if stop_ids is None else stop_ids)
         self.seed = seed
-        self.truncated = 0  # contexts that lost their beginning
-        self._chat = False
+        self.truncated = 0  # requests whose context lost its beginning
+        self.apart = 0  # requests whose two parts were encoded apart
         self._prefix = PrefixCache(model, self.max_length)
 
     # Text and ids
@@ -84,27 +87,20 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The ChatML text of messages; without add_generation_prompt the last one is left open."""
-        self._chat = True
         if not chat_history or chat_history[0]["role"] != "system":
             chat_history = [{"role": "system", "content": DEFAULT_SYSTEM}, *chat_history]
         messages = []
         for message in chat_history:
-            content = re.sub(r"<(?=\|im_(start|end)\|>)", "<" + _NO_TOKEN, message["content"])
-            messages.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
+            content = message["content"].replace(MARK, "")
+            messages.append(f"{MARK}<|im_start|>{message['role']}\n{content}{MARK}<|im_end|>\n")
         if add_generation_prompt:
-            return "".join(messages) + "<|im_start|>assistant\n"
-        return "".join(messages).removesuffix("<|im_end|>\n")
+            return "".join(messages) + f"{MARK}<|im_start|>assistant\n"
+        return "".join(messages).removesuffix(f"{MARK}<|im_end|>\n")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Of plain text, in which no special token is parsed; of chats, those of chat.build_context."""
-        if not self._chat:
-            return self.qwen_tokenizer.encode(string)
         ids: list[int] = []
-        special, end = self.qwen_tokenizer.special_ids, 0
-
-        def plain(text: str) -> list[int]:
-            return self.qwen_tokenizer.encode(text.replace(_NO_TOKEN, ""))
-
+        special, end, plain = self.qwen_tokenizer.special_ids, 0, self.qwen_tokenizer.encode
         for found in _MARKUP.finditer(string):
             ids += plain(string[end : found.start()])
             role, newline = found.groups()
@@ -125,7 +121,13 @@ class HarnessModel(TemplateLM):
         """
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         pairs = []
-        for _, context, continuation in requests:
+        for (before, after), context, continuation in requests:
+            if not context or not continuation:  # a token reaches across the border, or all of one is spaces
+                context = self.tok_encode(before) or [self.prefix_token_id]
+                continuation = self.tok_encode(after)
+                self.apart += 1
+            if not continuation:
+                raise ValueError(f"an empty continuation behind {before[-40:]!r}: there is nothing to score")
             if len(continuation) >= self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens leaves no room for a context in "
@@ -231,13 +233,13 @@ class HarnessModel(TemplateLM):
         given = dict(normalize_gen_kwargs(asked))
         until, tokens, do_sample = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
         settings = {name: given.pop(name) for name in _SAMPLING if name in given}
-        settings["temperature"] = float(settings.get("temperature") or 1.0) if do_sample else 0.0
+        settings["temperature"] = float(settings.get("temperature", 1.0)) if do_sample else 0.0
         if given:
             say(f"note: left out of a task's generation settings: {', '.join(sorted(given))}")
         if not 1 <= tokens < self.max_length:
             raise ValueError(
-                f"max_gen_toks={tokens} must be from 1 to {self.max_length - 1}, which is below max_length; "
-                "change either"
+                f"max_gen_toks={tokens} must be from 1 to {self.max_length - 1}, below max_length; give "
+                "--gen-kwargs max_gen_toks=N or --max-length N"
             )
         return {"max_new_tokens": tokens, **settings}, [text for text in until if text]
 

@@ -14,13 +14,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Parser, Progress, decoded, run, say, speed_options
+from qwen_ref.cli import Parser, Progress, as_json, check_path, decoded, run, say, speed_options
 from qwen_ref.config import QwenConfig, require_folder, shown
-from qwen_ref.figures import check_path, pyplot, save
+from qwen_ref.figures import pyplot, save
 from qwen_ref.launch import Ranks
 from qwen_ref.settings import (
     add_load_options,
@@ -66,20 +66,26 @@ def score(
 
     from qwen_ref.scoring import score_continuations, score_texts
 
-    several = (
-        ids.ndim > 1
-        if isinstance(ids, torch.Tensor)
-        else len(ids) > 0 and isinstance(ids[0], Sequence | torch.Tensor)
-    )
-    texts = [list(text) for text in ids] if several else [list(ids)]
+    dimensions = 1 + _is_list(ids[0]) if isinstance(ids, Sequence) and len(ids) else getattr(ids, "ndim", 1)
+    if dimensions not in (1, 2) or len(ids) == 0:
+        raise ValueError(f"ids must be the tokens of a text, or of several; they are {shown(ids)}")
+    texts = [list(text) for text in ids] if dimensions == 2 else [list(ids)]
     if continuations is not None:
-        if several:
+        if dimensions == 2:
             raise ValueError("continuations are those of one prompt: ids must be a single list of token ids")
-        return [each.logprobs for each in score_continuations(model, texts[0], continuations, batch_size)]
-    found = [each.logprobs for each in score_texts(model, texts, batch_size=batch_size)]
-    if not several:
+        if not all(map(_is_list, continuations)):
+            raise ValueError(f"continuations must be lists of token ids; they are {shown(continuations)}")
+        # A copy is what gradients can flow through; what was made in inference mode is not.
+        scores = score_continuations(model, texts[0], continuations, batch_size)
+        return [each.logprobs.clone() for each in scores]
+    found = [each.logprobs.clone() for each in score_texts(model, texts, batch_size=batch_size)]
+    if dimensions == 1:
         return found[0]
     return torch.stack(found) if isinstance(ids, torch.Tensor) else found
+
+
+def _is_list(ids: object) -> bool:
+    return isinstance(ids, Sequence) or getattr(ids, "ndim", 0) > 0
 
 
 # Windows
@@ -173,11 +179,22 @@ class State:
         try:
             first, *rest = map(json.loads, lines)
             differ = [key for key, value in header.items() if first.get(key) != value]
-            for line in rest:
-                window = Window(*line["window"])
-                self.done[line["length"], window] = Sums(line["losses"], line["tokens"])
             if "format" in differ:
                 raise ValueError
+            for line in rest:
+                length, window, sums = (
+                    line["length"],
+                    Window(*line["window"]),
+                    Sums(line["losses"], line["tokens"]),
+                )
+                buckets = len(bucket_edges(length)) - 1
+                finite = all(math.isfinite(each) for each in sums.losses)
+                scored = window.end - window.scored
+                if not (
+                    finite and len(sums.losses) == len(sums.tokens) == buckets and sum(sums.tokens) == scored
+                ):
+                    raise ValueError
+                self.done[length, window] = sums
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is no file of this command's --state; give another name") from None
         if differ:
@@ -269,13 +286,14 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.plot is not None:
         pyplot()
-        check_path(args.plot)
+        check_path(args.plot, "--plot")
+    if args.state is not None:
+        check_path(args.state, "--state")
     config, tokenizer = open_folder(folder)
     texts = [tokenizer.encode(decoded(str(path), path.read_bytes())) for path in args.text]
     asked = _windows(args, texts)
     state = State(args.state, _run(args, folder, texts))
-    for length in asked:
-        _say_notes(args, config, length)
+    _say_notes(args, config, asked)
     ranks.meet(args.device)
     model = load(args, folder, ranks)
     model.config = _switched(model.config, args)
@@ -288,8 +306,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         for length, window, sums in ranks.until_interrupted(scored):
             state.add(length, window, sums)
     results = [_result(model.config, length, found, state) for length, found in asked.items()]
-    if args.plot is not None:
-        _draw(results, f"{folder.resolve().name}, {dtype_name(model)}", args.plot)
     if args.json:
         report = {
             "model": str(folder),
@@ -302,9 +318,11 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "use_logn_attn": model.config.use_logn_attn,
             "results": results,
         }
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(as_json(report), flush=True)
     else:
         print("\n".join(_table(results)), flush=True)
+    if args.plot is not None:
+        _draw(results, f"{folder.resolve().name}, {dtype_name(model)}", args.plot)
     return 0
 
 
@@ -320,9 +338,10 @@ def _windows(args: argparse.Namespace, texts: list[list[int]]) -> dict[int, list
             )
         found[length] = windows(sizes, length, args.stride)[: args.windows]
         if not found[length]:
+            remedy = f" or --lengths of at most {max(sizes)}" if max(sizes) > 1 else ""
             raise ValueError(
-                f"no text fills a window of {length} tokens: the longest has {max(sizes)}; give more text or "
-                f"--lengths of at most {max(sizes)}"
+                f"no text fills a window of {length} tokens: the longest has {max(sizes)}; give more text"
+                + remedy
             )
         short = [f"{path} ({size})" for path, size in zip(args.text, sizes, strict=True) if size < length]
         if short:
@@ -331,15 +350,18 @@ def _windows(args: argparse.Namespace, texts: list[list[int]]) -> dict[int, list
 
 
 def _run(args: argparse.Namespace, folder: Path, texts: list[list[int]]) -> dict[str, Any]:
-    """What the results depend on, but for lengths and stride, which each of them states."""
+    """What the results depend on, but for lengths and stride, which each of them states.
+
+    Devices and ranks are left out: they change rounding alone, and a run may go on with others.
+    """
     from qwen_ref.checkpoint import compute_dtype, fingerprint, open_checkpoint
 
     config, stored = open_checkpoint(folder)
     model = fingerprint(config, compute_dtype(args.dtype, stored), stored)
     return {
+        "--dtype": args.dtype,  # first: the model's digest depends on it, and says less
         "the model": _digest(model),
         "the text": [_digest(text) for text in texts],
-        "dtype": args.dtype,
         "options": speed_options(args),
         "--no-ntk": args.no_ntk,
         "--no-logn": args.no_logn,
@@ -350,15 +372,16 @@ def _digest(of: object) -> str:
     return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
 
 
-def _say_notes(args: argparse.Namespace, config: QwenConfig, length: int) -> None:
+def _say_notes(args: argparse.Namespace, config: QwenConfig, lengths: Iterable[int]) -> None:
     for option, used, name in (
         (args.no_ntk, config.use_dynamic_ntk, "dynamic NTK"),
         (args.no_logn, config.use_logn_attn, "LogN"),
     ):
         if option and not used:
             say(f"note: this model has no {name} that could be switched off")
-    if note := length_note(_switched(config, args), length):
-        say(note)
+    for length in lengths:
+        if note := length_note(_switched(config, args), length):
+            say(note)
 
 
 def _switched(config: QwenConfig, args: argparse.Namespace) -> QwenConfig:
@@ -454,7 +477,8 @@ def _draw(results: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.plot(middles, [part["loss"] for part in parts], "o-", label=f"{each['length']:,} tokens")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
-    axes.set(xlabel="position in the window", ylabel="mean −log p of a token", title=title)
+    axes.set(xlabel="position in the window", ylabel="mean −log p of a token")
+    axes.set_title(title, parse_math=False)  # the folder's name may hold a $
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, path)

@@ -157,10 +157,12 @@ def _behind(
             [continuations[n] + [0] * (room - len(continuations[n])) for n in batch], device=device
         )
         parts, done = [], 0
-        for states in in_chunks(model, ids[:, :-1], rows, chunk=max(CHUNK // len(batch), 1)):
-            done += states.shape[1]
-            parts.append(_judged(model, states, ids[:, done + 1 - states.shape[1] : done + 1]))
-        cache.length = P
+        try:
+            for states in in_chunks(model, ids[:, :-1], rows, chunk=max(CHUNK // len(batch), 1)):
+                done += states.shape[1]
+                parts.append(_judged(model, states, ids[:, done + 1 - states.shape[1] : done + 1]))
+        finally:  # for the next prompt, whatever happened
+            cache.length = P
         logprobs, likeliest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         for row, number in enumerate(batch):
             rest = Scores(logprobs[row], likeliest[row]).part(0, len(continuations[number]) - 1)
