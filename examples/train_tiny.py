@@ -54,46 +54,53 @@ def batches(encoder: Encoder, seed: int) -> Iterator[Tensor]:
 # Training
 
 
-def initialise(model: Qwen, seed: int) -> None:
+def initialise(model: Qwen, seed: int, std: float = 0.02) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                parameter.normal_(0.0, std, generator=generator)
             elif name.endswith(".bias"):
                 parameter.zero_()
             else:
                 parameter.fill_(1.0)
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float = PEAK_LEARNING_RATE) -> float:
     """Linear warm-up, then half a cosine down to nothing."""
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
-    return PEAK_LEARNING_RATE * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(model: Qwen, encoder: Encoder, steps: int, seed: int) -> None:
+def language_model_loss(model: Qwen, encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Endless losses, of every token of a batch, and how many tokens each is of."""
+    for batch in batches(encoder, seed):
+        logits = model(batch[:, :-1])  # (B, T, V)
+        yield F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), TOKENS_PER_STEP
+
+
+def train(
+    model: Qwen, losses: Iterator[tuple[Tensor, int]], steps: int, peak: float = PEAK_LEARNING_RATE
+) -> None:
+    """AdamW on so many losses, each computed from the model as it then is."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    source = batches(encoder, seed)
-    started = time.monotonic()
+    started, done = time.monotonic(), 0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        batch = next(source)
-        logits = model(batch[:, :-1])  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            group["lr"] = learning_rate(step, steps, peak)
+        loss, tokens = next(losses)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        done += tokens
         if (step + 1) % 50 == 0 or step + 1 == steps:
             elapsed = time.monotonic() - started
             left = elapsed / (step + 1) * (steps - step - 1)
-            speed = (step + 1) * TOKENS_PER_STEP / elapsed
-            progress = f"step {step + 1}/{steps}  loss {loss.item():.4f}  {speed:,.0f} tokens/s"
+            progress = f"step {step + 1}/{steps}  loss {loss.item():.4f}  {done / elapsed:,.0f} tokens/s"
             print(f"{progress}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
@@ -163,6 +170,19 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     write(path, (json.dumps(content, indent=2) + "\n").encode("ascii"))
 
 
+def new_model(config: dict[str, object]) -> Qwen:
+    """The model of a config.json, with weights that nothing has set yet."""
+    return Qwen(QwenConfig(**{field.name: config[field.name] for field in fields(QwenConfig)}))
+
+
+def write_folder(folder: Path, config: dict[str, object], end: int, vocabulary: bytes, model: Qwen) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config(end))
+    write(folder / "qwen.tiktoken", vocabulary)
+    write(folder / "model.safetensors", model_file(model))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="training steps (%(default)s)")
@@ -178,16 +198,12 @@ def main() -> None:
     encoder = Encoder(tokenizer)
     rows = math.ceil(tokenizer.n_vocab / 64) * 64  # padded, as in the published models
     config = published_config(vocab_size=rows)
-    model = Qwen(QwenConfig(**{field.name: config[field.name] for field in fields(QwenConfig)}))
+    model = new_model(config)
     initialise(model, arguments.seed)
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", file=sys.stderr)
-    train(model, encoder, arguments.steps, arguments.seed)
+    train(model, language_model_loss(model, encoder, arguments.seed), arguments.steps)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / "config.json", config)
-    write_json(arguments.output / "generation_config.json", generation_config(encoder.end))
-    write(arguments.output / "qwen.tiktoken", vocabulary)
-    write(arguments.output / "model.safetensors", model_file(model))
+    write_folder(arguments.output, config, encoder.end, vocabulary, model)
 
 
 if __name__ == "__main__":
