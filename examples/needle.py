@@ -241,7 +241,7 @@ def heat_map(cells: Sequence[Cell], trained_length: int, title: str) -> Figure:
         image = axes.imshow(percents, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for row, values in enumerate(percents):
             for column, value in enumerate(values):
-                colour = "black" if value > 55 else "white"  # the map is dark where little is retrieved
+                colour = "black" if value > 50 else "white"  # the map is dark where little is retrieved
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
         if 0 < within < len(lengths):
             axes.axvline(within - 0.5, color="#d7191c", linewidth=2.5)
@@ -249,8 +249,8 @@ def heat_map(cells: Sequence[Cell], trained_length: int, title: str) -> Figure:
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     line = f" (red line: trained up to {trained_length:,})" if 0 < within < len(lengths) else ""
-    figure.supxlabel(f"tokens of the text{line}")
-    figure.supylabel("depth of the fact, %")
+    figure.supxlabel(f"tokens of the text{line}", fontsize="medium")
+    figure.supylabel("depth of the fact, %", fontsize="medium")
     figure.colorbar(image, ax=grid, label="retrieved, %")
     figure.suptitle(title, fontsize="small")
     return figure
