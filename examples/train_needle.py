@@ -1,6 +1,6 @@
 """Trains the tiny checkpoint of the needle test from nothing, on a CPU, and writes it in the published form.
 
-    python examples/train_needle.py            # about 4 minutes on one core
+    python examples/train_needle.py            # about 3 minutes on one core
 
 It learns to look up: which last name followed this first name? (Induction heads, Olsson et al. 2022.) First
 on rows of nothing but pairs of names, where every second mention is a question; then on the texts of
