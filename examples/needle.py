@@ -10,7 +10,7 @@ same texts.
 Without --needle the facts and the haystack are those of needle_corpus.py, which the checkpoint in
 examples/needle/ was trained for. Any other model takes a fact and a text of your own:
 
-    python examples/needle.py --model Qwen-1_8B --lengths 4096,8192,16384 --haystack essays.txt \\
+    python examples/needle.py --model Qwen-1_8B --lengths 4096,8192 --samples 2 --haystack essays.txt \\
         --needle " The best thing to do in Bern is to swim in the Aare." \\
         --question " The best thing to do in Bern is to" --answer " swim in the Aare"
 """
@@ -20,19 +20,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from needle_corpus import draw_needle, haystack
 
 from qwen_ref.checkpoint import load_model
-from qwen_ref.cli import Parser, Progress, decoded, run, utf8
+from qwen_ref.cli import Parser, Progress, as_json, check_path, decoded, run, utf8
 from qwen_ref.config import read_bytes, require_folder
+from qwen_ref.figures import pyplot, save
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.scoring import score_texts
 from qwen_ref.settings import dtype_name, open_folder
@@ -215,14 +215,13 @@ def rounded(value: float) -> str:
 
 def heat_map(cells: Sequence[Cell], trained_length: int, title: str) -> Figure:
     """A panel for each variant, all on one scale; a line where the trained length ends."""
-    pyplot = _pyplot()
     variants, lengths, depths = (
         list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("variant", "length", "depth")
     )
     columns = min(len(variants), 2)
     rows = math.ceil(len(variants) / columns)
     width, height = 1.2 + 0.75 * len(lengths), 1.3 + 0.42 * len(depths)
-    figure, grid = pyplot.subplots(
+    figure, grid = pyplot().subplots(
         rows,
         columns,
         figsize=(max(columns * width, 5) + 0.8, rows * height + 0.6),
@@ -252,31 +251,8 @@ def heat_map(cells: Sequence[Cell], trained_length: int, title: str) -> Figure:
     figure.supxlabel(f"tokens of the text{line}", fontsize="medium")
     figure.supylabel("depth of the fact, %", fontsize="medium")
     figure.colorbar(image, ax=grid, label="retrieved, %")
-    figure.suptitle(title, fontsize="small")
+    figure.suptitle(title, fontsize="small", parse_math=False)
     return figure
-
-
-def _pyplot() -> Any:
-    """matplotlib without a window; ValueError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Under another name first, so that a figure that is there is never half of one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        figure.savefig(part, dpi=110, format="png")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-        _pyplot().close(figure)
 
 
 # The command
@@ -374,9 +350,8 @@ def command(args: argparse.Namespace) -> int:
                 state = "missing" if text is None else "empty"
                 raise ValueError(f"{name} is {state}; --needle, --question and --answer go together")
     if args.plot is not None:
-        _pyplot()
-        if not args.plot.parent.is_dir():
-            raise ValueError(f"{args.plot.parent} is no folder; --plot makes none")
+        pyplot()
+        check_path(args.plot, "--plot")
     require_folder(args.model)
     _, tokenizer = open_folder(args.model)
     draw = drawer(args, tokenizer)
@@ -387,9 +362,6 @@ def command(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.dtype, args.device)
     cells = measure(model, texts, args.depths, args.variants, args.batch_size)
     trained = model.config.seq_length
-    if args.plot is not None:
-        what = f"{args.model.resolve().name}, {dtype_name(model)}, {args.samples} texts a cell"
-        save(heat_map(cells, trained, f"Facts retrieved: {what}"), args.plot)
     if args.json:
         report = {
             "model": str(args.model),
@@ -398,9 +370,12 @@ def command(args: argparse.Namespace) -> int:
             "seed": args.seed,
             "cells": [cell._asdict() for cell in cells],
         }
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(as_json(report), flush=True)
     else:
         print("\n\n".join("\n".join(table(cells, variant)) for variant in args.variants), flush=True)
+    if args.plot is not None:
+        what = f"{args.model.resolve().name}, {dtype_name(model)}, {args.samples} texts a cell"
+        save(heat_map(cells, trained, f"Facts retrieved: {what}"), args.plot)
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,8 +78,9 @@ def whole(command: str) -> bool:
 
 def prepare(folder: Path) -> None:
     """What the commands find where they run: the project, checkpoints, texts."""
-    for name in ("examples", "tests", "weights", "Makefile", ".venv"):
+    for name in ("tests", "weights", "Makefile", ".venv"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "examples", folder / "examples")  # some commands write into it
     for name in PLAIN:
         for kind in ("", "-Chat"):
             (folder / f"{name}{kind}").symlink_to(ROOT / "weights")
@@ -86,7 +88,7 @@ def prepare(folder: Path) -> None:
     numbers = ", ".join(map(str, range(1, 12_000)))
     for name in ("prompt.txt", "calibration.txt"):
         (folder / name).write_text("冰岛的首都是雷克雅未克（Reykjavik）\n" * 40, encoding="utf-8")
-    for name in ("book.txt", "papers/one.txt", "papers/two.txt", "welsh.txt", "irish.txt"):
+    for name in ("book.txt", "papers/one.txt", "papers/two.txt", "welsh.txt", "irish.txt", "essays.txt"):
         (folder / name).write_text(numbers, encoding="utf-8")
     (folder / "poem.txt").write_text("7+8=\n", encoding="utf-8")
     for step in (["init"], ["add", "poem.txt"]):

@@ -336,12 +336,12 @@ def command(args: argparse.Namespace) -> int:
         for name, text in texts.items():
             counts[name] = count(name, text, among)
             progress.update(len(counts), len(texts))
-    if args.plot is not None:
-        draw(counts, among, args.plot)
     if args.json:
         print(json.dumps(report(counts, among), ensure_ascii=False), flush=True)
     else:
         print("\n".join(table(counts, among)), flush=True)
+    if args.plot is not None:
+        draw(counts, among, args.plot)
     return 0
 
 
