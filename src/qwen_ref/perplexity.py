@@ -18,7 +18,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Parser, Progress, as_json, check_path, decoded, run, say, speed_options
+from qwen_ref.cli import (
+    Parser,
+    Progress,
+    as_json,
+    check_path,
+    decoded,
+    run,
+    say,
+    speed_options,
+    write_whole,
+)
 from qwen_ref.config import QwenConfig, require_folder, shown
 from qwen_ref.figures import pyplot, save
 from qwen_ref.launch import Ranks
@@ -170,9 +180,7 @@ class State:
             return
         header = {"format": _STATE, **run}
         if not os.path.lexists(path):
-            part = path.with_name(path.name + ".part")
-            part.write_text(json.dumps(header) + "\n", encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, lambda part: part.write_text(json.dumps(header) + "\n", encoding="utf-8"))
             return
         whole = path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # the last one may have been cut off
