@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, run
+from qwen_ref.cli import Parser, check_path, make_folder, run, write_whole
 from qwen_ref.config import QwenConfig
 
 OUT = Path(__file__).resolve().parent / "figures"
@@ -184,7 +184,9 @@ def architecture(config: QwenConfig) -> str:
     drawing.arrow((centres[2], y + 15), (centres[2], y + 2 * step - 15))
     y += step
     drawing.labelled_box(columns[0], y, 2 * third + 10, PLAIN, "RoPE: turn by position")
-    beside(y, f"none; base {config.rotary_emb_base:,.0f}", f"q, k: {shape('T', H, K)}")
+    far = config.use_dynamic_ntk or config.use_logn_attn
+    beyond = f"\nNTK and LogN beyond {config.seq_length:,}" if far else ""
+    beside(y, f"none; base {config.rotary_emb_base:,.0f}{beyond}", f"q, k: {shape('T', H, K)}")
     drawing.arrow((centres[0], y + 15), (centres[0], y + 2 * step - 15))
     drawing.arrow((centres[1], y + 15), (centres[1], y + step - 15))
     y += step
@@ -390,12 +392,12 @@ DRAWINGS = {"architecture": architecture, "tensor_parallel": tensor_parallel}
 
 def command(args: argparse.Namespace) -> int:
     config = QwenConfig.preset(args.size)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     for name, draw in DRAWINGS.items():
-        path = args.out / f"{name}.svg"
-        part = path.with_name(path.name + ".partial")
-        part.write_text(draw(config), encoding="utf-8")
-        part.replace(path)
+        path = args.out / (f"{name}.svg" if args.size == "72b" else f"{name}_{args.size}.svg")
+        check_path(path, "--out")
+        drawn = draw(config)
+        write_whole(path, lambda part, drawn=drawn: part.write_text(drawn, encoding="utf-8"))
         print(path)
     return 0
 

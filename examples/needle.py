@@ -205,7 +205,7 @@ def table(cells: Sequence[Cell], variant: str) -> list[str]:
     ]
     for depth in dict.fromkeys(cell.depth for cell in own):
         row = [f"{cell.percent:.0f} % ({rounded(cell.mean_logprob)})" for cell in own if cell.depth == depth]
-        lines.append(f"| {depth:g} % | {' | '.join(row)} |")
+        lines.append(f"| {depth:.3g} % | {' | '.join(row)} |")
     return lines
 
 

@@ -1,9 +1,8 @@
 """The library in a few lines: load a checkpoint, look at the logits, generate.
 
-python examples/quickstart.py [CHECKPOINT_FOLDER]
+python examples/quickstart.py
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import qwen_ref
 from qwen_ref.generate import generate
 from qwen_ref.streaming import TextStream
 
-folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "weights"
+folder = Path(__file__).resolve().parents[1] / "weights"  # or a published folder, such as Qwen-1_8B
 model = qwen_ref.load_model(folder, "auto")
 tokenizer = qwen_ref.Tokenizer.from_file(folder / "qwen.tiktoken")
 

@@ -27,7 +27,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from qwen_ref.cli import Parser, Progress, run
+from qwen_ref.cli import Parser, Progress, check_path, make_folder, run, write_whole
 
 SCRIPT = Path(__file__).resolve().with_name("walkthrough.py")
 PAGE = Path("build/walkthrough.html")
@@ -220,12 +220,12 @@ def _output(output: Sequence[str | tuple[str, bytes]]) -> Iterator[str]:
 
 def command(args: argparse.Namespace) -> int:
     cells = read_cells(SCRIPT.read_text(encoding="utf-8"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out.parent)
+    check_path(args.out, "--out")
     with Progress("walkthrough", unit="cells") as progress:
         done = list(run_cells(cells, SCRIPT, progress.update))
-    part = args.out.with_name(args.out.name + ".partial")
-    part.write_text(page(done, "Qwen, step by step"), encoding="utf-8")
-    part.replace(args.out)
+    made = page(done, "Qwen, step by step")
+    write_whole(args.out, lambda part: part.write_text(made, encoding="utf-8"))
     print(args.out)
     return 0
 

@@ -27,11 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {
     "10.0.0.1": "takes several machines",
     "--synthetic": "make bench runs it",
-    "-m venv": "makes an environment anew",
-    "pip install": "installs",
     "--download": "downloads",
 }
-CODES = {"exercises/check.py": 1}  # a hole is not filled yet
+CODES = {"exercises/check.py": (0, 1)}  # a hole may be filled
 PLAIN = ("Qwen-1_8B", "Qwen-7B", "Qwen-14B", "Qwen-72B")
 
 
@@ -78,7 +76,7 @@ def whole(command: str) -> bool:
 
 def prepare(folder: Path) -> None:
     """What the commands find where they run: the project, checkpoints, texts."""
-    for name in ("tests", "weights", "Makefile", ".venv"):
+    for name in ("weights", ".venv"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "examples", folder / "examples")  # some commands write into it
     for name in PLAIN:
@@ -113,6 +111,8 @@ def main() -> int:
     chosen = [
         command for command in commands(page) if not args.words or any(word in command for word in args.words)
     ]
+    if not chosen:
+        parser.error("no command has one of these words")
     if args.list:
         print("\n".join(chosen))
         return 0
@@ -138,10 +138,10 @@ def main() -> int:
                 capture_output=True,
                 text=True,
             )
-            wanted = next((code for part, code in CODES.items() if part in command), 0)
-            verdict = "ran" if done.returncode == wanted else f"FAILED ({done.returncode})"
+            wanted = next((codes for part, codes in CODES.items() if part in command), (0,))
+            verdict = "ran" if done.returncode in wanted else f"FAILED ({done.returncode})"
             print(f"{verdict} in {time.monotonic() - start:.1f} s: {shown}", flush=True)
-            if done.returncode != wanted:
+            if done.returncode not in wanted:
                 failed += 1
                 print(done.stdout[-1000:] + done.stderr[-2000:], flush=True)
     print(f"{len(chosen)} commands, {failed} failed")

@@ -257,8 +257,8 @@ def _work_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
         ("GFLOP a token", lambda c: f"{sum(prefill_flops(c, PROMPT)) / PROMPT / 1e9:,.2f}"),
         ("attention's share", lambda c: _share(*prefill_flops(c, PROMPT))),
         (
-            "FLOPs for a byte of bf16 weights",
-            lambda c: f"{sum(prefill_flops(c, PROMPT)) / weight_bytes(c, 'bf16'):,.0f}",
+            "FLOPs for a byte read of bf16 weights",
+            lambda c: f"{sum(prefill_flops(c, PROMPT)) / read_for_token(c, 'bf16', 0)[0]:,.0f}",
         ),
     ]
     for p in POSITIONS:

@@ -12,7 +12,8 @@
 # project's own code, called on real tensors; what came out; what to look at. Each `assert` holds a number
 # of the text to what was computed: one that is no longer right stops the page.
 #
-# One letter a dimension, as in model.py:
+# A *tensor* is a table of numbers with any number of dimensions: a matrix has two. One letter a dimension, as
+# in model.py:
 #
 # | letter | dimension | tiny | 72B |
 # |---|---|---|---|
@@ -114,8 +115,8 @@ print(pieces)
 assert "".join(pieces) == text
 
 # %% [markdown]
-# **What to look at.** The space belongs to the word that follows it. `'s` is a piece of its own. In `2024`
-# every digit is a piece; more on that below.
+# **What to look at.** The space belongs to the word that follows it; before a digit it is a piece by itself.
+# `'s` is a piece of its own. In `2024` every digit is a piece; more on that below.
 #
 # In the figure a piece and the tokens it becomes share a colour. ␣ stands for a space. é is two bytes in
 # UTF-8, and the tiny vocabulary has no token for the two, so they stay apart, shown as `0xc3` and `0xa9`.
@@ -212,8 +213,8 @@ assert answer == "19"
 # ## The text of this evening
 #
 # From here on we follow one text. It names one capital and asks for another, so the model must look at the
-# right country. We run it once and keep every intermediate tensor: the parity kit calls them *stages*, and
-# names them as the layers of model.py.
+# right country. We run it once and keep every intermediate tensor: the parity kit (`qwen_ref.parity`, which
+# checks other implementations) calls them *stages*, and names them as the layers of model.py.
 
 # %%
 from qwen_ref.parity.stages import Checkpoint, Port
@@ -305,7 +306,8 @@ album.show("rmsnorm", figures.norm_before_and_after(tokens, rms(x)[0], rms(witho
 
 # %% [markdown]
 # **What to look at.** Every root mean square is 1 afterwards. A detail that is easy to miss: in bfloat16
-# the division happens in float32, the result is rounded, and only then the weight is applied.
+# (the form of the published weights: 16 bits, 8 of them significant; float32 has 24) the division happens in
+# float32, the result is rounded, and only then the weight is applied.
 
 # %% [markdown]
 # ## Queries, keys and values
@@ -629,8 +631,8 @@ album.show("logn_ntk", figures.beyond_the_trained_length(alphas, by_alpha, logn,
 # ## SwiGLU: the MLP
 #
 # **Why.** Attention moves information between tokens; the MLP works on each token alone, and has most of
-# the parameters. Two matrices widen the vector from D to F channels. One of them, the *gate*, goes through
-# a curve and decides how much of the other passes. A third matrix brings the F channels back to D.
+# a layer's parameters. Two matrices widen the vector from D to F channels. One of them, the *gate*, goes
+# through a curve and decides how much of the other passes. A third matrix brings the F channels back to D.
 #
 # ```equation
 # y = (silu(x W_gateᵀ) · (x W_upᵀ)) W_downᵀ         silu(z) = z · sigmoid(z)
@@ -922,9 +924,11 @@ assert round(by_rank[2], 1) == 72.3
 # %% [markdown]
 # ## Quantisation: fewer bits a weight
 #
-# **Why.** To make one token every weight is read once, so fewer bits are more speed, and less memory. A
-# weight is replaced by a whole number q of steps; the size of a step, the *scale*, is kept for each row
-# (int8) or for each group of 64 weights in a row (int4). What rounding moves is at most half a step.
+# **Why.** To make one token every weight of the matrices is read, so fewer bits are more speed, and less
+# memory. A weight is replaced by a whole number q of steps; the size of a step, the *scale*, is kept for
+# each row (int8) or for each group of 64 weights in a row (int4). In int4 a group has a *zero* besides, the
+# value that q = 8 stands for, as its weights need not lie evenly about 0. What rounding moves is at most
+# half a step.
 #
 # ```equation
 # int8   W[o, i] ≈ q · scale[o]                                    q from −127 to 127

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from qwen_ref.cli import Parser, run
+from qwen_ref.cli import Parser, make_folder, run, write_whole
 
 OUT = Path("build/walkthrough")
 FOLDER = Path(__file__).resolve().parent / "figures"  # those that the README shows
@@ -43,7 +43,7 @@ class Album:
     def from_command_line(cls, description: str) -> Album:
         """Ends the process with exit code 2, and one line, for options that are none. A notebook has none."""
         if "ipykernel" in sys.modules:  # the command line and stdout are the kernel's
-            OUT.mkdir(parents=True, exist_ok=True)
+            make_folder(OUT)
             return cls(OUT)
         parser = Parser(prog="walkthrough.py", description=description)
         parser.add_argument("--out", type=Path, default=OUT, help="folder for the figures (%(default)s)")
@@ -55,7 +55,7 @@ class Album:
         made = []
 
         def command(args: argparse.Namespace) -> int:
-            args.out.mkdir(parents=True, exist_ok=True)
+            make_folder(args.out)
             made.append(cls(args.out, args.readme))
             return 0
 
@@ -97,13 +97,11 @@ def _as_commands_end(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def save(picture: Figure | str, path: Path) -> None:
-    """Under a temporary name first: a figure that is there is a whole one."""
-    part = path.with_name(path.name + ".partial")
+    """A figure that is there is a whole one."""
     if isinstance(picture, str):
-        part.write_text(picture, encoding="utf-8")
+        write_whole(path, lambda part: part.write_text(picture, encoding="utf-8"))
     else:
-        picture.savefig(part, dpi=140, format="png", facecolor="white")
-    part.replace(path)
+        write_whole(path, lambda part: picture.savefig(part, dpi=140, format="png", facecolor="white"))
 
 
 def new(width: float, height: float, columns: int = 1, rows: int = 1, **options: object) -> tuple:

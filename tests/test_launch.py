@@ -26,10 +26,7 @@ from qwen_ref.generate import main
 COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
-]
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -183,6 +180,7 @@ def check_that_the_others_name(victim: int, results: list[Result]) -> None:
             assert " is gone" in line, line
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("how", "victim"),
     [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGKILL, 3), (signal.SIGSTOP, 0), (signal.SIGSTOP, 2)],
@@ -190,18 +188,19 @@ def check_that_the_others_name(victim: int, results: list[Result]) -> None:
 def test_a_rank_lost_while_decoding_is_named_by_all_others(
     start: Callable, endless: list, victim: int, how: signal.Signals
 ) -> None:
-    processes = start(*[[*endless, "--timeout", "6"]] * 4)
+    processes = start(*[[*endless, "--timeout", "8"]] * 4)  # four import torch on two cores
     processes.wait_for_text()
     processes.ranks[victim].send_signal(how)
     lost = time.monotonic()
     others = [process for rank, process in enumerate(processes.ranks) if rank != victim]
     for process in others:
         process.wait(timeout=30)
-    assert time.monotonic() - lost < 6
+    assert time.monotonic() - lost < 8
     processes.ranks[victim].kill()
     check_that_the_others_name(victim, processes.results())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how: signal.Signals) -> None:
     processes = start(*[["--timeout", "6"]] * 2, stdin=subprocess.PIPE)
@@ -214,6 +213,7 @@ def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how
     check_that_the_others_name(0, processes.results())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_before_all_have_met_is_given_up_in_time(start: Callable, victim: int) -> None:
     processes = start(*[[QUESTION, "--timeout", "5"]] * 2)
@@ -230,6 +230,7 @@ def held(pipe: int) -> int:
     return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
 
+@pytest.mark.alone
 def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
@@ -248,6 +249,7 @@ def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: lis
     assert follower == Result(0, "", "")
 
 
+@pytest.mark.alone
 def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
@@ -281,6 +283,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("seconds", [0.1, 100], ids=["between two layers", "whatever the others are doing"])
 def test_a_rank_killed_while_loading_is_named_by_all_others(start: Callable, seconds: float) -> None:
     slow = [sys.executable, "-c", SLOW.format(seconds=seconds)]
@@ -312,6 +315,7 @@ def gone(process: int) -> bool:
         return True
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("killed", ["a rank", "torchrun"])
 def test_under_torchrun_no_process_is_left(endless: list, killed: str, tmp_path: Path) -> None:
     command = [*TORCHRUN, "2", "-m", "qwen_ref.generate", *map(str, endless), "--timeout", "10"]
@@ -423,6 +427,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout: str, capsys: pytest.CaptureFi
     assert "must be a number of seconds" in capsys.readouterr().err
 
 
+@pytest.mark.alone
 def test_ranks_that_never_come_are_given_up(start: Callable) -> None:
     (result,) = start([QUESTION, "--timeout", "3"], WORLD_SIZE="2").results(timeout=20)
     assert result.code == 1

@@ -499,8 +499,10 @@ def test_the_drawing_command(drawing: ModuleType, run_command: Callable[..., Res
     result = run_command(main, "--size", "7b", "--out", tmp_path / "made")
     assert result.code == 0
     made = sorted(path.name for path in (tmp_path / "made").iterdir())
-    assert made == ["architecture.svg", "tensor_parallel.svg"]
-    assert "Qwen-7B" in (tmp_path / "made" / "architecture.svg").read_text(encoding="utf-8")
+    assert made == ["architecture_7b.svg", "tensor_parallel_7b.svg"]
+    drawn = (tmp_path / "made" / "architecture_7b.svg").read_text(encoding="utf-8")
+    assert "Qwen-7B" in drawn
+    assert "NTK and LogN beyond 8,192" in drawn
     assert "no preset '3b'" in refused(run_command(main, "--size", "3b", "--out", tmp_path / "none"))
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").touch()

@@ -43,7 +43,7 @@ class Attempt:
             exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
         except SyntaxError as error:
             raise NotRight(f"Python cannot read {path.name}, line {error.lineno}: {error.msg}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise NotRight(f"{path.name} cannot be run: {raised(error)}{self._line(error)}") from None
         self._names = module.__dict__
 
@@ -55,7 +55,7 @@ class Attempt:
                 raise NotRight(f"{self.path.name} has no function {name} any more; the check calls it so")
             try:
                 found = self._names[name](*map(_copy, arguments))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if type(error) is NotImplementedError and not error.args:  # torch's own say what is not
                     raise NotDone(f"not done yet: {name}") from None
                 given = ", ".join(map(_brief, arguments))
@@ -66,7 +66,7 @@ class Attempt:
 
         return call
 
-    def _line(self, error: Exception) -> str:
+    def _line(self, error: BaseException) -> str:
         """Where in the learner's file an error came from."""
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self.path)]
         return f", at line {lines[-1]}" if lines else ""
@@ -89,6 +89,11 @@ def hold(
         if not isinstance(found, Tensor):
             raise NotRight(f"{what}: a tensor is wanted, not {_brief(found)}", otherwise)
         same = found.dtype == right.dtype and found.shape == right.shape and agree(found, right, within)
+    elif isinstance(found, Tensor) or hasattr(found, "__array__"):
+        kind = type(right).__name__
+        raise NotRight(f"{what}: a plain {kind} is wanted, not {_brief(found)} of {type(found).__name__}")
+    elif isinstance(found, tuple) and list(found) == right:
+        raise NotRight(f"{what}: a list is wanted, not a tuple")
     else:
         same = (type(found) is type(right) and found == right) or _equal_numbers(found, right)
     if same:
@@ -177,6 +182,6 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def raised(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """An exception in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_SHOWN]}"

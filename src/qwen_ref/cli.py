@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, read_bytes
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +107,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     if file is not None:
         if argument is not None:
             raise ValueError("the prompt is given twice: as an argument and with --file")
-        source, encoded = str(file), file.read_bytes()
+        source, encoded = str(file), read_bytes(file)
     elif argument is None or argument == "-":
         if sys.stdin is None:
             raise ValueError("stdin is closed; give the prompt as an argument or with --file")
@@ -150,6 +150,14 @@ def check_path(path: Path, option: str) -> None:
         raise ValueError(f"{option} {path} is a folder; give the name of a file")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{option} {path}: nothing can be written to {path.parent}")
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those around it; ValueError where a file is in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{path} is no folder, or lies in a file; give another --out") from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
