@@ -49,7 +49,9 @@ def own_caches(
     monkeypatch.setattr(
         lm_eval.tasks,
         "TaskManager",
-        lambda include_path: index if include_path is None else found(include_path=include_path),
+        lambda include_path: (
+            index if include_path is None else found(include_path=include_path, include_defaults=False)
+        ),
     )
     folder = tmp_path_factory.mktemp("data_sets")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ALLOW_CODE_EVAL"):
