@@ -10,11 +10,14 @@ QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首�
 run: .venv/installed
 	printf '$(QUICKSTART)' | $(BIN)/python -m qwen_ref.generate
 
+# Percent of the lines; the two modules behind `make eval`'s extra run only where it is.
+COVERAGE = $(if $(wildcard .venv/eval),95,93)
+
 # The vocabulary may be out of reach without network: then the tests that need it say so and are skipped.
 # A process a core: a test uses one thread.
 test: .venv/installed
 	-$(BIN)/python examples/fetch_vocabulary.py
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 vocab: .venv/installed
 	$(BIN)/python examples/fetch_vocabulary.py

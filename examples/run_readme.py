@@ -83,7 +83,7 @@ def prepare(folder: Path) -> None:
         for kind in ("", "-Chat"):
             (folder / f"{name}{kind}").symlink_to(ROOT / "weights")
     (folder / "papers").mkdir()
-    numbers = ", ".join(map(str, range(1, 7_000)))  # 34,000 tokens
+    numbers = ", ".join(map(str, range(1, 7_000)))  # 41,000 tokens
     for name in ("prompt.txt", "calibration.txt"):
         (folder / name).write_text("冰岛的首都是雷克雅未克（Reykjavik）\n" * 40, encoding="utf-8")
     for name in ("book.txt", "papers/one.txt", "papers/two.txt", "welsh.txt", "irish.txt", "essays.txt"):
