@@ -9,12 +9,9 @@ Everything is computed from the table of tensors and the configurations; no chec
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
-import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -24,7 +21,7 @@ import torch
 
 from qwen_ref import QwenConfig
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, decoded, run, say
+from qwen_ref.cli import Parser, decoded, run, say, write_whole
 from qwen_ref.config import INT4_GROUP, INT4_GROUPS, read_bytes
 from qwen_ref.fast import block_width
 from qwen_ref.sizes import cache_bytes
@@ -319,16 +316,8 @@ def write(path: Path, section: str) -> None:
         raise ValueError(f"{path}: the section stands between two lines, once: {BEGIN} and {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    target = Path(os.path.realpath(path))  # a link stays one
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        try:
-            part.write_bytes(f"{before}{BEGIN}\n{section}\n{END}{after}".encode())
-            shutil.copymode(target, part)
-            os.replace(part, target)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        write_whole(path, lambda part: part.write_bytes(f"{before}{BEGIN}\n{section}\n{END}{after}".encode()))
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -161,13 +163,17 @@ def make_folder(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file under a temporary name until it is complete."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """A file under a temporary name until it is complete; a link stays one, and who may read it the same."""
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         write(part)
-        os.replace(part, path)
+        if target.is_file():
+            shutil.copymode(target, part)
+        os.replace(part, target)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:

@@ -34,6 +34,8 @@ from qwen_ref.settings import (
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+Declared = tuple[str, str]  # "group" or "task", and its name
+
 _DECLARATION = re.compile(r"^(group|task):[ \t]*['\"]?([^\s'\"\[#]+)", re.MULTILINE)
 
 
@@ -188,35 +190,35 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     return 0
 
 
-def _task_files(names: list[str]) -> list[Path]:
-    """The task files that are named, and those of the folders that are; ValueError for one that is not there.
+def _task_files(names: list[str]) -> dict[Path, Declared | None]:
+    """The task files that are named, and those of the folders that are, with what they say they are.
 
-    A folder may hold other .yaml files, which the task files include.
+    A folder may hold other .yaml files, which task files include. ValueError for a file that is not there.
     """
-    found = []
+    found: dict[Path, Declared | None] = {}
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = [file for file in sorted(path.glob("*.yaml")) if _declared(file)]
-            if not files:
+            inside = {file: _declared(file) for file in sorted(path.glob("*.yaml"))}
+            if not any(inside.values()):
                 raise ValueError(f"{name} has no .yaml file with a task or a group")
-            found += files
+            found.update((file, declared) for file, declared in inside.items() if declared)
         elif path.suffix == ".yaml" or path.is_file():
             if not path.is_file():
                 raise ValueError(f"{name}: no such task file")
             if path.suffix != ".yaml":
                 raise ValueError(f"{name}: the name of a task file must end in .yaml")
-            found.append(path)
-    return list(dict.fromkeys(found))
+            found[path] = _declared(path)
+    return found
 
 
-def _declared(file: Path) -> tuple[str, str] | None:
+def _declared(file: Path) -> Declared | None:
     """("group" or "task", name), as the file says on a line of its own."""
     lines = dict(_DECLARATION.findall(decoded(str(file), read_bytes(file))))
     return next(((kind, lines[kind]) for kind in ("group", "task") if kind in lines), None)
 
 
-def _harness(args: argparse.Namespace, files: list[Path]) -> tuple[Any, TaskManager]:
+def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tuple[Any, TaskManager]:
     """The harness's own loop and its index of tasks; ValueError where it is not installed."""
     if not args.download:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -234,11 +236,11 @@ def _harness(args: argparse.Namespace, files: list[Path]) -> tuple[Any, TaskMana
     for path in included:
         if not path.is_dir():
             raise ValueError(f"--include-path {path} is no folder")
-    included += {file.parent for file in files if (_declared(file) or ("",))[0] == "group"}
+    included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
     return simple_evaluate, TaskManager(include_path=included or None)
 
 
-def _tasks(manager: TaskManager, names: list[str], files: list[Path]) -> list[Any]:
+def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | None]) -> list[Any]:
     """The tasks and groups of these names and files, with their data sets."""
     known: list[str] = []
     for name in names:
@@ -253,15 +255,14 @@ def _tasks(manager: TaskManager, names: list[str], files: list[Path]) -> list[An
                 "your own"
             )
         known += matches
-    declared = {file: _declared(file) for file in files}
     # The harness knows what a group's parts are where it knows the group by its name, not by its file.
-    known += [found[1] for found in declared.values() if found and found[0] == "group"]
+    known += [declared[1] for declared in files.values() if declared and declared[0] == "group"]
     with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
         by_name = manager.load(list(dict.fromkeys(known)))
         rest = [
             str(file)
-            for file, found in declared.items()
-            if found is None or (found[0] == "task" and found[1] not in by_name["tasks"])
+            for file, declared in files.items()
+            if declared is None or (declared[0] == "task" and declared[1] not in by_name["tasks"])
         ]
         by_file = manager.load(rest)
     groups, children = by_name["groups"], by_name["group_map"].values()

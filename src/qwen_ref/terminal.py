@@ -11,14 +11,23 @@ import contextlib
 import json
 import locale
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, chat_stop_ids, check_texts, dropped_note
-from qwen_ref.cli import Parser, Progress, not_utf8, printable, read_prompt, run, say, utf8
+from qwen_ref.cli import (
+    Parser,
+    Progress,
+    not_utf8,
+    printable,
+    read_prompt,
+    run,
+    say,
+    utf8,
+    write_whole,
+)
 from qwen_ref.config import read_json_object, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.prefix import PrefixCache
@@ -195,18 +204,10 @@ def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     content = {"format": SAVED_AS, "system": system, "history": history}
     try:
         target = Path(os.path.realpath(path))  # a link stays one
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        there = os.path.lexists(target)
-        if there and not (target.is_file() and _is_saved(target)):
+        if os.path.lexists(target) and not (target.is_file() and _is_saved(target)):
             raise ValueError(f"{path} is there already and is no saved chat; give another name")
-        try:
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            if there:
-                shutil.copymode(target, part)
-            os.replace(part, target)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 
