@@ -367,6 +367,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"):
         shared.write_whole(link, half_of_it)
     assert target.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
     shared.write_whole(link, lambda part: part.write_text("after"))
     assert (target.read_text(), link.is_symlink(), target.stat().st_mode & 0o777) == ("after", True, 0o640)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
