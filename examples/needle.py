@@ -31,7 +31,7 @@ from needle_corpus import draw_needle, haystack
 
 from qwen_ref.checkpoint import load_model
 from qwen_ref.cli import Parser, Progress, as_json, check_path, decoded, run, utf8
-from qwen_ref.config import read_bytes, require_folder
+from qwen_ref.config import InputError, read_bytes, require_folder
 from qwen_ref.figures import pyplot, save
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.scoring import score_texts
@@ -97,7 +97,7 @@ def hide(
     """
     room = length - needle.tokens
     if room < 0:
-        raise ValueError(
+        raise InputError(
             f"a length of {length} is too short: fact, question and answer take {needle.tokens} tokens"
         )
     before = round(room * depth / 100)
@@ -122,7 +122,7 @@ def drawer(args: argparse.Namespace, tokenizer: Tokenizer) -> Draw:
     if args.haystack is not None:
         text = encode(decoded(str(args.haystack), read_bytes(args.haystack)))
         if not text:
-            raise ValueError(f"{args.haystack} is empty; a haystack needs text")
+            raise InputError(f"{args.haystack} is empty; a haystack needs text")
 
     def draw(rng: random.Random, tokens: int) -> tuple[list[int], Needle]:
         fact = draw_needle(rng)
@@ -342,13 +342,13 @@ def _variants(argument: str) -> tuple[str, ...]:
 def command(args: argparse.Namespace) -> int:
     for name in ("samples", "batch_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     own = {"--needle": args.needle, "--question": args.question, "--answer": args.answer}
     if any(text is not None for text in own.values()):
         for name, text in own.items():
             if not text:
                 state = "missing" if text is None else "empty"
-                raise ValueError(f"{name} is {state}; --needle, --question and --answer go together")
+                raise InputError(f"{name} is {state}; --needle, --question and --answer go together")
     if args.plot is not None:
         pyplot()
         check_path(args.plot, "--plot")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
 from qwen_ref.cli import Parser, Progress, read_prompt, run
-from qwen_ref.config import GPTQConfig, QwenConfig, require_folder
+from qwen_ref.config import GPTQConfig, InputError, QwenConfig, require_folder
 from qwen_ref.gptq import is_packed, module_of
 
 # In the order in which data flows: those of a row read the same x.
@@ -94,7 +94,7 @@ def steps(group: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor]:
         low = torch.minimum(low, -high / (top - 1))
     scale = ((high - low) / top).to(torch.float16)
     if not torch.isfinite(scale).all():
-        raise ValueError(f"weights up to {group.abs().max():g} are too large for float16 scales")
+        raise InputError(f"weights up to {group.abs().max():g} are too large for float16 scales")
     scale[scale == 0] = 1
     if config.sym:
         return scale, torch.full_like(scale, (top + 1) // 2, dtype=torch.int32)
@@ -117,10 +117,10 @@ def quantise(
                 name = f"blocks.{layer}.{name}.weight"
                 try:
                     if not (torch.isfinite(linear.weight).all() and torch.isfinite(hessian).all()):
-                        raise ValueError("it, or what it is applied to, is NaN or infinite")
+                        raise InputError("it, or what it is applied to, is NaN or infinite")
                     quantised = gptq(linear.weight, hessian, config)
                 except ValueError as error:
-                    raise ValueError(f"{name}: {error}; check the checkpoint") from None
+                    raise InputError(f"{name}: {error}; check the checkpoint") from None
                 linear.weight.copy_(quantised.weight())
                 yield name, quantised
         x = block(x, at, None, layer)
@@ -170,7 +170,7 @@ def write(
         if not is_packed(spec):
             tensors[spec.published] = plain[spec.name].to(torch.float16)
             if not torch.isfinite(tensors[spec.published]).all():
-                raise ValueError(f"{spec.name} has values that float16 has not; GPTQ releases are float16")
+                raise InputError(f"{spec.name} has values that float16 has not; GPTQ releases are float16")
             continue
         matrix, module = matrices[spec.name], module_of(spec)
         tensors[f"{module}.qweight"] = packed(matrix.q, config.bits, dim=0)
@@ -194,7 +194,7 @@ def unfinished(output: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"{output}: cannot be made: {error.strerror}") from None
+        raise InputError(f"{output}: cannot be made: {error.strerror}") from None
     try:
         yield part
         os.replace(part, output)
@@ -212,7 +212,7 @@ def calibration(source: Path, text: Path | None, rows: int, length: int) -> Tens
     found = tokenizer.encode(read_prompt(None, text))
     rows = min(rows, len(found) // length)
     if rows == 0:
-        raise ValueError(f"{text}: {len(found)} tokens are less than a row of {length}")
+        raise InputError(f"{text}: {len(found)} tokens are less than a row of {length}")
     return torch.tensor(found[: rows * length]).view(rows, length)
 
 
@@ -233,16 +233,16 @@ def parser() -> Parser:
 
 def command(args: argparse.Namespace) -> int:
     if os.path.lexists(args.output):
-        raise ValueError(f"{args.output} is there already")
+        raise InputError(f"{args.output} is there already")
     require_folder(args.source)
     seq_length = QwenConfig.from_json(args.source / "config.json").seq_length
     for name, most in (("rows", 4096), ("length", seq_length)):
         if not 1 <= getattr(args, name) <= most:
-            raise ValueError(f"--{name} {getattr(args, name)} must be from 1 to {most}")
+            raise InputError(f"--{name} {getattr(args, name)} must be from 1 to {most}")
     if args.act_order and args.round_to_nearest:
-        raise ValueError("--act-order is the order of GPTQ: --round-to-nearest has none")
+        raise InputError("--act-order is the order of GPTQ: --round-to-nearest has none")
     if GPTQConfig.from_folder(args.source) is not None:
-        raise ValueError(f"{args.source} is quantised already; quantise the release that it was made of")
+        raise InputError(f"{args.source} is quantised already; quantise the release that it was made of")
     config = GPTQConfig(args.bits, args.group_size, desc_act=args.act_order, sym=not args.asymmetric)
     model = load_model(args.source, "float32")
     ids = calibration(args.source, args.text, args.rows, args.length)

@@ -28,6 +28,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from qwen_ref.cli import Parser, Progress, check_path, make_folder, run, write_whole
+from qwen_ref.config import InputError
 
 SCRIPT = Path(__file__).resolve().with_name("walkthrough.py")
 PAGE = Path("build/walkthrough.html")
@@ -57,12 +58,12 @@ def read_cells(script: str) -> list[Cell]:
     for number, line in enumerate(script.splitlines(), 1):
         if line.startswith(CODE):
             if line not in (MARKDOWN, CODE):
-                raise ValueError(f"line {number}: {line!r} is neither {MARKDOWN!r} nor {CODE!r}")
+                raise InputError(f"line {number}: {line!r} is neither {MARKDOWN!r} nor {CODE!r}")
             cells.append(("markdown" if line == MARKDOWN else "code", number + 1, []))
         elif cells:
             cells[-1][2].append(line)
         elif line.strip():
-            raise ValueError(f"line {number}: {line!r} stands before the first cell")
+            raise InputError(f"line {number}: {line!r} stands before the first cell")
     return [_cell(*cell) for cell in cells]
 
 
@@ -71,16 +72,16 @@ def _cell(kind: str, line: int, lines: list[str]) -> Cell:
     if kind == "markdown":
         for number, each in enumerate(lines, line):
             if each and each != "#" and not each.startswith("# "):
-                raise ValueError(f"line {number}: {each!r} is in a cell of text and no comment")
+                raise InputError(f"line {number}: {each!r} is in a cell of text and no comment")
         source = "\n".join(each[2:] for each in source.split("\n")).strip("\n")
     else:
         try:
             ast.parse(source)
         except SyntaxError as error:
             number = line + (error.lineno or 1) - 1
-            raise ValueError(f"line {number}: {error.msg}") from None
+            raise InputError(f"line {number}: {error.msg}") from None
     if not source.strip():
-        raise ValueError(f"line {line}: an empty cell")
+        raise InputError(f"line {line}: an empty cell")
     return Cell(kind, source, line)
 
 

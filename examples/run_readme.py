@@ -23,6 +23,8 @@ from typing import NamedTuple
 
 import torch
 
+from qwen_ref.config import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {
     "10.0.0.1": "takes several machines",
@@ -65,7 +67,7 @@ def commands(page: str) -> list[str]:
                 found.append(begun)
                 begun = ""
         if begun:
-            raise ValueError(f"line {block.line}: a command without its end: {begun}")
+            raise InputError(f"line {block.line}: a command without its end: {begun}")
     return found
 
 

@@ -22,7 +22,7 @@ import torch
 from qwen_ref import QwenConfig
 from qwen_ref.checkpoint import TensorSpec, tensor_table
 from qwen_ref.cli import Parser, decoded, run, say, write_whole
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, read_bytes
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, InputError, read_bytes
 from qwen_ref.fast import block_width
 from qwen_ref.sizes import cache_bytes
 
@@ -103,7 +103,7 @@ def weight_bytes(config: QwenConfig, form: str, ranks: int = 1) -> int:
     """
     group = int4_group(config, ranks)
     if form == "int4" and group is None:
-        raise ValueError(f"no group of int4 divides the inputs of {ranks} ranks; use int8 or fewer ranks")
+        raise InputError(f"no group of int4 divides the inputs of {ranks} ranks; use int8 or fewer ranks")
     return sum(_tensor_bytes(spec, form, ranks, group) for spec in tensor_table(config))
 
 
@@ -313,13 +313,13 @@ def write(path: Path, section: str) -> None:
     """
     text = decoded(str(path), read_bytes(path))
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: the section stands between two lines, once: {BEGIN} and {END}")
+        raise InputError(f"{path}: the section stands between two lines, once: {BEGIN} and {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     try:
         write_whole(path, lambda part: part.write_bytes(f"{before}{BEGIN}\n{section}\n{END}{after}".encode()))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def parser() -> Parser:

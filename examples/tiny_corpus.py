@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
 
 # The member states of the United Nations and Vatican City, spelled without accents, as of 2025: Chinese name,
@@ -223,7 +224,7 @@ def read_countries() -> list[Fact]:
     for field in ("chinese", "english"):
         names = [fact[field] for fact in facts]
         if repeated := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"listed more than once: {sorted(repeated)}")
+            raise InputError(f"listed more than once: {sorted(repeated)}")
     return facts
 
 

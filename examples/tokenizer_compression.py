@@ -31,7 +31,7 @@ from qwen_ref.cli import (
     say,
     utf8,
 )
-from qwen_ref.config import read_bytes
+from qwen_ref.config import InputError, read_bytes
 from qwen_ref.figures import pyplot, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,12 +70,12 @@ def from_tokenizer_json(name: str, path: str) -> Vocabulary:
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(f"{path} takes the package tokenizers; pip install tokenizers brings it") from None
+        raise InputError(f"{path} takes the package tokenizers; pip install tokenizers brings it") from None
     content = decoded(path, read_bytes(path))
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+        raise InputError(f"{path} is no tokenizer.json: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # those that the text spells are text, as everywhere here
@@ -95,7 +95,7 @@ def from_tiktoken_name(name: str, download: bool) -> Vocabulary:
 
     def read_local(path: str) -> bytes:
         if "://" in path:
-            raise ValueError(
+            raise InputError(
                 f"{name} is not in tiktoken's cache; --download lets tiktoken fetch it, or give its file"
             )
         return read_file(path)
@@ -105,7 +105,7 @@ def from_tiktoken_name(name: str, download: bool) -> Vocabulary:
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
-        raise ValueError(f"{name} cannot be had: {error}") from None
+        raise InputError(f"{name} cannot be had: {error}") from None
     finally:
         tiktoken.load.read_file = read_file
     return Vocabulary(name, encoding.encode_ordinary, encoding.decode_bytes)
@@ -121,7 +121,7 @@ def against(name: str, argument: str, download: bool) -> Vocabulary:
         return from_tiktoken_name(argument, download)
     if not Path(argument).exists():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise ValueError(f"--against {argument}: neither a file nor a known name: bytes, {known}")
+        raise InputError(f"--against {argument}: neither a file nor a known name: bytes, {known}")
     reader = from_tokenizer_json if argument.endswith(".json") else from_tiktoken_file
     return reader(name, argument)
 
@@ -138,7 +138,7 @@ def vocabularies(args: argparse.Namespace) -> list[Vocabulary]:
         say("note: the tiny checkpoint's vocabulary; `make vocab` fetches the published one")
     given = [str(ours), *args.against]
     if twice := repeated(given):
-        raise ValueError(f"the vocabulary {twice} is given twice")
+        raise InputError(f"the vocabulary {twice} is given twice")
     # Files go by their last name, where that tells them apart.
     names = [Path(each).name for each in given]
     names = [short if names.count(short) == 1 else each for short, each in zip(names, given, strict=True)]
@@ -171,12 +171,12 @@ def sample() -> list[tuple[str, str]]:
 def read_texts(given: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The texts by name, in NFC, in the order of their names."""
     if twice := repeated([name for name, _ in given]):
-        raise ValueError(f"two texts are called {twice}")
+        raise InputError(f"two texts are called {twice}")
     texts = {}
     for name, file in sorted(given):
         texts[name] = unicodedata.normalize("NFC", decoded(file, read_bytes(file)))
         if not texts[name]:
-            raise ValueError(f"{file} is empty")
+            raise InputError(f"{file} is empty")
     return texts
 
 
@@ -189,7 +189,7 @@ def count(name: str, text: str, among: Sequence[Vocabulary]) -> Count:
     for vocabulary in among:
         ids = vocabulary.encode(text)
         if vocabulary.decode(ids) != encoded:
-            raise ValueError(f"{vocabulary.name} loses text: {name} does not decode to what was encoded")
+            raise InputError(f"{vocabulary.name} loses text: {name} does not decode to what was encoded")
         tokens.append(len(ids))
     return Count(len(encoded), len(text), tuple(tokens))
 

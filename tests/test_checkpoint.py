@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qwen_ref import Qwen, QwenConfig, load_model
 from qwen_ref.checkpoint import tensor_table
+from qwen_ref.config import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -125,7 +126,7 @@ def refusal(folder: Path | str, **arguments: str) -> str:
     with pytest.raises(ValueError, match=r"\w") as caught:
         load_model(folder, progress=lambda done, total: started.append(done), **arguments)
     message = str(caught.value)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is InputError
     assert message.startswith(f"{folder}: ")
     assert len(message.replace(str(folder), "")) < 4000
     assert (around and sorted(around.rglob("*"))) == before

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen_ref import QwenConfig
+from qwen_ref.config import InputError
 
 # What the four published files hold, in the columns of the model card's table.
 COLUMNS = (
@@ -104,10 +105,10 @@ def read(folder: Path, content: dict | str | bytes) -> QwenConfig:
 
 
 def refusal(folder: Path, content: dict | str | bytes) -> str:
-    """The message with which the content is refused: a plain ValueError that names the file and is short."""
+    """The message with which the content is refused: an InputError that names the file and is short."""
     with pytest.raises(ValueError, match=r"config\.json: ") as caught:
         read(folder, content)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is InputError
     assert str(folder) in str(caught.value)
     assert len(str(caught.value)) < 1000 + len(str(folder))
     return str(caught.value)
@@ -413,7 +414,7 @@ def test_a_folder_is_not_a_file(tmp_path: Path):
 def test_a_path_that_no_file_can_have_cannot_be_read(path: str):
     with pytest.raises(ValueError, match="cannot be read") as caught:
         QwenConfig.from_json(path)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is InputError
 
 
 def test_a_path_may_be_a_string_or_a_link(tmp_path: Path):

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_ref import chat, perplexity, quantize, sampling
     from qwen_ref.checkpoint import load_model
-    from qwen_ref.config import QwenConfig
+    from qwen_ref.config import InputError, QwenConfig
     from qwen_ref.model import KVCache, Qwen
     from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
+    "InputError",
     "KVCache",
     "Qwen",
     "QwenConfig",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "InputError": "config",
     "KVCache": "model",
     "Qwen": "model",
     "QwenConfig": "config",

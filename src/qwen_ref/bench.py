@@ -33,7 +33,7 @@ from qwen_ref.cli import (
     run,
     speed_options,
 )
-from qwen_ref.config import GPTQConfig, QwenConfig, check_cut, require_folder
+from qwen_ref.config import GPTQConfig, InputError, QwenConfig, check_cut, require_folder
 from qwen_ref.launch import TIMEOUT, Ranks, launched
 from qwen_ref.settings import load_as_asked
 
@@ -303,7 +303,7 @@ def synthetic(size: str, layers: int | None = None, gptq: GPTQConfig | None = No
 
         needed = 2 * sum(math.prod(spec.shape) for spec in tensor_table(config))
         if needed > free:
-            raise ValueError(
+            raise InputError(
                 f"the {size} takes {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "
                 "left; --layers N makes fewer of its layers, TMPDIR names another folder"
             )
@@ -381,30 +381,30 @@ def _bench(args: argparse.Namespace) -> int:
     for length in args.lengths:
         _check_count("lengths", length)
     if not args.device.startswith(("cpu", "cuda")):
-        raise ValueError(f"--device {args.device}: only cpu and cuda can be timed")
+        raise InputError(f"--device {args.device}: only cpu and cuda can be timed")
     if args.dtype != "auto":
         _check_dtype("--dtype", args.dtype)
     if args.layers is not None and args.synthetic is None:
-        raise ValueError("--layers needs --synthetic: a checkpoint has the layers that it has")
+        raise InputError("--layers needs --synthetic: a checkpoint has the layers that it has")
     if args.gptq is not None and args.synthetic is None:
-        raise ValueError("--gptq needs --synthetic: a checkpoint says itself how it is packed")
+        raise InputError("--gptq needs --synthetic: a checkpoint says itself how it is packed")
     speed_options(args)
     launch = launched()
     if launch is not None and args.tp > 1:
-        raise ValueError("--tp starts ranks of its own; leave it out under torchrun")
+        raise InputError("--tp starts ranks of its own; leave it out under torchrun")
     if args.compile and (launch is not None or args.tp > 1):
-        raise ValueError("--compile is for a model in one process; leave it or --tp out")
+        raise InputError("--compile is for a model in one process; leave it or --tp out")
     if args.against and (launch is not None or args.tp > 1):
-        raise ValueError("--against needs one process: leave --tp out")
+        raise InputError("--against needs one process: leave --tp out")
     if launch is None and args.tp > 1:
         with _folder(args) as folder:
             check_cut(folder, args.tp)
             return _launch(args, folder)
     if launch is not None and args.synthetic is not None:
-        raise ValueError("under torchrun every rank would write a model of its own; use --tp instead")
+        raise InputError("under torchrun every rank would write a model of its own; use --tp instead")
     peers = [_peer(peer, args) for peer in args.against]
     if len(set(args.against)) < len(args.against):
-        raise ValueError(f"--against names one of these twice: {', '.join(args.against)}")
+        raise InputError(f"--against names one of these twice: {', '.join(args.against)}")
     with _folder(args) as folder, Ranks(launch, args.timeout) as ranks:
         ranks.meet(args.device)
         result = _measure(args, folder, ranks, peers)
@@ -420,14 +420,14 @@ def _name(args: argparse.Namespace) -> str:
 
 def _check_count(name: str, value: int | None) -> None:
     if value is not None and not 1 <= value <= _MOST:
-        raise ValueError(f"--{name} {value} must be from 1 to {_MOST:,}")
+        raise InputError(f"--{name} {value} must be from 1 to {_MOST:,}")
 
 
 def _check_dtype(option: str, dtype: str) -> None:
     from qwen_ref.checkpoint import DTYPES
 
     if dtype not in DTYPES:
-        raise ValueError(f"{option} {dtype}: use {', '.join(DTYPES)}")
+        raise InputError(f"{option} {dtype}: use {', '.join(DTYPES)}")
 
 
 def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]:
@@ -443,7 +443,7 @@ def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
     """(which, dtype) of an --against."""
     which, _, dtype = peer.partition(":")
     if which not in ("hf", "plain"):
-        raise ValueError(f"--against {peer}: use hf or plain, or one of them in a dtype, as hf:float32")
+        raise InputError(f"--against {peer}: use hf or plain, or one of them in a dtype, as hf:float32")
     if dtype:
         _check_dtype(f"--against {which} in", dtype)
     if which == "hf":
@@ -517,7 +517,7 @@ def _measure(
             subjects.append(TransformersSubject(f"transformers {name}", qwen2(plain)))
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
-        raise ValueError(f"--against names one of these twice: {', '.join(names)}")
+        raise InputError(f"--against names one of these twice: {', '.join(names)}")
     with Progress("timing", unit="turns") as progress:
         timings = measure(
             subjects,

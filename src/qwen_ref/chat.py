@@ -23,7 +23,7 @@ import sys
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.config import shown
+from qwen_ref.config import InputError, shown
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import MAX_WINDOW_SIZE
 from qwen_ref.streaming import TextStream
@@ -78,7 +78,7 @@ def context(
     """build_context's ids, and how many turns they leave out."""
     check_texts(query, history, system)
     if max_window_size < 1:
-        raise ValueError(f"max_window_size={max_window_size} must be at least 1 token")
+        raise InputError(f"max_window_size={max_window_size} must be at least 1 token")
     im_start, im_end = (tokenizer.special_ids[name] for name in ("<|im_start|>", "<|im_end|>"))
     newline = tokenizer.encode("\n")
 
@@ -102,13 +102,13 @@ def check_texts(query: object, history: object, system: object) -> None:
     """Raises ValueError where a conversation is not made of texts."""
     for name, text in (("query", query), ("system", system)):
         if not isinstance(text, str):
-            raise ValueError(f"{name} must be text, not {shown(text)}")
+            raise InputError(f"{name} must be text, not {shown(text)}")
     if isinstance(history, str) or not isinstance(history, Sequence):
-        raise ValueError(f"history must be a list of pairs (query, response), not {shown(history)}")
+        raise InputError(f"history must be a list of pairs (query, response), not {shown(history)}")
     for number, turn in enumerate(history):
         pair = isinstance(turn, tuple | list) and len(turn) == 2
         if not pair or not all(isinstance(text, str) for text in turn):
-            raise ValueError(
+            raise InputError(
                 f"history[{number}] must be a pair of texts (query, response), not {shown(turn)}"
             )
 

@@ -27,6 +27,7 @@ from qwen_ref.config import (
     GIT_LFS_PROBLEM,
     GIT_LFS_START,
     GPTQConfig,
+    InputError,
     QwenConfig,
     check_cut,
     read_json_object,
@@ -145,7 +146,7 @@ def load_model(
         config, stored = open_checkpoint(folder)
         wanted = compute_dtype(dtype, stored)
         if packed and not any(isinstance(tensor, StoredPacked) for tensor in stored.values()):
-            raise ValueError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
+            raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
         marks = fingerprint(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
 
@@ -245,7 +246,7 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     folder = Path(folder)
     require_folder(folder)
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise ValueError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
+        raise InputError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []
     config = gptq = None
     try:
@@ -260,7 +261,7 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
         _compare(tensor_table(config), gptq, found, problems, complete=not unread)
     if problems or config is None:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise ValueError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
+        raise InputError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
     return config, found if gptq is None else _with_packed(tensor_table(config), gptq, found)
 
 
@@ -453,11 +454,11 @@ def compute_dtype(name: str, stored: dict[str, Stored]) -> torch.dtype:
     """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
     if name != "auto":
         if name not in DTYPES:
-            raise ValueError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+            raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     kinds = sorted({tensor.dtype for tensor in stored.values()})
     if len(kinds) > 1:
-        raise ValueError(
+        raise InputError(
             f"the weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
         )
     return STORED_DTYPES[kinds[0]]
@@ -469,9 +470,9 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:  # an assertion: torch built without CUDA
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+        raise InputError(f"device {name!r} cannot be used: {reason}") from None
     if device.type == "meta":
-        raise ValueError("device 'meta' cannot be used: it holds no values")
+        raise InputError("device 'meta' cannot be used: it holds no values")
     return device
 
 

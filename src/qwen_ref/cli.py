@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, read_bytes
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, InputError, read_bytes
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong option as every other mistake is reported: in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists the options")
+        raise InputError(f"{message}; --help lists the options")
 
 
 def utf8(argument: str) -> str:
@@ -108,11 +108,11 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     """
     if file is not None:
         if argument is not None:
-            raise ValueError("the prompt is given twice: as an argument and with --file")
+            raise InputError("the prompt is given twice: as an argument and with --file")
         source, encoded = str(file), read_bytes(file)
     elif argument is None or argument == "-":
         if sys.stdin is None:
-            raise ValueError("stdin is closed; give the prompt as an argument or with --file")
+            raise InputError("stdin is closed; give the prompt as an argument or with --file")
         if sys.stdin.isatty():
             say("reading the prompt from the terminal; end it with Ctrl-D")
         source, encoded = "stdin", sys.stdin.buffer.read()
@@ -127,7 +127,7 @@ def decoded(source: str, encoded: bytes) -> str:
     try:
         return encoded.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(not_utf8(source, error)) from None
+        raise InputError(not_utf8(source, error)) from None
 
 
 def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
@@ -147,11 +147,11 @@ def check_path(path: Path, option: str) -> None:
     """ValueError where an option names what cannot be a new file: better now than after the work is done."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
     if path.is_dir() or not path.name:
-        raise ValueError(f"{option} {path} is a folder; give the name of a file")
+        raise InputError(f"{option} {path} is a folder; give the name of a file")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option} {path}: nothing can be written to {path.parent}")
+        raise InputError(f"{option} {path}: nothing can be written to {path.parent}")
 
 
 def make_folder(path: Path) -> None:
@@ -159,7 +159,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{path} is no folder, or lies in a file; give another --out") from None
+        raise InputError(f"{path} is no folder, or lies in a file; give another --out") from None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -214,13 +214,13 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
 def speed_options(args: argparse.Namespace) -> list[str]:
     """Those of add_speed_options that were given; ValueError where they do not go together."""
     if args.group_size is not None and args.quantize != "int4":
-        raise ValueError("--group-size is for --quantize int4")
+        raise InputError("--group-size is for --quantize int4")
     given = [f"--{name}" for name in ("fast", "packed", "compile") if getattr(args, name)]
     for name in ("quantize", "group_size", "kv_cache"):
         if getattr(args, name) is not None:
             given.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     if args.compile and given != ["--compile"]:
-        raise ValueError(
+        raise InputError(
             "--compile is for the plain layers; leave it out, or --fast, --quantize and --packed"
         )
     return given

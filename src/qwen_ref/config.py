@@ -11,6 +11,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+
+class InputError(ValueError):
+    """What was given cannot be used: the message says what, where, its value, the limit and the remedy.
+
+    Every ValueError that this project raises on purpose is one; any other exception is a fault of its own.
+    """
+
+
 # Spellings of the early 7B revisions. padded_vocab_size is not here: those files carry it beside vocab_size.
 _EARLY_SPELLINGS = {
     "n_embd": "hidden_size",
@@ -94,16 +102,16 @@ class QwenConfig:
             values, problems = _architecture(raw)
             problems += _value_problems(values)
             if problems:
-                raise ValueError("; ".join(problems))
+                raise InputError("; ".join(problems))
             return cls(**values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
 
     @classmethod
     def preset(cls, size: str) -> QwenConfig:
         """The published configuration of "1.8b", "7b", "14b" or "72b"."""
         if size not in _PRESETS:
-            raise ValueError(f"no preset {size!r}; use one of {', '.join(_PRESETS)}")
+            raise InputError(f"no preset {size!r}; use one of {', '.join(_PRESETS)}")
         return _PRESETS[size]
 
     def check_ranks(self, ranks: int) -> None:
@@ -111,7 +119,7 @@ class QwenConfig:
 
         >>> QwenConfig.preset("72b").check_ranks(6)
         Traceback (most recent call last):
-        ValueError: num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64
+        InputError: num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64
         """
         sizes = {
             "num_attention_heads": self.num_attention_heads,
@@ -121,7 +129,7 @@ class QwenConfig:
         uneven = [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]
         if uneven:
             usable = _either(self.usable_ranks())
-            raise ValueError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
+            raise InputError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
 
     def usable_ranks(self) -> list[int]:
         """The numbers of ranks over which heads, MLP and vocabulary can be cut evenly."""
@@ -153,13 +161,13 @@ class QwenConfig:
                     f"seq_length={self.seq_length} must be at least 2 for use_logn_attn: log(1) is 0"
                 )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputError("; ".join(problems))
 
 
 def check_bits(bits: object) -> None:
     """Raises ValueError for widths that no GPTQ release of Qwen has."""
     if type(bits) is not int or bits not in (4, 8):
-        raise ValueError(f"bits={shown(bits)} is not supported: GPTQ weights are read in 4 and in 8 bits")
+        raise InputError(f"bits={shown(bits)} is not supported: GPTQ weights are read in 4 and in 8 bits")
 
 
 @dataclass(frozen=True)
@@ -191,36 +199,36 @@ class GPTQConfig:
         parsed = {path: cls._parsed(path, settings) for path, settings in found.items()}
         if len(set(parsed.values())) > 1:
             said = [f"{path} says {found.in_words}" for path, found in parsed.items()]
-            raise ValueError(f"{', '.join(said)}; remove the one that is wrong")
+            raise InputError(f"{', '.join(said)}; remove the one that is wrong")
         return next(iter(parsed.values()), None)
 
     @classmethod
     def _parsed(cls, path: Path, settings: object) -> GPTQConfig:
         try:
             if not isinstance(settings, dict):
-                raise ValueError(f"{shown(settings)} is no object")
+                raise InputError(f"{shown(settings)} is no object")
             for key, value in _GPTQ_VALUES.items():
                 if settings.get(key) not in (None, value):
-                    raise ValueError(
+                    raise InputError(
                         f"{key}={shown(settings[key])} is not supported, only {json.dumps(value)}"
                     )
             missing = [key for key in ("bits", "group_size") if key not in settings]
             if missing:
-                raise ValueError(f"missing {' and '.join(missing)}")
+                raise InputError(f"missing {' and '.join(missing)}")
             flags = {"desc_act": settings.get("desc_act", False), "sym": settings.get("sym", True)}
             return cls(settings["bits"], settings["group_size"], **flags)
         except ValueError as error:
-            raise ValueError(f"{path}: quantisation: {error}") from None
+            raise InputError(f"{path}: quantisation: {error}") from None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         if type(self.group_size) is not int or not (self.group_size == -1 or 1 <= self.group_size <= 2**24):
-            raise ValueError(
+            raise InputError(
                 f"group_size={shown(self.group_size)} must be -1 or a number of inputs, such as 128"
             )
         for name in ("desc_act", "sym"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={shown(getattr(self, name))} must be true or false")
+                raise InputError(f"{name}={shown(getattr(self, name))} must be true or false")
 
     @property
     def anywhere(self) -> bool:
@@ -246,7 +254,7 @@ class GPTQConfig:
 
         >>> GPTQConfig(4, 128, False, True).check_ranks(QwenConfig.preset("1.8b"), 2)
         Traceback (most recent call last):
-        ValueError: the MLP's width 5504 cannot be split over 2 ranks at the borders of groups of 128; use 1
+        InputError: the MLP's width 5504 cannot be split over 2 ranks at the borders of groups of 128; use 1
         """
         word = 32 // self.bits  # weights in an int32: they are not divided either
         unit = word if self.anywhere else math.lcm(self.group_size, word)
@@ -259,7 +267,7 @@ class GPTQConfig:
             works = [n for n in config.usable_ranks() if not divided(n)]
             what = f"words of {word} weights" if self.anywhere else f"groups of {self.group_size}"
             named = " and ".join(f"{name} {sizes[name]}" for name in wrong)
-            raise ValueError(
+            raise InputError(
                 f"{named} cannot be split over {ranks} ranks at the borders of {what}; use {_either(works)}"
             )
 
@@ -304,7 +312,7 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """QwenConfig's fields from a parsed config.json, early spellings resolved, and what is not supported."""
     model_type = raw.get("model_type", "qwen")
     if model_type != "qwen":
-        raise ValueError(
+        raise InputError(
             f'model_type is {shown(model_type)}; only first-generation Qwen, "qwen", is implemented'
         )
     problems = [
@@ -348,7 +356,7 @@ def shown(value: object) -> str:
 def require_folder(folder: str | Path) -> None:
     """Raises ValueError where a checkpoint's folder is none."""
     if not os.path.isdir(folder):  # False, too, for paths that no folder can have
-        raise ValueError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
+        raise InputError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
 
 
 GIT_LFS_START = b"version https://git-lfs"
@@ -360,9 +368,9 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
     if content.startswith(GIT_LFS_START):
-        raise ValueError(f"{path}: {GIT_LFS_PROBLEM}")
+        raise InputError(f"{path}: {GIT_LFS_PROBLEM}")
     return content
 
 
@@ -372,9 +380,9 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: holds a JSON {type(parsed).__name__}, not an object")
+        raise InputError(f"{path}: holds a JSON {type(parsed).__name__}, not an object")
     return parsed
 
 

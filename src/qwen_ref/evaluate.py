@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.cli import Parser, as_json, check_path, decoded, run, say, utf8, write_whole
-from qwen_ref.config import read_bytes, require_folder
+from qwen_ref.config import InputError, read_bytes, require_folder
 from qwen_ref.launch import RankLost, Ranks
 from qwen_ref.settings import (
     add_load_options,
@@ -135,9 +135,9 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     for name, least in (("num_fewshot", 0), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     if args.limit is not None and not 0 < args.limit < math.inf:
-        raise ValueError(f"--limit {args.limit:g} must be a number above 0")
+        raise InputError(f"--limit {args.limit:g} must be a number above 0")
     if args.output is not None:
         check_path(args.output, "--output")
     files = _task_files(args.tasks)
@@ -201,13 +201,13 @@ def _task_files(names: list[str]) -> dict[Path, Declared | None]:
         if path.is_dir():
             inside = {file: _declared(file) for file in sorted(path.glob("*.yaml"))}
             if not any(inside.values()):
-                raise ValueError(f"{name} has no .yaml file with a task or a group")
+                raise InputError(f"{name} has no .yaml file with a task or a group")
             found.update((file, declared) for file, declared in inside.items() if declared)
         elif path.suffix == ".yaml" or path.is_file():
             if not path.is_file():
-                raise ValueError(f"{name}: no such task file")
+                raise InputError(f"{name}: no such task file")
             if path.suffix != ".yaml":
-                raise ValueError(f"{name}: the name of a task file must end in .yaml")
+                raise InputError(f"{name}: the name of a task file must end in .yaml")
             found[path] = _declared(path)
     return found
 
@@ -228,14 +228,14 @@ def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tu
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"evaluation takes lm-evaluation-harness ({error}); pip install 'qwen_ref[eval]' brings it"
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     included = list(args.include_path or [])
     for path in included:
         if not path.is_dir():
-            raise ValueError(f"--include-path {path} is no folder")
+            raise InputError(f"--include-path {path} is no folder")
     included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
     return simple_evaluate, TaskManager(include_path=included or None)
 
@@ -250,7 +250,7 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
         if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=4)
             hint = f" (near: {', '.join(near)})" if near else ""
-            raise ValueError(
+            raise InputError(
                 f"the harness knows no task {name!r}{hint}; --include-path and .yaml files add tasks of "
                 "your own"
             )
@@ -288,7 +288,7 @@ def _readable_errors(doing: str, tasks: list[str]) -> Iterator[None]:
         remedy = ""
         if "offline" in message.lower() or isinstance(error, ConnectionError):
             remedy = "; fetch the data set first, or give --download"
-        raise ValueError(f"{doing} {', '.join(tasks)}: {message}{remedy}") from error
+        raise InputError(f"{doing} {', '.join(tasks)}: {message}{remedy}") from error
 
 
 def _table(results: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, InputError
 from qwen_ref.gptq import packed_weight
 from qwen_ref.launch import first_line
 from qwen_ref.model import Attention, KVCache, Qwen
@@ -92,7 +92,7 @@ def fasten(
             try:
                 fast = FastLinear(layer, model.group, bits, group_size)
             except ValueError as error:
-                raise ValueError(f"{name}.weight: {error}") from None
+                raise InputError(f"{name}.weight: {error}") from None
         setattr(model.get_submodule(owner), attribute, fast)
         done += sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
         if progress is not None:
@@ -111,28 +111,28 @@ def fasten(
 def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
     weight = model.embed.weight
     if is_fast(model):
-        raise ValueError("this model is fast already; load it again to make it so in another way")
+        raise InputError("this model is fast already; load it again to make it so in another way")
     if quantize is not None and quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize={quantize!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
+        raise InputError(f"quantize={quantize!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
     for name, layer in model.named_modules():
         packed = packed_weight(layer)
         if packed is not None and quantize is not None:
-            raise ValueError(
+            raise InputError(
                 "the weights are quantised already; leave --quantize out, --fast uses their bits"
             )
         if packed is not None:
             try:
                 packed[0].check_even()
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise InputError(f"{name}: {error}") from None
     if weight.device.type != "cpu":
-        raise ValueError(
+        raise InputError(
             f"the faster layers are made for the CPU, the model is on {weight.device}; leave --fast and "
             "--quantize out there"
         )
     if weight.dtype not in _DTYPES:
         works = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise ValueError(
+        raise InputError(
             f"{str(weight.dtype).removeprefix('torch.')} has no faster layers; load the model in {works}"
         )
     if quantize == "int4":
@@ -149,9 +149,9 @@ def compile_layers(model: Qwen) -> None:
     through their collectives, for fast layers, and where there is no compiler.
     """
     if model.group.size > 1:
-        raise ValueError("torch.compile is for a model in one process; leave --compile out")
+        raise InputError("torch.compile is for a model in one process; leave --compile out")
     if is_fast(model):
-        raise ValueError("torch.compile is for the plain layers, not for fast ones; leave one of them out")
+        raise InputError("torch.compile is for the plain layers, not for fast ones; leave one of them out")
     for block in model.blocks:
         for part in (block.attn_norm, block.mlp_norm, block.mlp):
             part.compile(dynamic=True)
@@ -160,7 +160,7 @@ def compile_layers(model: Qwen) -> None:
             for T in (8, 1):
                 model.hidden_states(torch.zeros(1, T, dtype=torch.int64, device=model.embed.weight.device))
     except RuntimeError as error:
-        raise ValueError(f"torch.compile failed ({first_line(error)}); leave --compile out") from error
+        raise InputError(f"torch.compile failed ({first_line(error)}); leave --compile out") from error
 
 
 def is_fast(model: Qwen) -> bool:
@@ -190,7 +190,7 @@ class FastLinear(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FastLinear:
         """What .to(), .half(), .cuda() and the like do: not with scales and packed bits."""
-        raise ValueError("a fast model keeps its dtype and its device; load it again for others")
+        raise InputError("a fast model keeps its dtype and its device; load it again for others")
 
 
 def _matrix(layer: nn.Linear, wide: bool, quantize: str | None, group_size: int) -> Matrix:

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from qwen_ref.cli import write_whole
+from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ def pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
+        raise InputError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

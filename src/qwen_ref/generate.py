@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.cli import Parser, Progress, read_prompt, run, say, utf8
-from qwen_ref.config import require_folder
+from qwen_ref.config import InputError, require_folder
 from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
 from qwen_ref.settings import (
@@ -104,7 +104,7 @@ def generate_batch(
         check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
         prompts = [checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
         if not prompts:
-            raise ValueError("there is no prompt to continue")
+            raise InputError("there is no prompt to continue")
         if cache is not None:
             _check_room(cache, prompts, max_new_tokens)
     stop_ids = frozenset(stop_ids)
@@ -153,13 +153,13 @@ def _check_room(cache: KVCache, prompts: list[list[int]], max_new_tokens: int) -
     """Raises ValueError where a caller's cache cannot take these prompts."""
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if cache.length > 0 and not cache.length < shortest == longest:
-        raise ValueError(
+        raise InputError(
             f"the cache holds {cache.length} positions: prompts must begin with those and be longer, all of "
             f"one length, not {shortest} to {longest}"
         )
     needed = longest + max_new_tokens - 1
     if needed > cache.max_length or cache.batch_size != len(prompts):
-        raise ValueError(
+        raise InputError(
             f"{len(prompts)} × {needed} positions are needed, the cache has {cache.batch_size} × "
             f"{cache.max_length}; make it with a larger max_length or the right batch_size"
         )
@@ -278,12 +278,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     config, tokenizer = open_folder(folder)
     prompt_ids = tokenizer.encode(prompt, allowed_special="all" if args.allow_special else ())
     if not prompt_ids:
-        raise ValueError("the prompt is empty; give it as an argument, with --file or on stdin")
+        raise InputError("the prompt is empty; give it as an argument, with --file or on stdin")
     defaults = read_defaults(folder, tokenizer)
     settings = chosen_settings(args, defaults)
     stop_texts = (*defaults.stop_texts, *args.stop)
     if "" in stop_texts:
-        raise ValueError("--stop is empty: it would end every text at once")
+        raise InputError("--stop is empty: it would end every text at once")
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
     if args.lookup is not None:
         _check_lookup(args, folder, settings)
@@ -351,7 +351,7 @@ def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, An
             for name in wrong
         ]
         remedy = [f"--{name.replace('_', '-')} {GREEDY[name]:g}" for name in wrong]
-        raise ValueError(f"--lookup is greedy only, without {' and '.join(there)}; add {' '.join(remedy)}")
+        raise InputError(f"--lookup is greedy only, without {' and '.join(there)}; add {' '.join(remedy)}")
 
 
 def _passes_report(passes: Passes) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qwen_ref.config import GPTQConfig
+from qwen_ref.config import GPTQConfig, InputError
 from qwen_ref.quantize import FewBits, check_groups, dequantize_gptq, unpack
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class PackedWeight(NamedTuple):
         groups = len(self.scales)
         counts = self.g_idx.long().bincount(minlength=groups)
         if not (counts == len(self.g_idx) // groups).all():
-            raise ValueError(
+            raise InputError(
                 f"its groups, here, are of {int(counts.min())} to {int(counts.max())} inputs, and faster "
                 "layers take groups of one size; use --packed instead of --fast, which takes all"
             )
@@ -158,15 +158,15 @@ class StoredPacked(NamedTuple):
         """What the files hold; ValueError where that is not what such a file should."""
         packed = PackedWeight(*(part.read() for part in self.parts), self.gptq.bits)
         if self.zero_bias is not None and self.zero_bias.read().any():
-            raise ValueError(f"{self.module}.bias is not zero: only the q, k, v projection may have a bias")
+            raise InputError(f"{self.module}.bias is not zero: only the q, k, v projection may have a bias")
         try:
             check_groups(packed.g_idx, len(packed.scales))
             if not torch.isfinite(packed.scales).all():
-                raise ValueError("scales are NaN or infinite; fetch the file again")
+                raise InputError("scales are NaN or infinite; fetch the file again")
             if self.gptq.sym:
                 _check_zeros(packed.qzeros, self.gptq.bits)
         except ValueError as error:
-            raise ValueError(f"{self.module}: {error}") from None
+            raise InputError(f"{self.module}: {error}") from None
         return packed
 
 
@@ -181,11 +181,11 @@ def _check_zeros(qzeros: Tensor, bits: int) -> None:
     if (zeros == middle - 1).all():
         return
     if (zeros == middle).all():
-        raise ValueError(
+        raise InputError(
             f"zero points are stored as {middle}: this is GPTQ v2, in which they are not stored less 1; only "
             "v1 is read; export it again with checkpoint_format gptq"
         )
-    raise ValueError(
+    raise InputError(
         f"zero points are stored as {int(zeros.min())} to {int(zeros.max())}, but where sym is true they are "
         f"all {middle - 1}; the file is damaged, or sym is wrong"
     )

@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qwen_ref.chat import DEFAULT_SYSTEM, STOP_TOKENS
 from qwen_ref.cli import Progress, say
+from qwen_ref.config import InputError
 from qwen_ref.generate import generate_batch
 from qwen_ref.model import Qwen
 from qwen_ref.prefix import PrefixCache
@@ -61,9 +62,9 @@ class HarnessModel(TemplateLM):
         self.model, self.qwen_tokenizer, self.batch_size = model, tokenizer, batch_size
         self.max_length = model.config.seq_length if max_length is None else max_length
         if batch_size < 1:
-            raise ValueError(f"{batch_size=} must be at least 1")
+            raise InputError(f"{batch_size=} must be at least 1")
         if self.max_length < 2:
-            raise ValueError(f"max_length={max_length} must be at least 2 tokens")
+            raise InputError(f"max_length={max_length} must be at least 2 tokens")
         self.stop_ids = frozenset([self.eot_token_id] if stop_ids is None else stop_ids)
         self.seed = seed
         self.truncated = 0  # requests whose context lost its beginning
@@ -127,9 +128,9 @@ class HarnessModel(TemplateLM):
                 continuation = self.tok_encode(after)
                 self.apart += 1
             if not continuation:
-                raise ValueError(f"an empty continuation behind {before[-40:]!r}: there is nothing to score")
+                raise InputError(f"an empty continuation behind {before[-40:]!r}: there is nothing to score")
             if len(continuation) >= self.max_length:
-                raise ValueError(
+                raise InputError(
                     f"a continuation of {len(continuation)} tokens leaves no room for a context in "
                     f"max_length={self.max_length}"
                 )
@@ -237,7 +238,7 @@ class HarnessModel(TemplateLM):
         if given:
             say(f"note: left out of a task's generation settings: {', '.join(sorted(given))}")
         if not 1 <= tokens < self.max_length:
-            raise ValueError(
+            raise InputError(
                 f"max_gen_toks={tokens} must be from 1 to {self.max_length - 1}, below max_length; give "
                 "--gen-kwargs max_gen_toks=N or --max-length N"
             )

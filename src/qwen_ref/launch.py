@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref import cli
+from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -45,14 +46,14 @@ def launched() -> Launch | None:
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
         there = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
-        raise ValueError(
+        raise InputError(
             f"{there or 'RANK and WORLD_SIZE'} in the environment without {', '.join(missing)}: start the "
             "ranks with torchrun, which sets them all, or unset WORLD_SIZE and RANK to run alone"
         )
     rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     local_rank = _number("LOCAL_RANK") if os.environ.get("LOCAL_RANK") else rank
     if not (0 <= rank < size and local_rank >= 0 and 0 < port < 2**16):
-        raise ValueError(
+        raise InputError(
             f"{rank=}, {size=}, {local_rank=} and {port=} in the environment cannot be: RANK and LOCAL_RANK "
             "count from 0 to WORLD_SIZE - 1, MASTER_PORT is at most 65535"
         )
@@ -63,7 +64,7 @@ def _number(name: str) -> int:
     try:
         return int(os.environ[name])
     except ValueError:
-        raise ValueError(f"{name}={os.environ[name]!r} in the environment must be a whole number") from None
+        raise InputError(f"{name}={os.environ[name]!r} in the environment must be a whole number") from None
 
 
 class RankLost(ConnectionError):
@@ -76,7 +77,7 @@ def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
     import torch.distributed as dist
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} cannot be used: torch finds no CUDA device")
+        raise InputError(f"device {device!r} cannot be used: torch finds no CUDA device")
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
@@ -94,7 +95,7 @@ class Ranks:
 
     def __init__(self, launch: Launch | None, timeout: float = TIMEOUT) -> None:
         if not 0 < timeout < 1e6:
-            raise ValueError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
+            raise InputError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
         self.launch, self.timeout = launch, timeout
         self.rank, self.size = (0, 1) if launch is None else (launch.rank, launch.size)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwen_ref.config import InputError
 from qwen_ref.steps import Step, check_settings, checked_ids, choose, in_step
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def generate_lookup(
     with group.together():
         check_settings(max_new_tokens, temperature, 0, 1.0, repetition_penalty)
         if (temperature, repetition_penalty) != tuple(GREEDY.values()):
-            raise ValueError(
+            raise InputError(
                 f"lookup is greedy only: {temperature=} must be 0 and {repetition_penalty=} must be 1"
             )
         check_lookup(longest_match, draft_tokens)
@@ -183,7 +184,7 @@ def generate_lookup(
 def check_lookup(longest_match: int, draft_tokens: int) -> None:
     """Raises ValueError where a setting of the lookup is out of range."""
     if longest_match < 1 or draft_tokens < 1:
-        raise ValueError(f"{longest_match=} and {draft_tokens=} must be at least 1")
+        raise InputError(f"{longest_match=} and {draft_tokens=} must be at least 1")
 
 
 def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list[Step]:

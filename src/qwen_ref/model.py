@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import QwenConfig
+from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.parallel import (
     ONE_RANK,
     ColumnParallelLinear,
@@ -278,16 +278,16 @@ class Qwen(nn.Module):
         that does not fit.
         """
         if batch_size < 1 or max_length < 1:
-            raise ValueError(f"{batch_size=} and {max_length=} must be at least 1")
+            raise InputError(f"{batch_size=} and {max_length=} must be at least 1")
         if prompt_length is not None and not 1 <= prompt_length <= max_length:
-            raise ValueError(f"{prompt_length=} must be from 1 to {max_length=}")
+            raise InputError(f"{prompt_length=} must be from 1 to {max_length=}")
         heads = self.config.num_attention_heads // self.group.size
         shape = (batch_size, heads, max_length, self.config.kv_channels)
         try:
             return self.cache_type(len(self.blocks), shape, prompt_length, like=self.embed.weight)
         except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one; TypeError: beyond 64 bits
             size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
-            raise ValueError(
+            raise InputError(
                 f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.1f} GB, "
                 f"more than {self.embed.weight.device} has left; lower max_length or the batch size"
             ) from None
@@ -304,7 +304,7 @@ class Qwen(nn.Module):
             length = T if cache is None or cache.prompt_length is None else cache.prompt_length
             lengths = [length] if padding is None else [length - pad for pad in padding.tolist()]
             if min(lengths) < 1:
-                raise ValueError(f"prompt_length={length} must be longer than every row's padding")
+                raise InputError(f"prompt_length={length} must be longer than every row's padding")
             frequencies = rotary_frequencies(self.config, lengths, _inner_dtype(dtype)).to(device)
             if cache is not None:
                 cache.padding, cache.frequencies = padding, frequencies
@@ -322,15 +322,15 @@ class Qwen(nn.Module):
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
-            raise ValueError(
+            raise InputError(
                 f"input_ids must be int64 of shape (batch, at least one token), not {input_ids.dtype} "
                 f"{tuple(input_ids.shape)}"
             )
         low, high, V = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
         if low < 0 or high >= V:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
+            raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
+            raise InputError(
                 f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
                 f"{tuple(input_ids.shape)}; positions already cached are not repeated in it"
             )
@@ -338,14 +338,14 @@ class Qwen(nn.Module):
             return
         B, T = input_ids.shape
         if cache.batch_size != B:
-            raise ValueError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
+            raise InputError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
         if cache.length + T > cache.max_length:
-            raise ValueError(
+            raise InputError(
                 f"{T} tokens do not fit behind the {cache.length} cached: the cache holds "
                 f"{cache.max_length}; make it with a larger max_length"
             )
         if cache.length > 0 and attention_mask is not None and not (attention_mask == 1).all():
-            raise ValueError("padding can only come first: the cache remembers the first attention_mask")
+            raise InputError("padding can only come first: the cache remembers the first attention_mask")
 
 
 def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
@@ -356,7 +356,7 @@ def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
     padding = (attention_mask == 0).sum(dim=1)
     real = torch.arange(T, device=padding.device) >= padding[:, None]  # (B, T)
     if not (attention_mask == real).all() or (padding == T).any():
-        raise ValueError(
+        raise InputError(
             "attention_mask must be 0 … 0 1 … 1 in every row: padding on the left, at least one token"
         )
     return padding if padding.any() else None

@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import shown
+from qwen_ref.config import InputError, shown
 from qwen_ref.launch import RankLost, first_line, launched, start_process_group
 
 
@@ -113,7 +113,7 @@ class Group:
             problem, cause = str(error) or type(error).__name__, error
         for rank, text in enumerate(self.texts(problem)):
             if text:
-                raise ValueError(f"rank {rank}: {text}") from cause
+                raise InputError(f"rank {rank}: {text}") from cause
 
     def require_same(self, who: str, values: dict[str, object]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
@@ -122,7 +122,7 @@ class Group:
         for rank, (other, other_facts) in enumerate(others, start=1):
             for (fact, mark), (wanted, wanted_mark) in zip(other_facts, first_facts, strict=False):
                 if mark != wanted_mark:
-                    raise ValueError(
+                    raise InputError(
                         f"rank {rank} ({other}) and rank 0 ({first}) differ: on rank {rank} {fact}, "
                         f"on rank 0 {wanted}; give every rank the same"
                     )
@@ -252,14 +252,14 @@ def group_size(group: str | dist.ProcessGroup | None) -> int:
             return dist.get_world_size()
         launch = launched()
         if launch is None:
-            raise ValueError(
+            raise InputError(
                 'group="world" needs several processes: start them with torchrun, or leave group out for one'
             )
         return launch.size
     if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("this rank is not in the process group that it was given")
+        raise InputError("this rank is not in the process group that it was given")
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
+        raise InputError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
     return dist.get_world_size(group)
 
 
@@ -287,11 +287,11 @@ def own_device(device: str, size: int) -> str:
     if size == 1 or not device.startswith("cuda"):
         return device
     if device != "cuda":
-        raise ValueError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
+        raise InputError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
     launch = launched()
     index = torch.cuda.current_device() if launch is None else launch.local_rank
     if index >= torch.cuda.device_count():
-        raise ValueError(
+        raise InputError(
             f"this is rank {index} on its machine, which has {torch.cuda.device_count()} CUDA devices; start "
             "at most as many ranks there"
         )

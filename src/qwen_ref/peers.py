@@ -10,13 +10,14 @@ import importlib.util
 from torch import nn
 
 from qwen_ref.checkpoint import NoInitialisation
+from qwen_ref.config import InputError
 from qwen_ref.model import Qwen
 
 
 def require_transformers() -> None:
     """Raises ValueError where the extra is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise ValueError("transformers is not installed; pip install 'qwen_ref[transformers]' installs it")
+        raise InputError("transformers is not installed; pip install 'qwen_ref[transformers]' installs it")
 
 
 def qwen2(ours: Qwen, rope_theta: float | None = None) -> nn.Module:

@@ -29,7 +29,7 @@ from qwen_ref.cli import (
     speed_options,
     write_whole,
 )
-from qwen_ref.config import QwenConfig, require_folder, shown
+from qwen_ref.config import InputError, QwenConfig, require_folder, shown
 from qwen_ref.figures import pyplot, save
 from qwen_ref.launch import Ranks
 from qwen_ref.settings import (
@@ -78,13 +78,13 @@ def score(
 
     dimensions = 1 + _is_list(ids[0]) if isinstance(ids, Sequence) and len(ids) else getattr(ids, "ndim", 1)
     if dimensions not in (1, 2) or len(ids) == 0:
-        raise ValueError(f"ids must be the tokens of a text, or of several; they are {shown(ids)}")
+        raise InputError(f"ids must be the tokens of a text, or of several; they are {shown(ids)}")
     texts = [list(text) for text in ids] if dimensions == 2 else [list(ids)]
     if continuations is not None:
         if dimensions == 2:
-            raise ValueError("continuations are those of one prompt: ids must be a single list of token ids")
+            raise InputError("continuations are those of one prompt: ids must be a single list of token ids")
         if not all(map(_is_list, continuations)):
-            raise ValueError(f"continuations must be lists of token ids; they are {shown(continuations)}")
+            raise InputError(f"continuations must be lists of token ids; they are {shown(continuations)}")
         # A copy is what gradients can flow through; what was made in inference mode is not.
         scores = score_continuations(model, texts[0], continuations, batch_size)
         return [each.logprobs.clone() for each in scores]
@@ -204,10 +204,10 @@ class State:
                     raise ValueError
                 self.done[length, window] = sums
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path} is no file of this command's --state; give another name") from None
+            raise InputError(f"{path} is no file of this command's --state; give another name") from None
         if differ:
             key = differ[0]
-            raise ValueError(
+            raise InputError(
                 f"{path} is of another run: there {key} is {shown(first.get(key))}, here "
                 f"{shown(header[key])}; give another --state, or the options of that run"
             )
@@ -291,7 +291,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     require_folder(folder)
     for name in ("stride", "windows", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.plot is not None:
         pyplot()
         check_path(args.plot, "--plot")
@@ -340,14 +340,14 @@ def _windows(args: argparse.Namespace, texts: list[list[int]]) -> dict[int, list
     found = {}
     for length in args.lengths:
         if args.stride is not None and args.stride >= length:
-            raise ValueError(
+            raise InputError(
                 f"--stride {args.stride} must be below the length of a window, {length}; without it windows "
                 "stand side by side"
             )
         found[length] = windows(sizes, length, args.stride)[: args.windows]
         if not found[length]:
             remedy = f" or --lengths of at most {max(sizes)}" if max(sizes) > 1 else ""
-            raise ValueError(
+            raise InputError(
                 f"no text fills a window of {length} tokens: the longest has {max(sizes)}; give more text"
                 + remedy
             )

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_ref.config import INT4_GROUPS, check_bits
+from qwen_ref.config import INT4_GROUPS, InputError, check_bits
 
 
 class FewBits(NamedTuple):
@@ -125,12 +125,12 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
             or tensor.is_floating_point() != (name == "scales")
         ):
             kind = "floating-point numbers" if name == "scales" else "integers"
-            raise ValueError(
+            raise InputError(
                 f"{name} must be {kind} of {dimensions} dimensions, not {tensor.dtype} {tuple(tensor.shape)}"
             )
     inputs, outputs, groups = len(g_idx), qweight.shape[1], len(scales)
     if inputs % (32 // bits) or outputs % (32 // bits):
-        raise ValueError(
+        raise InputError(
             f"{inputs} inputs and {outputs} outputs must both be multiples of {32 // bits}: in {bits} bits "
             "so many fill a word"
         )
@@ -141,7 +141,7 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
     ]
     for name, tensor, shape in wanted:
         if tuple(tensor.shape) != shape:
-            raise ValueError(
+            raise InputError(
                 f"{name} is {tuple(tensor.shape)}, should be {shape} for {inputs} inputs, {outputs} outputs "
                 f"and {groups} groups in {bits} bits"
             )
@@ -168,7 +168,7 @@ def check_groups(g_idx: Tensor, groups: int) -> None:
     """Raises ValueError where an input is in a group that is not there."""
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
-        raise ValueError(f"g_idx names group {low if low < 0 else high}; there are {groups}, from 0 on")
+        raise InputError(f"g_idx names group {low if low < 0 else high}; there are {groups}, from 0 on")
 
 
 def check_group(inputs: int, group_size: int) -> None:
@@ -176,7 +176,7 @@ def check_group(inputs: int, group_size: int) -> None:
     works = [size for size in INT4_GROUPS if inputs % size == 0]
     if group_size not in works:
         can = f"use {_either(works)}" if works else "no size does; use int8"
-        raise ValueError(
+        raise InputError(
             f"groups of {group_size} do not work for a weight of {inputs} inputs: a group is one of "
             f"{_either(INT4_GROUPS)} inputs and divides them; {can}"
         )
@@ -193,5 +193,5 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 def _finite(weight: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
-        raise ValueError("a weight is NaN or infinite and cannot be quantised; check the checkpoint")
+        raise InputError("a weight is NaN or infinite and cannot be quantised; check the checkpoint")
     return weight

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_ref.config import InputError
+
 
 def probabilities(
     logits: Tensor,
@@ -43,7 +45,7 @@ def probabilities(
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), V).to(logits.dtype)
     logits = logits / temperature
     if not torch.isfinite(logits).all():
-        raise ValueError(
+        raise InputError(
             f"logits overflow with repetition_penalty={repetition_penalty} and temperature={temperature}; "
             "bring them nearer to 1"
         )
@@ -62,22 +64,22 @@ def probabilities(
 def check_parameters(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises ValueError where a sampling parameter is out of range."""
     if temperature != 0 and not 1e-5 <= temperature < float("inf"):
-        raise ValueError(
+        raise InputError(
             f"temperature={temperature} must be 0 (greedy) or at least 1e-5, where logits do not overflow"
         )
     if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be 0 (no limit) or a count of tokens")
+        raise InputError(f"top_k={top_k} must be 0 (no limit) or a count of tokens")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (no limit)")
+        raise InputError(f"top_p={top_p} must be above 0 and at most 1 (no limit)")
     if not 0 < repetition_penalty < float("inf"):
-        raise ValueError(
+        raise InputError(
             f"repetition_penalty={repetition_penalty} must be a positive number; 1 changes nothing"
         )
 
 
 def _check_shapes(logits: Tensor, previous_ids: Tensor) -> None:
     if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits):
-        raise ValueError(
+        raise InputError(
             f"logits must be (B, V) and previous_ids (B, N), not {tuple(logits.shape)} and "
             f"{tuple(previous_ids.shape)}"
         )
@@ -85,7 +87,7 @@ def _check_shapes(logits: Tensor, previous_ids: Tensor) -> None:
         return
     V = logits.shape[-1]
     if previous_ids.dtype != torch.int64 or previous_ids.min() < -1 or previous_ids.max() >= V:
-        raise ValueError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
+        raise InputError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
 
 
 def check_finite(logits: Tensor) -> None:
@@ -93,7 +95,7 @@ def check_finite(logits: Tensor) -> None:
     if torch.isfinite(logits).all():
         return
     nans, infinities = int(logits.isnan().sum()), int(logits.isinf().sum())
-    raise ValueError(
+    raise InputError(
         f"{nans} NaN and {infinities} infinite among {logits.numel()} logits ({logits.dtype}): nothing was "
         "sampled. In float16 large activations overflow: use bfloat16 or float32; otherwise check the weights"
     )

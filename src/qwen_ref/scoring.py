@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen_ref.config import InputError
 from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import KVCache, Qwen, ntk_alpha
 from qwen_ref.prefill import CHUNK, in_chunks, prefill
@@ -50,7 +51,7 @@ def score_texts(
         texts = [checked_ids(text, V) for text in texts]
         starts = [1] * len(texts) if starts is None else list(starts)
         if len(starts) != len(texts) or not all(1 <= s <= len(t) for s, t in zip(starts, texts, strict=True)):
-            raise ValueError(f"{starts=} must have an index from 1 to the text's length for each text")
+            raise InputError(f"{starts=} must have an index from 1 to the text's length for each text")
         _check_batch_size(batch_size)
     if group.size > 1:
         group.require_same("these scores", {"a text": texts, "where to start": starts, "batch": batch_size})
@@ -221,4 +222,4 @@ def _none(model: Qwen) -> Scores:
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"{batch_size=} must be at least 1")
+        raise InputError(f"{batch_size=} must be at least 1")

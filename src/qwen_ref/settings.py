@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import Progress, add_speed_options, bundled_checkpoint, say, speed_options
-from qwen_ref.config import INT4_GROUP, GPTQConfig, QwenConfig, check_cut, read_json_object, shown
+from qwen_ref.config import INT4_GROUP, GPTQConfig, InputError, QwenConfig, check_cut, read_json_object, shown
 from qwen_ref.launch import TIMEOUT, Ranks, launched
 from qwen_ref.steps import Step, check_settings
 from qwen_ref.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
     try:
         return _defaults(raw, tokenizer)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
@@ -58,14 +58,14 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
             return default
         if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{name}={shown(found)} must be {wanted}")
+            raise InputError(f"{name}={shown(found)} must be {wanted}")
         return found
 
     def stop_text(word: list[int]) -> str:
         try:
             return tokenizer.decode_bytes(word).decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"stop_words_ids: {word} are no whole characters") from None
+            raise InputError(f"stop_words_ids: {word} are no whole characters") from None
 
     eos = value("eos_token_id", tokenizer.special_ids["<|endoftext|>"], int, list)
     words = [[token] for token in (eos if isinstance(eos, list) else [eos])]
@@ -76,7 +76,7 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         ids = isinstance(word, list) and word and all(type(token) is int for token in word)
         if not ids or min(word) < 0 or max(word) >= tokenizer.n_vocab:
             allowed = f"ids from 0 to {tokenizer.n_vocab - 1}"
-            raise ValueError(f"eos_token_id and stop_words_ids must hold {allowed}, not {shown(word)}")
+            raise InputError(f"eos_token_id and stop_words_ids must hold {allowed}, not {shown(word)}")
     defaults = Defaults(
         max_new_tokens=value("max_new_tokens", 64, int),
         temperature=float(value("temperature", 1.0, int, float)) if value("do_sample", False, bool) else 0.0,
@@ -90,7 +90,7 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
     )
     check_settings(*defaults[:5])
     if not 1 <= defaults.max_window_size <= _LARGEST_WINDOW:
-        raise ValueError(
+        raise InputError(
             f"max_window_size={defaults.max_window_size} must be from 1 to {_LARGEST_WINDOW} tokens"
         )
     return defaults
@@ -192,7 +192,7 @@ def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:
     config = QwenConfig.from_json(folder / "config.json")
     tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
     if tokenizer.n_vocab > config.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{folder}: qwen.tiktoken has {tokenizer.n_vocab} ids, the model vocab_size={config.vocab_size}"
         )
     return config, tokenizer
@@ -231,7 +231,7 @@ def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
     with contextlib.suppress(ValueError):  # load_model says it, with all else that is wrong
         gptq = GPTQConfig.from_folder(folder)
     if gptq is not None and args.quantize is not None:
-        raise ValueError(
+        raise InputError(
             f"{folder} is quantised already, to {gptq.bits} bits; --fast, without --quantize, uses those"
         )
     with Progress("loading") as progress:

@@ -23,7 +23,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
-from qwen_ref.config import GPTQConfig, QwenConfig
+from qwen_ref.config import GPTQConfig, InputError, QwenConfig
 from qwen_ref.model import KVCache, Qwen
 
 
@@ -140,7 +140,7 @@ def inspect(args: argparse.Namespace) -> int:
         try:
             config = QwenConfig.preset(args.folder.lower())
         except ValueError as error:
-            raise ValueError(f"{args.folder}: no such folder, and {error}") from None
+            raise InputError(f"{args.folder}: no such folder, and {error}") from None
     elif path.is_file():
         config = QwenConfig.from_json(path)
     elif path.is_dir() and not _has_weights(path):
@@ -152,7 +152,7 @@ def inspect(args: argparse.Namespace) -> int:
         gptq.check_ranks(config, args.tp)
     context = config.seq_length if args.context is None else args.context
     if context < 1:
-        raise ValueError(f"--context {context} must be at least 1")
+        raise InputError(f"--context {context} must be at least 1")
     rows = kinds(tensor_table(config), stored)
     if stored is None:
         print("from the configuration alone: weights as they should be, in bfloat16")

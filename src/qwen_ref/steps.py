@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from qwen_ref.config import InputError
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def check_settings(
 
     check_parameters(temperature, top_k, top_p, repetition_penalty)
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
+        raise InputError(f"seed={seed} must be from 0 to 2**63 - 1")
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
@@ -48,14 +49,14 @@ def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     try:
         ids = [operator.index(token) for token in prompt]
     except TypeError as error:
-        raise ValueError(f"a prompt must be a list of token ids: {error}") from None
+        raise InputError(f"a prompt must be a list of token ids: {error}") from None
     if not ids:
-        raise ValueError(
+        raise InputError(
             "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
         )
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
+        raise InputError(f"token id {outside[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
     return ids
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from qwen_ref.config import InputError
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class _UntilStop:
         self.found = False
         self._stop_texts = tuple(stop_texts)
         if "" in self._stop_texts:
-            raise ValueError("a stop text is empty: it would end every text at once")
+            raise InputError("a stop text is empty: it would end every text at once")
         self._held = ""
 
     def push(self, text: str) -> str:

@@ -28,7 +28,7 @@ from qwen_ref.cli import (
     utf8,
     write_whole,
 )
-from qwen_ref.config import read_json_object, require_folder, shown
+from qwen_ref.config import InputError, read_json_object, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import (
@@ -125,7 +125,7 @@ class Chat:
     def _command(self, name: str, argument: str = "") -> bool:
         talk = self.conversation
         if argument and name in ("/quit", "/help", "/history", "/reset", "/retry"):
-            raise ValueError(
+            raise InputError(
                 f"{name} takes nothing behind it; a message that begins with / is written with //"
             )
         if name == "/quit":
@@ -150,16 +150,16 @@ class Chat:
             save(Path(argument.strip()).expanduser(), talk.system, talk.history)
             say(f"{argument}: {len(talk.history)} turns")
         elif name == "/save":
-            raise ValueError("/save needs the name of a file")
+            raise InputError("/save needs the name of a file")
         else:
-            raise ValueError(f"{shown(name)} is no command; /help lists them, and // begins a message with /")
+            raise InputError(f"{shown(name)} is no command; /help lists them, and // begins a message with /")
         return True
 
     def _retry(self) -> None:
         history = self.conversation.history
         query = history[-1][0] if self.query is None and history else self.query
         if query is None:
-            raise ValueError("there is no query to repeat yet")
+            raise InputError("there is no query to repeat yet")
         if not history or history[-1][0] != query:  # it had no answer
             self.answer(query)
             return
@@ -205,11 +205,11 @@ def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     try:
         target = Path(os.path.realpath(path))  # a link stays one
         if os.path.lexists(target) and not (target.is_file() and _is_saved(target)):
-            raise ValueError(f"{path} is there already and is no saved chat; give another name")
+            raise InputError(f"{path} is there already and is no saved chat; give another name")
         text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
         write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _is_saved(path: Path) -> bool:
@@ -225,16 +225,16 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
     raw = read_json_object(path)
     remedy = "--history reads what /save wrote"
     if raw.get("format") != SAVED_AS:
-        raise ValueError(f'{path}: "format" is {shown(raw.get("format"))}, not "{SAVED_AS}"; {remedy}')
+        raise InputError(f'{path}: "format" is {shown(raw.get("format"))}, not "{SAVED_AS}"; {remedy}')
     try:
         check_texts("", raw.get("history"), raw.get("system"))
         json.dumps(raw, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: holds {error.object[error.start]!r}, which is no character; {remedy}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; {remedy}") from None
+        raise InputError(f"{path}: {error}; {remedy}") from None
     return raw["system"], [(asked, answered) for asked, answered in raw["history"]]
 
 
@@ -275,7 +275,7 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
     while not lines[-1].endswith('"""'):
         line = line_of("… ")
         if line is None:
-            raise ValueError('the end of the input came before the """ that ends a message')
+            raise InputError('the end of the input came before the """ that ends a message')
         lines.append(line)
     return "\n".join(lines).removesuffix('"""').strip("\n")
 
@@ -329,7 +329,7 @@ def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(not_utf8("a line", error)) from None
+        raise InputError(not_utf8("a line", error)) from None
 
 
 # The command
@@ -380,10 +380,10 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     stop_ids = defaults.stop_ids | chat_stop_ids(tokenizer)
     settings = chosen_settings(args, defaults)
     if args.once is None and sys.stdin is None:
-        raise ValueError("stdin is closed; --once TEXT asks without it")
+        raise InputError("stdin is closed; --once TEXT asks without it")
     query = None if args.once is None else read_prompt(args.once, None)
     if query is not None and not query.strip():
-        raise ValueError("the query is empty; give it behind --once or on stdin")
+        raise InputError("the query is empty; give it behind --once or on stdin")
     max_length = defaults.max_window_size + settings["max_new_tokens"]
     ranks.share(str(max_length))
     ranks.meet(args.device)
@@ -419,10 +419,10 @@ def _require_chat(folder: Path) -> None:
     require_folder(folder)
     path = folder / "generation_config.json"
     if not os.path.lexists(path):
-        raise ValueError(f"{folder}: a chat release has a generation_config.json, with chat_format 'chatml'")
+        raise InputError(f"{folder}: a chat release has a generation_config.json, with chat_format 'chatml'")
     found = read_json_object(path).get("chat_format", "raw")
     if found != "chatml":
-        raise ValueError(
+        raise InputError(
             f"{path}: chat_format is {shown(found)}: a base model, which continues text and was not taught "
             "to answer, as 'chatml' is; use its -Chat release, or python -m qwen_ref.generate"
         )

@@ -26,7 +26,7 @@ from typing import Any
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
-from qwen_ref.config import read_bytes
+from qwen_ref.config import InputError, read_bytes
 
 # The published split pattern. \p{N} without a "+" is what makes every digit a piece of its own.
 PATTERN = (
@@ -52,7 +52,7 @@ class Tokenizer:
         library's encoder: the same ids, sooner.
         """
         if engine not in ("python", "tiktoken"):
-            raise ValueError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
+            raise InputError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
         self.special_ids = {token: len(tokens) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = len(tokens) + len(SPECIAL_TOKENS)
         self._n_regular = len(tokens)
@@ -118,7 +118,7 @@ class Tokenizer:
         for token in ids:
             token = operator.index(token)
             if not 0 <= token < self.n_vocab:
-                raise ValueError(f"no token has id {token}; ids go from 0 to {self.n_vocab - 1}")
+                raise InputError(f"no token has id {token}; ids go from 0 to {self.n_vocab - 1}")
             if not (skip_special_tokens and token >= self._n_regular):
                 tokens.append(self._bytes[token])
         return b"".join(tokens)
@@ -126,13 +126,13 @@ class Tokenizer:
     def _allowed(self, allowed_special: Collection[str]) -> set[str]:
         if isinstance(allowed_special, str):
             if allowed_special != "all":
-                raise ValueError(
+                raise InputError(
                     f'allowed_special must be "all" or a collection of tokens, not {allowed_special!r}'
                 )
             return set(SPECIAL_TOKENS)
         unknown = set(allowed_special) - self.special_ids.keys()
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"no special token is named {', '.join(sorted(map(repr, unknown)))}; "
                 "there are <|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
             )
@@ -336,25 +336,25 @@ def _tokens_line_by_line(content: bytes, path: str | Path) -> list[bytes]:
             encoded, rank_digits = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank_digits)
         except (ValueError, binascii.Error):
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: not a token in base64, a space and its rank: {line[:60]!r}"
             ) from None
         if rank in tokens:
-            raise ValueError(f"{path}, line {number}: rank {rank} is given twice")
+            raise InputError(f"{path}, line {number}: rank {rank} is given twice")
         if token in line_of:
-            raise ValueError(f"{path}, line {number}: the token of line {line_of[token]} again, {token!r}")
+            raise InputError(f"{path}, line {number}: the token of line {line_of[token]} again, {token!r}")
         if not token:
-            raise ValueError(f"{path}, line {number}: a token of no bytes")
+            raise InputError(f"{path}, line {number}: a token of no bytes")
         tokens[rank], line_of[token] = token, number
     gap = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
     if gap is not None:
-        raise ValueError(
+        raise InputError(
             f"{path}: no token has rank {gap}; {len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
         )
     bytes_missing = [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]
     if bytes_missing:
         shown = ", ".join(f"0x{value:02x}" for value in bytes_missing[:8])
-        raise ValueError(
+        raise InputError(
             f"{path}: {len(bytes_missing)} of the 256 single bytes are no token: {shown} …; is it cut short?"
         )
     return [tokens[rank] for rank in range(len(tokens))]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import Parser, Progress, as_json, bundled_checkpoint, read_prompt, run, say, utf8
-from qwen_ref.config import QwenConfig, require_folder
+from qwen_ref.config import InputError, QwenConfig, require_folder
 from qwen_ref.settings import add_model_option, length_note, open_folder
 from qwen_ref.steps import checked_ids
 from qwen_ref.tokenizer import Tokenizer
@@ -123,14 +123,14 @@ def trace(
     ids = checked_ids(ids, config.vocab_size)
     most = min(_MOST_TOKENS, _MOST_LOGITS_BYTES // (config.vocab_size * DTYPES[dtype].itemsize))
     if len(ids) > most:
-        raise ValueError(
+        raise InputError(
             f"the prompt has {len(ids):,} tokens; a trace of this model in {dtype} takes at most {most:,}, "
             "since it holds all positions of a stage at once; give a shorter prompt"
         )
     asked = range(config.num_hidden_layers) if layers is None else layers
     layers = sorted({_from_start(config, layer) for layer in asked})
     if top is not None and not 1 <= top <= config.vocab_size:
-        raise ValueError(f"top={top} must be from 1 to the model's vocab_size={config.vocab_size}")
+        raise InputError(f"top={top} must be from 1 to the model's vocab_size={config.vocab_size}")
 
     port = Port(checkpoint, dtype, torch.tensor([ids]))
     work = Work(progress)
@@ -157,7 +157,7 @@ def _from_start(config: QwenConfig, layer: int) -> int:
     """A layer's number, where it may be counted from the end as -1, -2, …; ValueError where there is none."""
     count = config.num_hidden_layers
     if not -count <= layer < count:
-        raise ValueError(
+        raise InputError(
             f"there is no layer {layer}: this model has {count}, 0 to {count - 1}; -1 is the last one"
         )
     return layer % count
@@ -473,21 +473,21 @@ def _chosen(config: QwenConfig, ranges: Sequence[tuple[int, int]] | None) -> lis
     for ends in ranges:
         first, last = (_from_start(config, end) for end in ends)
         if last < first:
-            raise ValueError(f"--layers {ends[0]}-{ends[1]} is empty: it goes from {first} to {last}")
+            raise InputError(f"--layers {ends[0]}-{ends[1]} is empty: it goes from {first} to {last}")
         chosen += range(first, last + 1)
     return chosen
 
 
 def _command(args: argparse.Namespace) -> int:
     if args.top is not None and not args.lens:
-        raise ValueError("--top is for --lens")
+        raise InputError("--top is for --lens")
     folder = args.model or bundled_checkpoint()
     require_folder(folder)
     prompt = read_prompt(args.prompt, args.file)
     config, tokenizer = open_folder(folder)
     ids = tokenizer.encode(prompt, allowed_special="all" if args.allow_special else ())
     if not ids:
-        raise ValueError("the prompt is empty; give it as an argument, with --file or on stdin")
+        raise InputError("the prompt is empty; give it as an argument, with --file or on stdin")
     top = (TOP if args.top is None else args.top) if args.lens else None
     layers = _chosen(config, args.layers)
     with Progress("tracing") as progress:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
-from qwen_ref.config import require_folder
+from qwen_ref.config import InputError, require_folder
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def _record(args: argparse.Namespace) -> int:
     rounding = [] if args.rounding == "none" else args.rounding.split(",")
     for name in rounding:
         if name not in _DTYPES[1:]:
-            raise ValueError(f"--rounding {name!r} is unknown; use none or some of {', '.join(_DTYPES[1:])}")
+            raise InputError(f"--rounding {name!r} is unknown; use none or some of {', '.join(_DTYPES[1:])}")
     ids, mask = read_ids(args.ids) if args.ids is not None else (_encoded(args, folder), None)
     with Progress("recording") as progress:
         bundle = record(
@@ -153,7 +153,7 @@ def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
         read_prompt(args.prompt, None), allowed_special="all" if args.allow_special else ()
     )
     if not ids:
-        raise ValueError("the prompt is empty")
+        raise InputError("the prompt is empty")
     return torch.tensor([ids])
 
 

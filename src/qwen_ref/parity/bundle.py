@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
-from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, QwenConfig, read_bytes, shown
+from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, InputError, QwenConfig, read_bytes, shown
 
 FORMAT_VERSION = 1
 
@@ -159,14 +159,14 @@ class Bundle:
         """Raises ValueError where ids or shapes do not fit a model."""
         low, high = int(self.input_ids.min()), int(self.input_ids.max())
         if low < 0 or high >= config.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: token id {low if low < 0 else high} is outside the model's vocabulary, "
                 f"0 to {config.vocab_size - 1}"
             )
         for name, value in self.config.items():
             ours = getattr(config, name)
             if name in _SIZES and value != ours:
-                raise ValueError(f"{self.path}: is of a model with {name}={value}, this one has {ours}")
+                raise InputError(f"{self.path}: is of a model with {name}={value}, this one has {ours}")
         widths = stage_widths(config)
         wrong = []
         for stage in self.stages:
@@ -178,7 +178,7 @@ class Bundle:
                 wanted = [*self.input_ids.shape, widths[stage] * (1 if third is None else 3)]
                 wrong.append(f"{name} is {shape}, should be {wanted}")
         if wrong:
-            raise ValueError(f"{self.path}: does not fit the model: {'; '.join(wrong[:4])}")
+            raise InputError(f"{self.path}: does not fit the model: {'; '.join(wrong[:4])}")
 
     def first_not_finite(self) -> tuple[str, int, int] | None:
         """The first stage with a NaN or an infinity at a token, with the row and the position."""
@@ -196,7 +196,7 @@ class Bundle:
             stage, row, position = found
             values = self.stage(stage)[row, position]
             count = int((~values.isfinite()).sum())
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: {count} of {values.numel()} numbers are NaN or infinite first at {stage}, "
                 f"row {row}, position {position}: look at {meaning(stage)}"
             )
@@ -206,20 +206,20 @@ def read_bundle(path: str | Path) -> Bundle:
     """Opens a bundle; ValueError for a file that is none, is cut short, newer, or contradicts itself."""
     if not os.path.isfile(path):
         problem = "not a file" if os.path.lexists(path) else "No such file"
-        raise ValueError(f"{path}: cannot be read: {problem}")
+        raise InputError(f"{path}: cannot be read: {problem}")
     try:
         with open(path, "rb") as start:
             if start.read(len(GIT_LFS_START)) == GIT_LFS_START:
-                raise ValueError(f"{path}: {GIT_LFS_PROBLEM}")
+                raise InputError(f"{path}: {GIT_LFS_PROBLEM}")
         file = safe_open(path, framework="pt")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+        raise InputError(f"{path}: not a complete safetensors file ({error})") from None
     try:
         return _read(str(path), file)
     except (ValueError, RuntimeError, SafetensorError) as error:  # also of shapes that nothing can hold
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def _read(path: str, file: safe_open) -> Bundle:
@@ -227,7 +227,7 @@ def _read(path: str, file: safe_open) -> Bundle:
     _check_version(metadata)
     names = set(file.keys())
     if "input_ids" not in names:
-        raise ValueError("no tensor input_ids: a bundle says for which ids it was computed")
+        raise InputError("no tensor input_ids: a bundle says for which ids it was computed")
     input_ids = as_ids(file.get_tensor("input_ids"))
     leading = tuple(input_ids.shape)
     mask = None
@@ -244,26 +244,26 @@ def _read(path: str, file: safe_open) -> Bundle:
         header = file.get_slice(name)
         shape = tuple(header.get_shape())
         if header.get_dtype() not in STORED_DTYPES:
-            raise ValueError(f"{name} is {header.get_dtype()}, should be {', '.join(STORED_DTYPES)}")
+            raise InputError(f"{name} is {header.get_dtype()}, should be {', '.join(STORED_DTYPES)}")
         if shape[: len(leading)] != leading or len(shape) == len(leading) or 0 in shape:
-            raise ValueError(f"{name} is {list(shape)}, should begin with input_ids' {list(leading)}")
+            raise InputError(f"{name} is {list(shape)}, should begin with input_ids' {list(leading)}")
         if len(stages) == 3 and (math.prod(shape) // input_ids.numel()) % 3:
-            raise ValueError(f"{name} is {list(shape)}, which has no three equal parts for q, k and v")
+            raise InputError(f"{name} is {list(shape)}, which has no three equal parts for q, k and v")
         for third, stage in enumerate(stages):
             place = name, third if len(stages) == 3 else None
             if stage in places:
                 first, second = (_tensor(file, found, input_ids) for found in (places[stage], place))
                 if first.shape != second.shape or not torch.equal(first.nan_to_num(), second.nan_to_num()):
                     other = places[stage][0]
-                    raise ValueError(f"{other} and {name} are both {stage}, and differ; leave one out")
+                    raise InputError(f"{other} and {name} are both {stage}, and differ; leave one out")
             places[stage] = place
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(unknown[:4])}: no stage of this format; the README lists them, "
             "for example embed, blocks.0.attn.q, logits"
         )
     if not places:
-        raise ValueError("no stage in it; logits alone would do")
+        raise InputError("no stage in it; logits alone would do")
     return Bundle(
         path=path,
         dtype=_metadata_dtype(metadata),
@@ -288,11 +288,11 @@ def _tensor(file: safe_open, place: tuple[str, int | None], input_ids: Tensor) -
 def as_ids(ids: Tensor) -> Tensor:
     """Ids (B, T) or (T,) in int64; ValueError for anything else."""
     if not isinstance(ids, Tensor) or ids.is_meta or ids.is_sparse:
-        raise ValueError(f"input_ids is {shown(ids)}, should be a tensor of integers")
+        raise InputError(f"input_ids is {shown(ids)}, should be a tensor of integers")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"input_ids is {ids.dtype}, should be integers")
+        raise InputError(f"input_ids is {ids.dtype}, should be integers")
     if ids.ndim not in (1, 2) or ids.numel() == 0:
-        raise ValueError(f"input_ids is {list(ids.shape)}, should be (batch, at least one token)")
+        raise InputError(f"input_ids is {list(ids.shape)}, should be (batch, at least one token)")
     return ids.long()
 
 
@@ -304,7 +304,7 @@ def as_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
         start = torch.arange(ids.shape[-1]) >= (~tokens).sum(dim=-1, keepdim=True)
         right = torch.equal(tokens, start) and bool(tokens.any(dim=-1).all() and (mask[tokens] == 1).all())
     if not right:
-        raise ValueError(
+        raise InputError(
             "attention_mask must have input_ids' shape and be 0 … 0 1 … 1 in every row: padding on the left, "
             "at least one token"
         )
@@ -314,14 +314,14 @@ def as_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
 def _check_version(metadata: dict[str, str]) -> None:
     found = metadata.get("format_version")
     if found is None:
-        raise ValueError(
+        raise InputError(
             'not a bundle: its metadata has no "format_version"; a writer puts {"format_version": "1", '
             '"dtype": "float32"} there, and the README says the rest'
         )
     if not _NUMBER.fullmatch(found) or found == "0":
-        raise ValueError(f"format_version is {shown(found)}, should be {FORMAT_VERSION}")
+        raise InputError(f"format_version is {shown(found)}, should be {FORMAT_VERSION}")
     if int(found) > FORMAT_VERSION:
-        raise ValueError(
+        raise InputError(
             f"format_version is {found}, and this qwen_ref reads up to {FORMAT_VERSION}; use a newer one"
         )
 
@@ -345,7 +345,7 @@ def _stages_of(name: str) -> list[str]:
 def _metadata_dtype(metadata: dict[str, str]) -> str:
     found = metadata.get("dtype")
     if found not in DTYPES:
-        raise ValueError(
+        raise InputError(
             f"metadata's dtype is {shown(found)}, should be the one that was computed in: {', '.join(DTYPES)}"
         )
     return found
@@ -356,7 +356,7 @@ def _prefill_length(metadata: dict[str, str], input_ids: Tensor, mask: Tensor | 
     found = metadata.get("prefill_length", str(T))
     least = 1 if mask is None else int((mask == 0).sum(dim=-1).max()) + 1  # behind all padding
     if not _NUMBER.fullmatch(found) or not least <= int(found) <= T:
-        raise ValueError(
+        raise InputError(
             f"metadata's prefill_length is {shown(found)}, should be a whole number from {least} to {T}: "
             "the positions that were computed in the first pass"
         )
@@ -369,14 +369,14 @@ def _metadata_config(metadata: dict[str, str]) -> dict[str, Any]:
     config = {name: value for name, value in found.items() if name in known}
     for name, value in config.items():
         if not isinstance(value, int | float) or not abs(value) < 1e15:
-            raise ValueError(f"metadata's config: {name} is {shown(value)}, should be a number")
+            raise InputError(f"metadata's config: {name} is {shown(value)}, should be a number")
     return config
 
 
 def _metadata_checksum(metadata: dict[str, str]) -> str | None:
     found = metadata.get("weights_sha256")
     if found is not None and not re.fullmatch("[0-9a-f]{64}", found):
-        raise ValueError(f"metadata's weights_sha256 is {shown(found)}, should be 64 hexadecimal digits")
+        raise InputError(f"metadata's weights_sha256 is {shown(found)}, should be 64 hexadecimal digits")
     return found
 
 
@@ -384,12 +384,12 @@ def _metadata_rounding(metadata: dict[str, str]) -> dict[str, dict[str, tuple[fl
     rounding: dict[str, dict[str, tuple[float, float]]] = {}
     for dtype, stages in _metadata_json(metadata, "rounding").items():
         if dtype not in DTYPES or not isinstance(stages, dict):
-            raise ValueError("metadata's rounding must be {dtype: {stage: [all, worst position]}}")
+            raise InputError("metadata's rounding must be {dtype: {stage: [all, worst position]}}")
         rounding[dtype] = {}
         for stage, pair in stages.items():
             numbers = isinstance(pair, list) and len(pair) == 2 and not any(isinstance(x, bool) for x in pair)
             if not numbers or not all(isinstance(x, int | float) and 0 <= x < 1 for x in pair):
-                raise ValueError(
+                raise InputError(
                     f"metadata's rounding of {shown(stage)} is {shown(pair)}, not two "
                     "numbers from 0 to below 1"
                 )
@@ -401,9 +401,9 @@ def _metadata_json(metadata: dict[str, str], key: str) -> dict[str, Any]:
     try:
         found = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"metadata's {key} is no JSON: {error}") from None
+        raise InputError(f"metadata's {key} is no JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"metadata's {key} must be a JSON object")
+        raise InputError(f"metadata's {key} must be a JSON object")
     return found
 
 
@@ -433,9 +433,9 @@ def write_bundle(
         tensors["attention_mask"] = attention_mask.long()
     for name, tensor in stages.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_sparse or not _stages_of(str(name)):
-            raise ValueError(f"stages: {shown(name)} is no tensor or no stage of this format")
+            raise InputError(f"stages: {shown(name)} is no tensor or no stage of this format")
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{name} is {tensor.dtype}, should be {', '.join(DTYPES)}")
+            raise InputError(f"{name} is {tensor.dtype}, should be {', '.join(DTYPES)}")
         tensors[name] = tensor
     length = ids.shape[-1] if prefill_length is None else prefill_length
     metadata = bundle_metadata(dtype, length, config, weights_sha256)
@@ -447,7 +447,7 @@ def write_bundle(
         try:
             read_bundle(writer.partial)
         except ValueError as error:
-            raise ValueError(str(error).replace(str(writer.partial), str(path))) from None
+            raise InputError(str(error).replace(str(writer.partial), str(path))) from None
 
 
 def bundle_metadata(
@@ -471,9 +471,9 @@ def output_path(path: str | Path) -> Path:
     """Where a file is to be written, links followed; ValueError where none can be."""
     found = Path(os.path.realpath(path))
     if found.exists() and not found.is_file():
-        raise ValueError(f"{path}: cannot be written: it is there and is no file")
+        raise InputError(f"{path}: cannot be written: it is there and is no file")
     if not str(path) or not found.parent.is_dir():
-        raise ValueError(f"{path}: cannot be written: its folder does not exist")
+        raise InputError(f"{path}: cannot be written: its folder does not exist")
     return found
 
 
@@ -519,7 +519,7 @@ class BundleWriter:
         finally:
             self.partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise ValueError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+            raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
         """Puts value (B, t, …) where the tensor's positions start to start + t are; or a whole tensor."""
@@ -540,7 +540,7 @@ class BundleWriter:
         self.metadata = {**self.metadata, **more}
         header = self._header()
         if len(header) > self.header_size:
-            raise ValueError(f"the metadata takes {len(header)} bytes, {self.header_size} were kept for it")
+            raise InputError(f"the metadata takes {len(header)} bytes, {self.header_size} were kept for it")
         self.file.seek(0)
         self.file.write(self.header_size.to_bytes(8, "little") + header.ljust(self.header_size))
         self.file.flush()
@@ -578,12 +578,12 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
     try:
         found = json.loads(text) if text.startswith("[") else _plain_ids(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no token ids: {str(error)[:200]}") from None
+        raise InputError(f"{path}: no token ids: {str(error)[:200]}") from None
     rows = found if found and all(isinstance(row, list) for row in found) else [found]
     if len(rows) * max(map(len, rows)) > _MOST_IDS:
-        raise ValueError(f"{path}: {len(rows)} rows of up to {max(map(len, rows))} token ids are too many")
+        raise InputError(f"{path}: {len(rows)} rows of up to {max(map(len, rows))} token ids are too many")
     if not all(rows) or not all(type(x) is int and 0 <= x < 2**31 for row in rows for x in row):
-        raise ValueError(
+        raise InputError(
             f"{path}: should hold token ids, whole numbers from 0 on, apart by spaces or lines; or a JSON "
             "list of them, or of such lists for a batch"
         )
@@ -597,5 +597,5 @@ def _plain_ids(text: str) -> list[int]:
     words = text.replace(",", " ").split()
     wrong = next((word for word in words if not _NUMBER.fullmatch(word)), None)
     if wrong is not None:
-        raise ValueError(f"{shown(wrong)} is none")
+        raise InputError(f"{shown(wrong)} is none")
     return [int(word) for word in words]

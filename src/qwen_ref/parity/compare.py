@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
+from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import Bundle, flow, layer_of
 
 # Tolerance over measured rounding. Another order of adding makes as much rounding, but no equal amount: over
@@ -370,10 +371,10 @@ def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured, name: str
     theirs = set(judged.stages)
     common = [stage for stage in truth.stages if stage in theirs]
     if not common:
-        raise ValueError(f"{truth.path} and {judged.path} have no stage in common")
+        raise InputError(f"{truth.path} and {judged.path} have no stage in common")
     for stage in common:
         if truth.width(stage) != judged.width(stage):
-            raise ValueError(
+            raise InputError(
                 f"{stage} has {truth.width(stage)} numbers a position in {truth.path}, "
                 f"{judged.width(stage)} in {judged.path}"
             )
@@ -398,21 +399,21 @@ def measure_bundles(truth: Bundle, judged: Bundle, stages: Iterable[str]) -> Mea
 def require_same_input(truth: Bundle, judged: Bundle) -> None:
     """Raises ValueError where two bundles are not of the same ids, padding, prefill and weights."""
     if truth.input_ids.shape != judged.input_ids.shape:
-        raise ValueError(
+        raise InputError(
             f"{truth.path} has input_ids {list(truth.input_ids.shape)}, {judged.path} "
             f"{list(judged.input_ids.shape)}"
         )
     if not torch.equal(truth.input_ids[truth.real], judged.input_ids[truth.real]):
         differs = (truth.input_ids != judged.input_ids) & truth.real
         row, position = differs.nonzero()[0].tolist()
-        raise ValueError(
+        raise InputError(
             f"{truth.path} and {judged.path} are of different ids: row {row}, position {position} is "
             f"{truth.input_ids[row, position]} there, {judged.input_ids[row, position]} here"
         )
     if not torch.equal(truth.real, judged.real):
-        raise ValueError(f"{truth.path} and {judged.path} have different attention masks")
+        raise InputError(f"{truth.path} and {judged.path} have different attention masks")
     if truth.prefill_length != judged.prefill_length:
-        raise ValueError(
+        raise InputError(
             f"{truth.path} has prefill_length {truth.prefill_length}, {judged.path} {judged.prefill_length}"
         )
     require_same_weights(truth.path, truth.weights_sha256, judged)
@@ -420,7 +421,7 @@ def require_same_input(truth: Bundle, judged: Bundle) -> None:
 
 def require_same_weights(name: str, checksum: str | None, judged: Bundle) -> None:
     if checksum and judged.weights_sha256 and checksum != judged.weights_sha256:
-        raise ValueError(
+        raise InputError(
             f"{judged.path} is of another checkpoint: weights_sha256 is {judged.weights_sha256}, that of "
             f"{name} is {checksum}"
         )

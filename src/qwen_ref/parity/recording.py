@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import (
     Bundle,
     BundleWriter,
@@ -79,9 +80,9 @@ def record(
     """
     output_path(out)
     if stages not in ("all", "logits"):
-        raise ValueError(f"{stages=} is unknown; use all or logits")
+        raise InputError(f"{stages=} is unknown; use all or logits")
     if not isinstance(decode, int) or not 0 <= decode <= _MOST_STEPS:
-        raise ValueError(f"{decode=} must be a whole number from 0 to {_MOST_STEPS}")
+        raise InputError(f"{decode=} must be a whole number from 0 to {_MOST_STEPS}")
     ids = as_ids(ids)
     mask = None if mask is None else as_mask(mask, ids)
     ids = ids.view(-1, ids.shape[-1])
@@ -89,10 +90,10 @@ def record(
     dtype = checkpoint.dtype(dtype)
     rounding = tuple(dict.fromkeys(rounding)) if dtype == "float64" else ()
     if not set(rounding) <= set(ROUNDING_DTYPES):
-        raise ValueError(f"{rounding=} must be some of {', '.join(ROUNDING_DTYPES)}")
+        raise InputError(f"{rounding=} must be some of {', '.join(ROUNDING_DTYPES)}")
     V = checkpoint.config.vocab_size
     for row, position in ((ids < 0) | (ids >= V)).nonzero()[:1].tolist():
-        raise ValueError(
+        raise InputError(
             f"token id {ids[row, position]} is outside the vocabulary, 0 to {V - 1}: row {row}, "
             f"position {position}"
         )

@@ -25,6 +25,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
+from qwen_ref.config import InputError
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
@@ -124,7 +125,7 @@ class Port:
                     cache = KVCache(self.config.num_hidden_layers, shape, self.prefill_length, like)
                 except RuntimeError:
                     problem = f"a cache of {B} × {T + greedy} positions does not fit into memory"
-                    raise ValueError(problem) from None
+                    raise InputError(problem) from None
             calls = [self.ids[:, :first], *(self.ids[:, i : i + 1] for i in range(first, T))]
             ids, start, logits = [], 0, None
             for step in range(len(calls) + greedy):
