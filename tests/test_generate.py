@@ -11,6 +11,7 @@ from golden_cases import model
 
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.generate import Step, generate, generate_batch, generate_uncached
+from qwen_ref.lookup import generate_lookup
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import SPECIAL_TOKENS
 
@@ -123,6 +124,10 @@ def test_a_stop_id_is_the_last_token() -> None:
         ([1], {"top_p": 2.0}, "top_p=2.0"),
         ([1], {"seed": -1}, "seed=-1"),
         ([1], {"seed": 2**63}, "seed="),
+        ([1], {"seed": 1.0}, "seed=1.0 must be a whole number"),
+        ([1], {"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be a whole number"),
+        ([1], {"max_new_tokens": 10**300}, "max_new_tokens=1000.*0 must be at most"),
+        ([1], {"top_k": 10**300}, "top_k=1000.*0 must be at most"),
     ],
 )
 def test_bad_input_is_refused_at_once(ids: object, parameters: dict, message: str) -> None:
@@ -139,6 +144,105 @@ def test_ids_may_come_as_any_integers_and_stops_as_any_collection() -> None:
     for same in (tuple(ids), torch.tensor(ids), torch.tensor(ids).numpy(), iter(ids)):
         assert list(generate(qwen, same, max_new_tokens=4)) == plain
     assert list(generate(qwen, ids, max_new_tokens=4, stop_ids=iter([plain[1].token]))) == plain[:2]
+
+
+@pytest.mark.parametrize("wrong", ["12", 12, [1.5], ["a"], None])
+@pytest.mark.parametrize("loop", [generate, generate_uncached, generate_lookup])
+def test_stops_that_are_no_collection_of_ids_are_refused(loop, wrong: object) -> None:
+    with pytest.raises(ValueError, match="stop_ids must be a collection of token ids"):
+        next(loop(model("extended_base", "float32"), [1, 2], stop_ids=wrong))
+
+
+@pytest.mark.parametrize("loop", [generate, generate_uncached, generate_lookup])
+def test_an_iterator_of_stops_is_read_once(loop) -> None:
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+    plain = list(generate(qwen, ids, max_new_tokens=6))
+    third = next(n for n, step in enumerate(plain) if n >= 2 and step not in plain[:n])
+    found = list(loop(qwen, ids, max_new_tokens=6, stop_ids=iter([plain[third].token])))
+    assert [step.token for step in found] == [step.token for step in plain[: third + 1]]
+
+
+def test_a_cache_with_padding_is_gone_on_with_where_it_fits_the_prompts() -> None:
+    qwen, prompts = model("ntk_logn", "float64"), [prompt(3), prompt(5)]
+    cache = qwen.new_cache(2, 40)
+    steps = list(zip(*generate_batch(qwen, prompts, max_new_tokens=4, cache=cache), strict=True))
+    longer = [[*ids, *(step.token for step in row), 7, 8] for ids, row in zip(prompts, steps, strict=True)]
+    found = list(zip(*generate_batch(qwen, longer, max_new_tokens=6, cache=cache), strict=True))
+    for row, ids in zip(found, longer, strict=True):
+        alone = list(generate(qwen, ids, max_new_tokens=6))
+        assert [step.token for step in row] == [step.token for step in alone]
+        assert [step.logprob for step in row] == pytest.approx([step.logprob for step in alone], rel=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [(10, 10), (12, 10), (10, 11)])
+def test_a_cache_with_other_padding_is_refused(lengths: tuple[int, int]) -> None:
+    qwen = model("extended_base", "float32")
+    cache = qwen.new_cache(2, 40)
+    list(generate_batch(qwen, [prompt(3), prompt(5)], max_new_tokens=1, cache=cache))
+    with pytest.raises(ValueError, match=r"the cache begin with padding of \[2, 0\] positions"):
+        generate_batch(qwen, [prompt(length) for length in lengths], 4, cache=cache)
+
+
+def test_a_cache_without_padding_refuses_prompts_of_other_lengths() -> None:
+    qwen = model("extended_base", "float32")
+    cache = qwen.new_cache(2, 40)
+    list(generate_batch(qwen, [prompt(5), prompt(5)], max_new_tokens=1, cache=cache))
+    with pytest.raises(ValueError, match=r"padding of \[0, 0\] positions, these prompts would need \[1, 0\]"):
+        generate_batch(qwen, [prompt(9), prompt(10)], 4, cache=cache)
+    with pytest.raises(ValueError, match="the longest prompt has 5 tokens"):
+        generate_batch(qwen, [prompt(5), prompt(5)], 4, cache=cache)
+
+
+def test_a_row_that_has_ended_is_neither_drawn_nor_checked() -> None:
+    qwen, prompts = load_model(GOLDEN / "extended_base", "float32"), [prompt(5), prompt(9)]
+    free = list(zip(*generate_batch(qwen, prompts, max_new_tokens=12), strict=True))
+    stop = next(step.token for step in free[0][:4] if step.token not in {other.token for other in free[1]})
+    end = [step.token for step in free[0]].index(stop)
+    calls = 0
+
+    def spoil(module: object, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > end + 1:
+            logits[0] = torch.nan
+        return logits
+
+    qwen.lm_head.register_forward_hook(spoil)
+    rows = list(zip(*generate_batch(qwen, prompts, max_new_tokens=12, stop_ids=[stop]), strict=True))
+    assert list(rows[1]) == list(free[1])
+    assert list(rows[0]) == [*free[0][: end + 1], *[None] * (11 - end)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_row_whose_logits_are_not_finite_is_named(temperature: float) -> None:
+    qwen = load_model(GOLDEN / "extended_base", "float32")
+
+    def spoil(module: object, inputs: tuple, logits: torch.Tensor) -> torch.Tensor:
+        logits[1, 3] = torch.inf
+        return logits
+
+    qwen.lm_head.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match="row 1: 0 NaN and 1 infinite among 320 logits"):
+        next(generate_batch(qwen, [prompt(5), prompt(9)], temperature=temperature))
+
+
+def test_a_penalty_that_overflows_is_named_in_greedy_decoding_too() -> None:
+    qwen = load_model(GOLDEN / "extended_base", "float32")
+    qwen.lm_head.weight *= 1e36
+    with pytest.raises(
+        ValueError, match=r"logits overflow with repetition_penalty=1e-05 and temperature=0\.0"
+    ):
+        next(generate(qwen, prompt(5), repetition_penalty=1e-5))
+
+
+def test_draws_are_those_of_multinomial_with_the_same_generator() -> None:
+    """Its way of drawing is this project's: a seed gives the same text as before."""
+    qwen, ids = model("extended_base", "float32"), prompt(9)
+    with torch.inference_mode():
+        probs = qwen(torch.tensor([ids]))[0, -1].softmax(dim=-1)
+    for seed in range(50):
+        expected = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(seed))
+        assert next(generate(qwen, ids, 1, temperature=1.0, seed=seed)).token == expected
 
 
 def test_a_model_that_gives_nan_is_named_not_sampled() -> None:

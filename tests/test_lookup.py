@@ -346,7 +346,7 @@ def test_passes_count_while_it_runs_and_closing_ends_it() -> None:
         ([1], {"repetition_penalty": 1.1}, "greedy only: .* repetition_penalty=1.1 must be 1"),
         ([1], {"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ([1], {"draft_tokens": 0}, "draft_tokens=0 must be at least 1"),
-        ([1], {"longest_match": 0}, "longest_match=0 and"),
+        ([1], {"longest_match": 0}, "longest_match=0 must be at least 1"),
     ],
 )
 def test_bad_input_is_refused_at_once(ids: object, settings: dict, message: str) -> None:

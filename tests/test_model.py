@@ -318,10 +318,28 @@ def test_a_prompt_no_longer_than_its_padding_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("tolerance")
-@pytest.mark.parametrize("sizes", [(0, 8), (1, 0), (-1, 8), (1, 8, 0), (1, 8, 9), (1, 8, 10**400)])
+@pytest.mark.parametrize(
+    "sizes", [(0, 8), (1, 0), (-1, 8), (1, 8, 0), (1, 8, 9), (1, 8, 10**400), (10**400, 1), (1, 10**400)]
+)
 def test_a_cache_of_impossible_sizes_is_refused(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"must be (at least 1|from 1 to max_length=8)"):
+    with pytest.raises(ValueError, match=r"must be at (least 1|most (8|1099511627776))"):
         model("extended_base", "float32").new_cache(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(1, 10.0), (1.5, 8), ("1", 8), (1, None), (1, 8, 4.0)], ids=str)
+def test_a_cache_of_no_whole_sizes_is_refused_and_not_for_lack_of_memory(sizes: tuple) -> None:
+    with pytest.raises(ValueError, match="must be a whole number"):
+        model("extended_base", "float32").new_cache(*sizes)
+
+
+def test_a_fault_while_a_cache_is_made_is_not_lack_of_memory() -> None:
+    def broken(*_: object, **__: object) -> KVCache:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    qwen = load_model(GOLDEN / "extended_base", "float32")
+    qwen.cache_type = broken
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        qwen.new_cache(1, 8)
 
 
 @pytest.mark.usefixtures("tolerance")

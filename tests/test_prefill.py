@@ -106,6 +106,49 @@ def test_every_cache_takes_chunks(kind: str) -> None:
     assert relative_rms(chunked(qwen, ids, 64), whole) < (2e-3 if kind == "int8 cache" else 2e-6)
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_pass_that_failed_leaves_nothing_behind(fails_at: int) -> None:
+    """After Ctrl-C or lack of memory in a chunk the cache, rewound, takes the next text as a new one does."""
+    qwen = load_model(GOLDEN / "ntk_logn", "float64")
+    long, short = (torch.randint(0, qwen.config.vocab_size, (1, length)) for length in (70, 20))
+    kv_cache, calls = qwen.new_cache(1, 80), []
+
+    def interrupted(*_: object) -> None:
+        calls.append(None)
+        if len(calls) == fails_at + 1:
+            raise KeyboardInterrupt
+
+    hook = qwen.blocks[1].register_forward_pre_hook(interrupted)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        for _ in in_chunks(qwen, long, kv_cache, chunk=30):
+            pass
+    hook.remove()
+    kv_cache.length = 0
+    with torch.inference_mode():
+        assert torch.equal(prefill(qwen, short, kv_cache), prefill(qwen, short, qwen.new_cache(1, 80)))
+
+
+def test_bad_ids_leave_nothing_behind() -> None:
+    qwen = model("ntk_logn", "float64")
+    kv_cache, ids = qwen.new_cache(1, 80), torch.randint(0, qwen.config.vocab_size, (1, 20))
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="token id -1"):
+            prefill(qwen, torch.full((1, 70), -1), kv_cache)
+        assert torch.equal(qwen(ids, cache=kv_cache), qwen(ids, cache=qwen.new_cache(1, 80)))
+
+
+def test_a_rewound_cache_has_no_padding_of_the_text_before() -> None:
+    qwen = model("ntk_logn", "float64")
+    ids = torch.randint(0, qwen.config.vocab_size, (2, 40))
+    mask = torch.stack([(torch.arange(40) >= padding).long() for padding in (30, 0)])
+    kv_cache = qwen.new_cache(2, 40)
+    with torch.inference_mode():
+        for _ in in_chunks(qwen, ids, kv_cache, mask, chunk=16):
+            pass
+        kv_cache.length = 0
+        assert torch.equal(prefill(qwen, ids, kv_cache), prefill(qwen, ids, qwen.new_cache(2, 40)))
+
+
 def test_progress_counts_the_tokens() -> None:
     qwen, told = model("extended_base", "float32"), []
     ids = torch.zeros(1, 25, dtype=torch.int64)
@@ -152,8 +195,8 @@ def test_a_batch_and_a_lookup_go_in_chunks_too(counted: Qwen) -> None:
     long = torch.randint(0, counted.config.vocab_size, (CHUNK + 300,)).tolist()
     prompts = [long, long[:40]]
     rows = list(generate_batch(counted, prompts, max_new_tokens=2))
-    # The first chunk ends behind the short row's padding.
-    assert CALLS == [CHUNK + 300 - 40 + 1, 39, 1]
+    # A chunk is of all rows together. The short row's padding is longer than two of them.
+    assert CALLS == [CHUNK // 2, CHUNK // 2, 300, 1]
     for row, prompt in enumerate(prompts):
         alone = list(generate(counted, prompt, max_new_tokens=2))
         assert [steps[row].token for steps in rows] == [step.token for step in alone]

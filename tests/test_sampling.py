@@ -76,6 +76,20 @@ def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
     assert torch.equal(probabilities(logits, NOTHING_BEFORE, top_k=99), logits.softmax(dim=-1))
 
 
+def test_of_equal_logits_a_limit_to_one_token_keeps_the_first() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0]])
+    for one in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 3, "top_p": 1e-6}, {"temperature": 0.0}):
+        assert probabilities(logits, NOTHING_BEFORE, **one).tolist() == [[0, 1, 0, 0]]
+    assert probabilities(logits, NOTHING_BEFORE, top_p=0.5)[0].tolist() == [0, 0.5, 0.5, 0]
+
+
+def test_a_top_k_beyond_1_keeps_what_equals_the_kth_as_published() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0]])
+    assert probabilities(logits, NOTHING_BEFORE, top_k=2)[0].tolist() == pytest.approx(
+        [0, 1 / 3, 1 / 3, 1 / 3]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sampling_works_in_float32_and_in_float64_for_float64(dtype: torch.dtype) -> None:
     logits = torch.randn(1, 50)
@@ -106,12 +120,16 @@ def test_logits_that_are_not_finite_are_named_and_never_sampled(bad: float, temp
         {"top_p": 1.1},
         {"top_p": float("nan")},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-46},
+        {"repetition_penalty": 1e-46, "temperature": 0.0},
+        {"repetition_penalty": float("nan")},
+        {"top_k": 1.0},
         {"repetition_penalty": float("inf")},
     ],
     ids=str,
 )
 def test_parameters_out_of_range_are_refused_by_name(parameters: dict) -> None:
-    (name,) = parameters
+    name = next(iter(parameters))
     with pytest.raises(ValueError, match=f"{name}="):
         probabilities(torch.zeros(1, 3), NOTHING_BEFORE, **parameters)
 
@@ -119,7 +137,9 @@ def test_parameters_out_of_range_are_refused_by_name(parameters: dict) -> None:
 @pytest.mark.parametrize(
     ("logits", "parameters"),
     [
-        (1.0, {"repetition_penalty": 1e-39}),
+        (1e38, {"repetition_penalty": 1e-5}),
+        (1e38, {"repetition_penalty": 1e-5, "temperature": 0.0}),
+        (-1.0, {"repetition_penalty": 1e39, "temperature": 0.0}),
         (-1.0, {"repetition_penalty": 1e39}),
         (3e38, {"temperature": 0.5}),
         (4e33, {"temperature": 1e-5}),

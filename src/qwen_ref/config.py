@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import reprlib
 from collections.abc import Sequence
@@ -17,6 +18,28 @@ class InputError(ValueError):
 
     Every ValueError that this project raises on purpose is one; any other exception is a fault of its own.
     """
+
+
+def whole(name: str, value: object, least: int = 1, most: int = 2**40) -> int:
+    """A whole number of any type, as an int; InputError, with its name, for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name}={shown(value)} must be a whole number") from None
+    if number < least:
+        raise InputError(f"{name}={shown(value)} must be at least {least}")
+    if number > most:
+        raise InputError(f"{name}={shown(value)} must be at most {most}")
+    return number
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, on any device.
+
+    torch has a class for it on accelerators only; on the CPU its allocator's RuntimeError says it in words.
+    """
+    said = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 # Spellings of the early 7B revisions. padded_vocab_size is not here: those files carry it beside vocab_size.
@@ -57,7 +80,7 @@ _LARGEST = {
     "num_attention_heads": 2**16,
     "kv_channels": 2**16,
     "intermediate_size": 2**24,
-    "vocab_size": 2**28,
+    "vocab_size": 2**24,  # float32, in which ids travel between devices, holds no more
     "seq_length": 2**30,
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.cli import Parser, Progress, read_prompt, run, say, utf8
-from qwen_ref.config import InputError, require_folder
+from qwen_ref.config import InputError, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
 from qwen_ref.settings import (
@@ -33,7 +33,7 @@ from qwen_ref.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.steps import Step, check_settings, checked_ids, choose, in_step
+from qwen_ref.steps import Step, check_settings, checked_ids, checked_stops, choose, in_step
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -89,7 +89,8 @@ def generate_batch(
     """Continues prompts of any lengths together; yields a step for every row, None for rows that have ended.
 
     Row i is what `generate` yields for its prompt alone with seed + i: the batch changes its numbers by no
-    more than rounding. A cache that holds something must hold as much of each, with no padding.
+    more than rounding. A cache that holds something must hold the beginning of each prompt, the padding of
+    the rows being what these prompts need.
     Raises what `generate` raises.
 
     Several ranks call it alike and iterate alike. When one stops early, its iterator is closed and all end;
@@ -107,7 +108,7 @@ def generate_batch(
             raise InputError("there is no prompt to continue")
         if cache is not None:
             _check_room(cache, prompts, max_new_tokens)
-    stop_ids = frozenset(stop_ids)
+        stop_ids = checked_stops(stop_ids)
     sampling = (temperature, top_k, top_p, repetition_penalty)
     B, longest = len(prompts), max(map(len, prompts))
     if group.size > 1:
@@ -118,16 +119,14 @@ def generate_batch(
     if cache is None:
         with group.together():
             cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
-    device = model.embed.weight.device
-    ids = torch.full((B, longest + max_new_tokens), -1, dtype=torch.int64)
+    ids = torch.full((B, longest + max_new_tokens), -1, device="cpu")  # -1: no token
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt, dtype=torch.int64)
+        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
     mask = (ids[:, :longest] >= 0).long()
-    generators = [_generator(device, None if seed is None else seed + row) for row in range(B)]
-    ids, mask = ids.to(device), mask.to(device)
+    generators = _generators(model, B, temperature, seed)
 
     def steps() -> Iterator[tuple[list[Step | None], bool]]:
-        ended = [False] * B
+        live = list(range(B))
         for n in range(longest, longest + max_new_tokens):
             with torch.inference_mode():
                 new = ids[:, cache.length : n].clamp(min=0)  # at first the prompt, then a token
@@ -135,13 +134,12 @@ def generate_batch(
                 last = prefill(model, new, cache, padded, progress=progress if n == longest else None)
                 # (B, V): of all positions only the last one's, of all ranks only rank 0
                 logits = model.lm_head(last, only_rank_0=True)
-                tokens, logprobs = choose(model, logits, ids[:, :n], sampling, generators)
-                ids[:, n] = tokens
-            rows: list[Step | None] = []
-            for row, step in enumerate(map(Step, tokens.tolist(), logprobs.tolist())):
-                rows.append(None if ended[row] else step)
-                ended[row] = ended[row] or step.token in stop_ids
-            last = all(ended) or n + 1 == longest + max_new_tokens
+                chosen = choose(model, logits, ids[:, :n], live, sampling, generators)
+            rows: list[Step | None] = [None] * B
+            for row, step in zip(live, chosen, strict=True):
+                rows[row], ids[row, n] = step, step.token
+            live = [row for row in live if rows[row].token not in stop_ids]
+            last = not live or n + 1 == longest + max_new_tokens
             yield rows, last
             if last:
                 return
@@ -151,17 +149,26 @@ def generate_batch(
 
 def _check_room(cache: KVCache, prompts: list[list[int]], max_new_tokens: int) -> None:
     """Raises ValueError where a caller's cache cannot take these prompts."""
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    if cache.length > 0 and not cache.length < shortest == longest:
-        raise InputError(
-            f"the cache holds {cache.length} positions: prompts must begin with those and be longer, all of "
-            f"one length, not {shortest} to {longest}"
-        )
+    longest = max(map(len, prompts))
     needed = longest + max_new_tokens - 1
     if needed > cache.max_length or cache.batch_size != len(prompts):
         raise InputError(
             f"{len(prompts)} × {needed} positions are needed, the cache has {cache.batch_size} × "
             f"{cache.max_length}; make it with a larger max_length or the right batch_size"
+        )
+    if cache.length == 0:
+        return
+    if cache.length >= longest:
+        raise InputError(
+            f"the cache holds {cache.length} positions, the longest prompt has {longest} tokens: prompts "
+            "must begin with what it holds and be longer"
+        )
+    held = [0] * len(prompts) if cache.padding is None else cache.padding.tolist()
+    needed_padding = [longest - len(prompt) for prompt in prompts]
+    if held != needed_padding:
+        raise InputError(
+            f"the rows of the cache begin with padding of {shown(held)} positions, these prompts would need "
+            f"{shown(needed_padding)}: continue every row by as many tokens, or use a new cache"
         )
 
 
@@ -184,29 +191,34 @@ def generate_uncached(
     import torch
 
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
-    ids = torch.tensor([prompt_ids], device=model.embed.weight.device)
-    generators, sampling = [_generator(ids.device, seed)], (temperature, top_k, top_p, repetition_penalty)
+    ids = checked_ids(prompt_ids, model.config.vocab_size)
+    stop_ids, prompt_length = checked_stops(stop_ids), len(ids)
+    generators = _generators(model, 1, temperature, seed)
+    sampling = (temperature, top_k, top_p, repetition_penalty)
     for _ in range(max_new_tokens):
+        text = torch.tensor([ids], device="cpu")
         with torch.inference_mode():
-            cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
-            logits = model(ids, cache=cache)[:, -1]
-            tokens, logprobs = choose(model, logits, ids, sampling, generators)
-            ids = torch.cat((ids, tokens[:, None]), dim=1)
-        yield Step(int(tokens), float(logprobs))
-        if int(tokens) in stop_ids:
+            cache = model.new_cache(1, len(ids), prompt_length=prompt_length)
+            logits = model(text, cache=cache)[:, -1]
+            (step,) = choose(model, logits, text, [0], sampling, generators)
+        yield step
+        if step.token in stop_ids:
             return
+        ids.append(step.token)
 
 
-def _generator(device: Any, seed: int | None) -> Generator:
+def _generators(model: Qwen, rows: int, temperature: float, seed: int | None) -> list[Generator]:
+    """One for each row, so that a row draws what it draws alone; none for greedy decoding."""
     import torch
 
-    generator = torch.Generator(device=device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+    generators = []
+    for row in range(rows if temperature > 0 else 0):
+        generators.append(torch.Generator(device=model.embed.weight.device))
+        if seed is None:
+            generators[row].seed()
+        else:
+            generators[row].manual_seed((seed + row) % 2**63)
+    return generators
 
 
 # The command

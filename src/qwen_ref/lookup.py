@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen_ref.config import InputError
-from qwen_ref.steps import Step, check_settings, checked_ids, choose, in_step
+from qwen_ref.config import InputError, whole
+from qwen_ref.steps import Step, check_settings, checked_ids, checked_stops, choose, in_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ def generate_lookup(
             )
         check_lookup(longest_match, draft_tokens)
         prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
-    stop_ids = frozenset(stop_ids)
+        stop_ids = checked_stops(stop_ids)
     if group.size > 1:
         how, end = f"{longest_match=}, {draft_tokens=}", (max_new_tokens, sorted(stop_ids))
         group.require_same("this generation", {"the prompt": prompt_ids, "lookup": how, "the end": end})
@@ -115,7 +115,6 @@ def generate_lookup(
     with group.together():
         cache = model.new_cache(1, full - 1)  # as the plain loop's: the last token is never fed back
     text, count = Text(prompt_ids, longest_match), Passes() if passes is None else passes
-    device = model.embed.weight.device
     exact = 0  # so many positions of the cache have the bits of the plain loop's
     if alike := isinstance(cache, FastCache):  # so have passes over several tokens
         draft_tokens = min(draft_tokens, FEW_ROWS - 1)
@@ -123,7 +122,7 @@ def generate_lookup(
     def states_of(ids: Sequence[int]) -> Tensor:
         count.passes += 1
         told = progress if cache.length == 0 else None
-        for chunk in in_chunks(model, torch.tensor([ids], device=device), cache, progress=told):
+        for chunk in in_chunks(model, torch.tensor([ids], device="cpu"), cache, progress=told):
             states = chunk
         return states  # (1, T, D); of a long prompt its last chunk
 
@@ -137,8 +136,7 @@ def generate_lookup(
         exact = cache.length
         logits = model.lm_head(last, only_rank_0=True)
         # The penalty of 1 asks for no earlier ids.
-        tokens, logprobs = choose(model, logits, torch.tensor([ids], device=device), (0.0, 0, 1.0, 1.0), [])
-        return [Step(int(tokens), float(logprobs))]
+        return choose(model, logits, torch.tensor([ids], device="cpu"), [0], (0.0, 0, 1.0, 1.0), [])
 
     def judged(draft: list[int]) -> tuple[list[Step], bool]:
         """The right ones of draft and the model's next token; False where a close call ends them sooner."""
@@ -183,8 +181,8 @@ def generate_lookup(
 
 def check_lookup(longest_match: int, draft_tokens: int) -> None:
     """Raises ValueError where a setting of the lookup is out of range."""
-    if longest_match < 1 or draft_tokens < 1:
-        raise InputError(f"{longest_match=} and {draft_tokens=} must be at least 1")
+    whole("longest_match", longest_match)
+    whole("draft_tokens", draft_tokens)
 
 
 def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list[Step]:
@@ -198,10 +196,9 @@ def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list
     import torch
 
     like = model.embed.weight
-    tokens = torch.full((T,), -1, device=like.device)
-    logprobs = torch.zeros(T, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    found = torch.zeros(2, T, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     if logits is not None:
-        wide = logits.to(logprobs.dtype)
+        wide = logits.to(found.dtype)
         best, ids = wide.topk(2, dim=-1)  # (T, 2)
         info = torch.finfo(like.dtype)
         margin = MARGIN[info.bits] * info.eps * wide.abs().amax(dim=-1)
@@ -209,9 +206,9 @@ def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list
         if alike:
             first = torch.cat([row.argmax(dim=-1) for row in wide.split(1)])  # as the loop does, ties too
             tokens = first.where(wide.isfinite().all(dim=-1), -1)
-        logprobs = best[:, 0] - wide.logsumexp(dim=-1)
-    tokens, logprobs = model.group.from_rank_0(tokens), model.group.from_rank_0(logprobs)
-    return list(map(Step, tokens.tolist(), logprobs.tolist()))
+        found = torch.stack((tokens.to(wide.dtype), best[:, 0] - wide.logsumexp(dim=-1)))
+    tokens, logprobs = model.group.from_rank_0(found).tolist()
+    return list(map(Step, map(int, tokens), logprobs))
 
 
 class Text:

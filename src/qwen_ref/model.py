@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import InputError, QwenConfig
+from qwen_ref.config import InputError, QwenConfig, lacks_memory, whole
 from qwen_ref.parallel import (
     ONE_RANK,
     ColumnParallelLinear,
@@ -119,7 +119,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def logn_scale(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
     """log(p + 1) / log(seq_length) for 0-based positions p beyond the trained length, 1 within it."""
-    scale = torch.log(positions.double() + 1) / math.log(seq_length)
+    scale = torch.log(positions.double() + 1) / math.log(seq_length)  # on the CPU: Apple's GPUs lack float64
     return scale.clamp(min=1.0).to(dtype)
 
 
@@ -130,7 +130,7 @@ def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) ->
     mask = (keys <= queries)[None, None]
     if padding is not None:
         # A padded query sees itself: the softmax over no key at all would be NaN.
-        mask = (mask & (keys >= padding[:, None, None, None])) | (keys == queries)
+        mask = (mask & (keys >= padding.to(device)[:, None, None, None])) | (keys == queries)
     return mask
 
 
@@ -149,7 +149,7 @@ class KVCache:
         self.batch_size, _, self.max_length, _ = shape
         self.length = 0  # positions filled
         self.prompt_length = prompt_length  # None: that of the first call
-        self.padding: Tensor | None = None  # (B,), where any row is padded
+        self.padding: Tensor | None = None  # (B,), on the CPU; None: no row is padded
         self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,11 +244,12 @@ class Qwen(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), in the model's dtype: at every position, of the token that follows it.
 
-        input_ids: (B, T), int64.
+        input_ids: (B, T), int64, on the CPU or on the model's device.
         attention_mask: (B, T), 1 for a token, 0 for padding, which stands on the left only. A padded row
         gives what it gives alone; logits at padding mean nothing.
         cache: the T positions are appended to those it holds. One shot, in chunks and token by token are the
-        same computation. It remembers the first call's mask. None is the forward pass of a textbook.
+        same computation. It remembers the first call's mask, which may be longer than T: that of a whole
+        prompt of which this call is the first chunk. None is the forward pass of a textbook.
         Raises ValueError for ids outside the vocabulary, wrong shapes, padding elsewhere and a full cache.
         With several ranks, all call it with the same arguments, and all get all logits.
         """
@@ -259,8 +260,8 @@ class Qwen(nn.Module):
     ) -> Tensor:
         """What lm_head reads, (B, T, D). Prefill wants no more than lm_head(states[:, -1]): V is large."""
         self._check(input_ids, attention_mask, cache)
-        at = self._positions(input_ids, attention_mask, cache)
         x = self.embed(input_ids)  # (B, T, D)
+        at = self._positions(x, attention_mask, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, at, cache, layer)
         if cache is not None:
@@ -277,47 +278,50 @@ class Qwen(nn.Module):
         numbers, which the system gives page by page as they are written (on the CPU). Raises ValueError where
         that does not fit.
         """
-        if batch_size < 1 or max_length < 1:
-            raise InputError(f"{batch_size=} and {max_length=} must be at least 1")
-        if prompt_length is not None and not 1 <= prompt_length <= max_length:
-            raise InputError(f"{prompt_length=} must be from 1 to {max_length=}")
+        batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
+        if prompt_length is not None:
+            prompt_length = whole("prompt_length", prompt_length, most=max_length)
         heads = self.config.num_attention_heads // self.group.size
         shape = (batch_size, heads, max_length, self.config.kv_channels)
+        size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
         try:
-            return self.cache_type(len(self.blocks), shape, prompt_length, like=self.embed.weight)
-        except (RuntimeError, TypeError):  # torch.OutOfMemoryError is one; TypeError: beyond 64 bits
-            size = 2 * len(self.blocks) * math.prod(shape) * self.embed.weight.element_size()
-            raise InputError(
-                f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.1f} GB, "
-                f"more than {self.embed.weight.device} has left; lower max_length or the batch size"
-            ) from None
+            if size < 2**63:
+                return self.cache_type(len(self.blocks), shape, prompt_length, like=self.embed.weight)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+        raise InputError(
+            f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.1f} GB, "
+            f"more than {self.embed.weight.device} has left; lower max_length or the batch size"
+        )
 
-    def _positions(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None
-    ) -> Positions:
-        T, past = input_ids.shape[1], cache.length if cache is not None else 0
-        device, dtype = input_ids.device, self.embed.weight.dtype
+    def _positions(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Positions:
+        T, past = x.shape[1], cache.length if cache is not None else 0
         if cache is not None and past > 0:
             padding, frequencies = cache.padding, cache.frequencies
         else:
-            padding = _left_padding(attention_mask)
-            length = T if cache is None or cache.prompt_length is None else cache.prompt_length
+            padding = None if attention_mask is None else _left_padding(attention_mask.cpu())
+            length = T if attention_mask is None else attention_mask.shape[1]
+            if cache is not None and cache.prompt_length is not None:
+                length = cache.prompt_length
             lengths = [length] if padding is None else [length - pad for pad in padding.tolist()]
             if min(lengths) < 1:
                 raise InputError(f"prompt_length={length} must be longer than every row's padding")
-            frequencies = rotary_frequencies(self.config, lengths, _inner_dtype(dtype)).to(device)
+            frequencies = rotary_frequencies(self.config, lengths, _inner_dtype(x.dtype)).to(x.device)
             if cache is not None:
                 cache.padding, cache.frequencies = padding, frequencies
 
-        positions = torch.arange(past, past + T, device=device)[None]  # (1, T)
+        positions = torch.arange(past, past + T, device="cpu")[None]  # (1, T)
         if padding is not None:  # every row counts from its first token
             positions = (positions - padding[:, None]).clamp(min=0)  # (B, T)
-        cos, sin = rotation_tables(positions, frequencies)
+        cos, sin = rotation_tables(positions.to(x.device), frequencies)
         query_scale = mask = None
         if self.config.use_logn_attn:
-            query_scale = logn_scale(positions, self.config.seq_length, dtype)[:, :, None, None]
+            query_scale = logn_scale(positions, self.config.seq_length, x.dtype).to(x.device)[
+                :, :, None, None
+            ]
         if padding is not None or (past > 0 and T > 1):
-            mask = causal_mask(T, past + T, padding, device)
+            mask = causal_mask(T, past + T, padding, x.device)
         return Positions(cos, sin, query_scale, mask)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
@@ -326,17 +330,20 @@ class Qwen(nn.Module):
                 f"input_ids must be int64 of shape (batch, at least one token), not {input_ids.dtype} "
                 f"{tuple(input_ids.shape)}"
             )
-        low, high, V = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+        # Ids on the CPU are checked without waiting for another device: the loops keep theirs there.
+        (low, high), V = torch.stack(torch.aminmax(input_ids)).tolist(), self.config.vocab_size
         if low < 0 or high >= V:
             raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise InputError(
-                f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
-                f"{tuple(input_ids.shape)}; positions already cached are not repeated in it"
-            )
+        B, T = input_ids.shape
+        if attention_mask is not None and attention_mask.shape != (B, T):
+            first_chunk = cache is not None and cache.length == 0
+            if not first_chunk or attention_mask.shape[:-1] != (B,) or attention_mask.shape[1] < T:
+                raise InputError(
+                    f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
+                    f"{(B, T)}; positions already cached are not repeated in it"
+                )
         if cache is None:
             return
-        B, T = input_ids.shape
         if cache.batch_size != B:
             raise InputError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
         if cache.length + T > cache.max_length:
@@ -348,13 +355,11 @@ class Qwen(nn.Module):
             raise InputError("padding can only come first: the cache remembers the first attention_mask")
 
 
-def _left_padding(attention_mask: Tensor | None) -> Tensor | None:
+def _left_padding(attention_mask: Tensor) -> Tensor | None:
     """How many positions of padding each row of (B, T) begins with → (B,); None where no row has any."""
-    if attention_mask is None:
-        return None
     T = attention_mask.shape[1]
     padding = (attention_mask == 0).sum(dim=1)
-    real = torch.arange(T, device=padding.device) >= padding[:, None]  # (B, T)
+    real = torch.arange(T, device="cpu") >= padding[:, None]  # (B, T)
     if not (attention_mask == real).all() or (padding == T).any():
         raise InputError(
             "attention_mask must be 0 … 0 1 … 1 in every row: padding on the left, at least one token"

@@ -220,6 +220,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
         self.group = group
 
     def forward(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.weight.device)
         if self.group.size == 1:
             return super().forward(ids)
         ours = ids - self.group.rank * self.num_embeddings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from qwen_ref.model import KVCache, Qwen
@@ -24,25 +25,21 @@ def in_chunks(
     chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Puts tokens (B, T) behind what the cache holds; yields the states of each chunk (B, up to chunk, D).
+    """Puts tokens (B, T) behind what the cache holds; yields the states of each chunk, (B, t, D).
 
     The same computation as model.hidden_states of all of them: queries see what is cached, and dynamic NTK's
     α is that of the whole text. In floating point chunks of another size round differently.
-    attention_mask: (B, T), for the padding that an empty cache's rows may begin with. It ends within the
-    first chunk, which is as long as that needs.
-    progress: called with the tokens done and all of them.
+    attention_mask: (B, T), for the padding that an empty cache's rows may begin with.
+    chunk: tokens of all rows together, at least one of each.
+    progress: called with the tokens of a row that are done and all of them.
     """
-    T, done = input_ids.shape[1], 0
-    padding = 0 if attention_mask is None else int((attention_mask == 0).sum(dim=1).max())
-    if whole_is_new := cache.length == 0 and cache.prompt_length is None:
-        cache.prompt_length = T
+    (B, T), done = input_ids.shape, 0
+    if attention_mask is None and cache.length == 0:
+        attention_mask = torch.ones_like(input_ids)  # it also says how long the whole text is, which fixes α
     while done < T:
-        end = min(max(done + chunk, padding + 1), T)
-        first_mask = attention_mask[:, :end] if attention_mask is not None and done == 0 else None
-        states = model.hidden_states(input_ids[:, done:end], first_mask, cache)
-        if whole_is_new:
-            cache.prompt_length = None  # the first call fixed α; the cache may be rewound for another text
-        done = end
+        end = min(done + max(chunk // B, 1), T)
+        states = model.hidden_states(input_ids[:, done:end], attention_mask, cache)
+        attention_mask, done = None, end
         if progress is not None:
             progress(done, T)
         yield states

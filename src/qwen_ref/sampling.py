@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, whole
 
 
 def probabilities(
@@ -21,7 +21,8 @@ def probabilities(
     repetition_penalty: logits of ids seen before are divided by it where positive and multiplied where
     negative (Keskar et al. 2019, section 4.1, with the sign taken into account); ids of -1 stand for nothing.
     temperature: divides the logits; 0 is greedy, all on the largest.
-    top_k: only the k largest logits stay (more where the k-th is tied); 0 means all.
+    top_k: only the k largest logits stay, and those that equal the k-th, as published; 0 means all. With 1 it
+    is one token: of equal largest logits the first, as greedy takes it.
     top_p: only the smallest set of likeliest tokens that reaches this probability stays (Holtzman et al.
     2020, section 3.1), at least one.
     Raises ValueError for parameters out of range and for logits that are not finite: a fault upstream.
@@ -32,6 +33,16 @@ def probabilities(
     check_parameters(temperature, top_k, top_p, repetition_penalty)
     _check_shapes(logits, previous_ids)
     check_finite(logits)
+    logits = scaled(logits, previous_ids, temperature, repetition_penalty)
+    if not torch.isfinite(logits).all():
+        raise overflow(temperature, repetition_penalty)
+    return distribution(logits, temperature, top_k, top_p)
+
+
+def scaled(
+    logits: Tensor, previous_ids: Tensor, temperature: float = 1.0, repetition_penalty: float = 1.0
+) -> Tensor:
+    """The first two steps of `probabilities`, unchecked: (B, V), float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     V = logits.shape[-1]
     if repetition_penalty != 1.0 and previous_ids.numel() > 0:
@@ -41,19 +52,20 @@ def probabilities(
         seen = padded.gather(1, ids)
         seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
         logits = padded.scatter(1, ids, seen)[:, :V]
-    if temperature == 0:
+    return logits if temperature == 0 else logits / temperature
+
+
+def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The last steps of `probabilities`, unchecked: what `scaled` gives → probabilities (B, V)."""
+    V = logits.shape[-1]
+    if temperature == 0 or top_k == 1:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), V).to(logits.dtype)
-    logits = logits / temperature
-    if not torch.isfinite(logits).all():
-        raise InputError(
-            f"logits overflow with repetition_penalty={repetition_penalty} and temperature={temperature}; "
-            "bring them nearer to 1"
-        )
     if 0 < top_k < V:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
-        ascending, order = logits.sort(dim=-1)
+        # From the last: of equal logits the first is the last to go, as it is greedy's choice.
+        ascending, order = (x.flip(-1) for x in logits.sort(dim=-1, descending=True, stable=True))
         reached = ascending.softmax(dim=-1).cumsum(dim=-1)  # of each token and all that are less likely
         cut = reached <= 1.0 - top_p
         cut[:, -1] = False
@@ -67,18 +79,17 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
         raise InputError(
             f"temperature={temperature} must be 0 (greedy) or at least 1e-5, where logits do not overflow"
         )
-    if top_k < 0:
-        raise InputError(f"top_k={top_k} must be 0 (no limit) or a count of tokens")
+    whole("top_k", top_k, least=0)
     if not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p} must be above 0 and at most 1 (no limit)")
-    if not 0 < repetition_penalty < float("inf"):
+    if not 1e-5 <= repetition_penalty < float("inf"):
         raise InputError(
-            f"repetition_penalty={repetition_penalty} must be a positive number; 1 changes nothing"
+            f"repetition_penalty={repetition_penalty} must be a number of at least 1e-5; 1 changes nothing"
         )
 
 
 def _check_shapes(logits: Tensor, previous_ids: Tensor) -> None:
-    if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits):
+    if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits) or not logits.numel():
         raise InputError(
             f"logits must be (B, V) and previous_ids (B, N), not {tuple(logits.shape)} and "
             f"{tuple(previous_ids.shape)}"
@@ -90,12 +101,21 @@ def _check_shapes(logits: Tensor, previous_ids: Tensor) -> None:
         raise InputError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
 
 
-def check_finite(logits: Tensor) -> None:
+def check_finite(logits: Tensor, whose: str = "") -> None:
     """Raises ValueError for NaN or infinite logits: sampled, they would pass for text."""
     if torch.isfinite(logits).all():
         return
     nans, infinities = int(logits.isnan().sum()), int(logits.isinf().sum())
     raise InputError(
-        f"{nans} NaN and {infinities} infinite among {logits.numel()} logits ({logits.dtype}): nothing was "
-        "sampled. In float16 large activations overflow: use bfloat16 or float32; otherwise check the weights"
+        f"{whose}{nans} NaN and {infinities} infinite among {logits.numel()} logits ({logits.dtype}): "
+        "nothing was sampled. In float16 large activations overflow: use bfloat16 or float32; otherwise "
+        "check the weights"
+    )
+
+
+def overflow(temperature: float, repetition_penalty: float) -> InputError:
+    """What to raise where finite logits are no longer finite after `scaled`."""
+    return InputError(
+        f"logits overflow with repetition_penalty={repetition_penalty} and temperature={temperature}; "
+        "bring them nearer to 1"
     )

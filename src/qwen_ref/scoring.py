@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_ref.config import InputError
 from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import KVCache, Qwen, ntk_alpha
-from qwen_ref.prefill import CHUNK, in_chunks, prefill
+from qwen_ref.prefill import in_chunks, prefill
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.sampling import check_finite
 from qwen_ref.sizes import cache_bytes, resident_bytes
@@ -73,21 +73,20 @@ def _batch(
 ) -> list[Scores]:
     B, longest, device = len(texts), max(map(len, texts)), model.embed.weight.device
     padding = [longest - len(text) for text in texts]
-    ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device=device)
-    columns = torch.arange(longest, device=device)
-    mask = (columns >= torch.tensor(padding, device=device)[:, None]).long()
+    ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device="cpu")
+    mask = (torch.arange(longest, device="cpu") >= torch.tensor(padding)[:, None]).long()
     with model.group.together():
         cache = model.new_cache(B, longest, prompt_length=longest)  # of which the last token is not fed
     # Position t scores the token of position t + 1: so many columns at the left score nothing asked for.
     skipped = min(pad + start for pad, start in zip(padding, starts, strict=True)) - 1
     parts = []
     done = 0
-    for states in in_chunks(model, ids[:, :-1], cache, mask[:, :-1], chunk=max(CHUNK // B, 1)):
+    for states in in_chunks(model, ids[:, :-1], cache, mask[:, :-1]):
         t = states.shape[1]
         wanted = slice(max(skipped - done, 0), t)
         if wanted.start < t:
             targets = ids[:, done + 1 : done + 1 + t]
-            parts.append(_judged(model, states[:, wanted], targets[:, wanted]))
+            parts.append(_judged(model, states[:, wanted], targets[:, wanted].to(device)))
         done += t
         if advance is not None:
             advance(B * t)
@@ -141,7 +140,7 @@ def _behind(
 ) -> list[Scores]:
     P, longest, device = len(prompt), max(map(len, continuations)), model.embed.weight.device
     cache = prefix.rewind(prompt, P + longest - 1, prompt_length=P + longest)
-    last = prefill(model, torch.tensor([prompt[cache.length :]], device=device), cache)  # (1, D)
+    last = prefill(model, torch.tensor([prompt[cache.length :]], device="cpu"), cache)  # (1, D)
     first_tokens = torch.tensor([[each[0] for each in continuations]], device=device)
     last = last[:, None].expand(-1, len(continuations), -1)
     first = Scores(*(part[0] for part in _judged(model, last, first_tokens)))
@@ -155,13 +154,14 @@ def _behind(
         room = max(len(continuations[number]) for number in batch)
         # Padded on the right: what stands behind a continuation changes nothing before it.
         ids = torch.tensor(
-            [continuations[n] + [0] * (room - len(continuations[n])) for n in batch], device=device
+            [continuations[n] + [0] * (room - len(continuations[n])) for n in batch], device="cpu"
         )
         parts, done = [], 0
         try:
-            for states in in_chunks(model, ids[:, :-1], rows, chunk=max(CHUNK // len(batch), 1)):
+            for states in in_chunks(model, ids[:, :-1], rows):
                 done += states.shape[1]
-                parts.append(_judged(model, states, ids[:, done + 1 - states.shape[1] : done + 1]))
+                targets = ids[:, done + 1 - states.shape[1] : done + 1].to(device)
+                parts.append(_judged(model, states, targets))
         finally:  # for the next prompt, whatever happened
             cache.length = P
         logprobs, likeliest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))

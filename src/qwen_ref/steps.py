@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, whole
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
@@ -38,10 +39,9 @@ def check_settings(
     from qwen_ref.sampling import check_parameters
 
     check_parameters(temperature, top_k, top_p, repetition_penalty)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise InputError(f"seed={seed} must be from 0 to 2**63 - 1")
+    whole("max_new_tokens", max_new_tokens)
+    if seed is not None:
+        whole("seed", seed, least=0, most=2**63 - 1)
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
@@ -60,56 +60,85 @@ def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
+def checked_stops(stop_ids: Collection[int]) -> frozenset[int]:
+    """Stop ids, read once; ValueError for what is no collection of ids, such as a text."""
+    try:
+        return frozenset(map(operator.index, stop_ids))
+    except TypeError as error:
+        raise InputError(f"stop_ids must be a collection of token ids: {error}") from None
+
+
 def choose(
     model: Qwen,
     logits: Tensor | None,
     previous_ids: Tensor,
+    live: Sequence[int],
     sampling: tuple[float, int, float, float],
-    generators: list[Generator],
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B) and their log-probabilities (B): rank 0 draws them from its logits, every rank has them."""
+    generators: Sequence[Generator],
+) -> list[Step]:
+    """The next step of each live row: rank 0 draws it from its logits (B, V), every rank hears of it.
+
+    previous_ids: (B, N), on the CPU. sampling: temperature, top_k, top_p and repetition_penalty.
+    generators: one a row, none where the temperature is 0.
+    All that the host learns of a step comes over in one transfer, which the device has to finish first.
+    """
     import torch
 
-    B, group, problem = len(previous_ids), model.group, None
-    tokens = previous_ids.new_full((B,), -1)
-    logprobs = torch.zeros(B, dtype=torch.promote_types(model.embed.weight.dtype, torch.float32))
-    logprobs = logprobs.to(previous_ids.device)
+    from qwen_ref.sampling import check_finite, overflow
+
+    group, weight, problem = model.group, model.embed.weight, None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    drawn = torch.full((2, len(live)), torch.nan, dtype=wide, device=weight.device)
     if group.rank == 0:
         try:
-            tokens, logprobs = _draw(logits, previous_ids, sampling, generators)
-        except Exception as error:  # logits that are not finite, say
+            drawn = _draw(logits, previous_ids, live, sampling, generators)
+        except Exception as error:  # lack of memory, say
             problem = error
-    tokens = group.from_rank_0(tokens)
-    if tokens[0] < 0:
+    tokens, logprobs = group.from_rank_0(drawn).tolist()
+    if any(map(math.isnan, logprobs)):
         with group.together():
             if problem is not None:
                 raise problem
-    return tokens, group.from_rank_0(logprobs)
+            if group.rank == 0:
+                row = live[[*map(math.isnan, logprobs)].index(True)]
+                check_finite(logits[row], f"row {row}: " if len(logits) > 1 else "")
+                raise overflow(sampling[0], sampling[3])
+    return list(map(Step, map(int, tokens), logprobs))
 
 
 def _draw(
     logits: Tensor,
     previous_ids: Tensor,
+    live: Sequence[int],
     sampling: tuple[float, int, float, float],
-    generators: list[Generator],
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B) drawn from logits (B, V), a generator a row, and their log-probabilities (B).
+    generators: Sequence[Generator],
+) -> Tensor:
+    """Tokens and their log-probabilities, (2, rows), of the live rows of logits (B, V); NaN: not finite.
 
-    sampling: temperature, top_k, top_p and repetition_penalty.
+    As floating-point numbers, in which every id up to 2^24 is exact. Nothing here waits for the device.
     """
     import torch
 
-    from qwen_ref.sampling import probabilities
+    from qwen_ref.sampling import distribution, scaled
 
-    probs = probabilities(logits, previous_ids, *sampling)
-    if sampling[0] == 0:
+    temperature, top_k, top_p, penalty = sampling
+    if len(live) < len(logits):
+        logits, previous_ids = logits[live], previous_ids[live]
+    ready = scaled(logits, previous_ids.to(logits.device), temperature, penalty)
+    finite = ready.isfinite().all(dim=-1)  # then the logits were, too
+    probs = distribution(ready, temperature, top_k, top_p)
+    if temperature == 0:
         tokens = probs.argmax(dim=-1)
     else:
-        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]
-        tokens = torch.cat(draws)
-    wide = logits.to(probs.dtype)
-    chosen = wide.gather(1, tokens[:, None])[:, 0]
-    return tokens, chosen - wide.logsumexp(dim=-1)
+        # A race: i is the first at an exponentially distributed time / p[i] with probability p[i]. This is
+        # torch.multinomial's way, too, which waits for the device to check what it is given.
+        times = torch.empty_like(probs)
+        for row, time in zip(live, times, strict=True):
+            time.exponential_(generator=generators[row])
+        tokens = (probs / times.clamp_(min=torch.finfo(times.dtype).tiny)).argmax(dim=-1)
+    logits = logits.to(probs.dtype)
+    chosen = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    return torch.stack((tokens.to(chosen.dtype), chosen.where(finite, torch.nan)))
 
 
 def in_step(group: Group, steps: Iterable[tuple[T, bool]]) -> Iterator[T]:
