@@ -95,7 +95,7 @@ def test_stages_are_what_their_names_say(tmp_path: Path) -> None:
         assert close(at["attn_norm"], block.attn_norm(x))
         qkv = torch.cat([at[f"attn.{part}"] for part in "qkv"], dim=-1)
         assert close(qkv, block.attn.qkv(at["attn_norm"]))
-        positions = qwen._positions(ids, None, None)
+        positions = qwen._positions(bundle.stage("embed"), None, None)
         heads = (1, 45, config.num_attention_heads, config.kv_channels)
         for part in "qk":
             turned = qwen_ref.model.rotate(at[f"attn.{part}"].view(heads), positions.cos, positions.sin)
