@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from qwen_ref import Qwen, QwenConfig
+from qwen_ref import Qwen, QwenConfig, load_model
 from qwen_ref.generate import generate_batch, generate_uncached
 from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.lookup import generate_lookup
@@ -68,8 +68,8 @@ def model(folder: str, dtype: torch.dtype = torch.float32) -> Qwen:
         return Qwen(config).to(dtype).eval()
 
 
-@pytest.fixture(autouse=True)
-def greedy_tokens_are_0(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling on `meta` has no generator, since there is nothing to draw."""
     monkeypatch.setattr("qwen_ref.generate._generators", lambda model, rows, *_: [None] * rows)
 
@@ -117,6 +117,7 @@ SAMPLED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1
     "settings", [{}, {"repetition_penalty": 1.2}, SAMPLED, {"top_k": 1, "temperature": 1.0}]
 )
 @pytest.mark.parametrize("lengths", [(40,), (3, 40)])
+@pytest.mark.usefixtures("no_generators")
 def test_a_step_of_the_loop_has_one_transfer_to_the_host(folder: str, settings: dict, lengths: tuple) -> None:
     qwen, prompts = model(folder), [[0] * length for length in lengths]
     with Watch() as watch:
@@ -174,3 +175,12 @@ def test_the_largest_tensor_of_a_batch_grows_no_faster_than_its_texts(lengths: t
             next(generate_batch(qwen, prompts, max_new_tokens=2))
         largest.append(watch.largest)
     assert largest[1] <= 2 * largest[0]
+
+
+def test_a_default_device_of_the_callers_changes_nothing() -> None:
+    """torch.set_default_device, or a `with torch.device(…)` around the call."""
+    qwen, prompts = load_model(GOLDEN / "ntk_logn", "float32"), [[5, 6, 7], list(range(40))]
+    settings = {"max_new_tokens": 5, "temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
+    expected = list(generate_batch(qwen, prompts, **settings)), score(qwen, prompts[1]).tolist()
+    with torch.device("meta"):
+        assert (list(generate_batch(qwen, prompts, **settings)), score(qwen, prompts[1]).tolist()) == expected

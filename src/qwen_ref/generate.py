@@ -121,7 +121,7 @@ def generate_batch(
             cache = model.new_cache(B, longest + max_new_tokens - 1)  # the last token is never fed back
     ids = torch.full((B, longest + max_new_tokens), -1, device="cpu")  # -1: no token
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt)
+        ids[row, longest - len(prompt) : longest] = torch.tensor(prompt, device="cpu")
     mask = (ids[:, :longest] >= 0).long()
     generators = _generators(model, B, temperature, seed)
 

@@ -93,7 +93,7 @@ def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype:
     model.
     """
     K = config.kv_channels
-    exponents = torch.arange(0, K, 2, dtype=dtype) / K
+    exponents = torch.arange(0, K, 2, dtype=dtype, device="cpu") / K
     rows = []
     for length in prompt_lengths:
         base = config.rotary_emb_base

@@ -74,7 +74,7 @@ def _batch(
     B, longest, device = len(texts), max(map(len, texts)), model.embed.weight.device
     padding = [longest - len(text) for text in texts]
     ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device="cpu")
-    mask = (torch.arange(longest, device="cpu") >= torch.tensor(padding)[:, None]).long()
+    mask = (torch.arange(longest, device="cpu") >= torch.tensor(padding, device="cpu")[:, None]).long()
     with model.group.together():
         cache = model.new_cache(B, longest, prompt_length=longest)  # of which the last token is not fed
     # Position t scores the token of position t + 1: so many columns at the left score nothing asked for.
