@@ -74,7 +74,7 @@ class Port:
         self.ids, self.mask = ids, mask
         self.prefill_length = prefill_length or ids.shape[1]
         self.stepwise = True  # else one pass over all positions, which is the same computation
-        self.saturates = False  # infinities become the dtype's largest number
+        self.saturates = False  # numbers beyond float16's range become its largest, in any dtype
         self.cached = True  # else every step computes all positions again
         self.progress: Callable[[int], None] | None = None  # called with the bytes just read
 
@@ -103,7 +103,8 @@ class Port:
     def saturated(self, x: Tensor) -> Tensor:
         if not self.saturates or not x.is_floating_point():
             return x
-        return x.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
+        limit = torch.finfo(torch.float16).max
+        return x.clamp(-limit, limit)
 
     def run(self, keep: Keep, only: Sequence[str] | None = None, greedy: int = 0) -> Tensor:
         """Computes all positions, then `greedy` more tokens; hands over the stages; returns the ids (B, T).
