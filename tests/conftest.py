@@ -6,6 +6,8 @@ import io
 import json
 import os
 import sys
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's; torch's are set below
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple

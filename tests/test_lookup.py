@@ -179,7 +179,12 @@ def test_a_wrong_draft_is_taken_back(right: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_margin_is_more_than_leads_move_by() -> None:
-    """Where the choice is lost to rounding, the lead was at most a third of MARGIN; so for the runner-up."""
+    """Where the choice is lost to rounding, the lead was at most a third of MARGIN; so for the runner-up.
+
+    How far leads move depends on the processor's kernels: torch's oldest ones add a row of bfloat16 alike in any
+    company, and none moves. That it is less than MARGIN must hold with all.
+    """
+    most = 0.0
     for name, dtype in itertools.product(("tiny", "extended_base", "ntk_logn"), DTYPES):
         qwen = model(name, dtype)
         info = torch.finfo(qwen.embed.weight.dtype)
@@ -189,11 +194,13 @@ def test_the_margin_is_more_than_leads_move_by() -> None:
         best, places = several.topk(2, dim=-1)
         there = single.gather(1, places)
         moved = ((best[:, 0] - best[:, 1]) - (there[:, 0] - there[:, 1])).abs() / unit
-        assert 0 < moved.max() < MARGIN[info.bits] / 2, (name, dtype)
+        most = max(most, float(moved.max()))
+        assert moved.max() < MARGIN[info.bits] / 2, (name, dtype)
         lost = single.argmax(dim=-1) != places[:, 0]
         assert ((best[:, 0] - best[:, 1]) / unit)[lost].sum() == 0 or (
             ((best[:, 0] - best[:, 1]) / unit)[lost].max() < MARGIN[info.bits] / 3
         )
+    assert most > 0  # or the two were computed alike, and nothing was tried
 
 
 @torch.inference_mode()
