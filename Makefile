@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test vocab lint bench parity eval readme walkthrough
+.PHONY: run test kernels vocab lint bench parity eval readme walkthrough
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -18,6 +18,16 @@ COVERAGE = $(if $(wildcard .venv/eval),95,93)
 test: .venv/installed
 	-$(BIN)/python examples/fetch_vocabulary.py
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+# The tests of numbers with torch's kernels for AVX2 and with its oldest ones, whatever the processor has.
+# Those of memory and of torch.compile have no numbers of their own; 32,768 positions in bfloat16 take long.
+SLOW = not memory and not compile and not (32768 and bfloat16)
+OLDER = $(if $(filter x86_64,$(shell uname -m)),avx2) default
+kernels: .venv/installed
+	for older in $(OLDER); do \
+		ATEN_CPU_CAPABILITY=$$older ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest \
+			-n auto --maxprocesses 8 --dist worksteal -m "kernels and not alone" -k "$(SLOW)" || exit 1; \
+	done
 
 vocab: .venv/installed
 	$(BIN)/python examples/fetch_vocabulary.py

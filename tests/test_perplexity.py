@@ -72,6 +72,7 @@ def test_a_tensor_scores_as_a_tensor() -> None:
     ids = torch.randint(0, qwen.config.vocab_size, (2, 20))
     found = score(qwen, ids)
     assert (found.shape, found.dtype) == ((2, 19), torch.float32)
+    # The same calls of the same kernels: equal on every processor.
     assert torch.equal(found[1], score(qwen, ids.tolist())[1])
     assert score(qwen, ids[0]).shape == (19,)
     assert qwen_ref.perplexity.score is score
@@ -199,6 +200,7 @@ def test_ids_may_be_arrays_and_scores_may_meet_gradients() -> None:
     (ids,) = texts(qwen, 12)
     wanted = score(qwen, ids)
     for form in (np.array(ids), torch.tensor(ids), tuple(ids)):
+        # The same calls of the same kernels: equal on every processor.
         assert torch.equal(score(qwen, form), wanted)
     for several in (np.array([ids, ids]), [np.array(ids), np.array(ids)], torch.tensor([ids, ids])):
         assert furthest(list(score(qwen, several)), [wanted, wanted]) < TOLERANCE
@@ -206,7 +208,7 @@ def test_ids_may_be_arrays_and_scores_may_meet_gradients() -> None:
     assert furthest([continuation], [wanted[7:]]) < TOLERANCE
     weight = torch.ones(11, dtype=torch.float64, requires_grad=True)
     (weight * wanted).sum().backward()
-    assert torch.equal(weight.grad, wanted)
+    assert torch.equal(weight.grad, wanted)  # times 1: no rounding
 
 
 def test_wrong_numbers_are_refused() -> None:
