@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test vocab lint bench parity eval readme walkthrough
+.PHONY: run test slow kernels vocab lint bench parity eval readme walkthrough
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -13,11 +13,26 @@ run: .venv/installed
 # Percent of the lines; the two modules behind `make eval`'s extra run only where it is.
 COVERAGE = $(if $(wildcard .venv/eval),95,93)
 
-# The vocabulary may be out of reach without network: then the tests that need it say so and are skipped.
 # A process a core: a test uses one thread.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# The vocabulary may be out of reach without network: then the tests that need it say so and are skipped.
 test: .venv/installed
 	-$(BIN)/python examples/fetch_vocabulary.py
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+# What takes a quarter of a minute and more.
+slow: .venv/installed
+	$(PYTEST) -m slow
+
+# The tests of numbers with torch's kernels for AVX2 and with its oldest ones, whatever the processor has.
+# Those of memory and of torch.compile have no numbers of their own.
+OLDER = $(if $(filter x86_64,$(shell uname -m)),avx2) default
+kernels: .venv/installed
+	for older in $(OLDER); do \
+		ATEN_CPU_CAPABILITY=$$older ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+			$(PYTEST) -m "kernels and not slow and not alone" -k "not memory and not compile" || exit 1; \
+	done
 
 vocab: .venv/installed
 	$(BIN)/python examples/fetch_vocabulary.py

@@ -6,6 +6,9 @@ import io
 import json
 import os
 import sys
+
+# Before NumPy is there: its second thread waits for the processor as torch's would, see pytest_configure.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +32,21 @@ def read_golden(folder: str) -> dict[str, Tensor]:
 
 def read_jsonl(name: str) -> list[dict]:
     return [json.loads(line) for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines()]
+
+
+# Files whose numbers come from torch's kernels: `make kernels` runs them on its older ones as well.
+KERNELS = {
+    *(
+        "test_model",
+        "test_parity",
+        "test_parity_kit",
+        "test_numpy_reference",
+        "test_diagnose",
+        "test_quantize",
+    ),
+    *("test_fast", "test_gptq", "test_generate", "test_lookup", "test_prefill", "test_sampling"),
+    *("test_perplexity", "test_trace", "test_parallel", "test_kernels"),
+}
 
 
 class Result(NamedTuple):
@@ -102,6 +120,12 @@ def tokenizer(vocabulary_file: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiktoken_tokenizer(vocabulary_file: Path) -> Tokenizer:
     return Tokenizer.from_file(vocabulary_file, engine="tiktoken")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in KERNELS:
+            item.add_marker(pytest.mark.kernels)
 
 
 def pytest_configure() -> None:

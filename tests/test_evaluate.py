@@ -495,6 +495,7 @@ def test_the_tasks_are_what_their_script_makes() -> None:
         assert (TASKS / name).read_text(encoding="utf-8") == content
 
 
+@pytest.mark.slow  # three processes that import the harness
 def test_two_ranks_find_what_one_does(run_command: Run) -> None:
     options = ["--tasks", str(TASKS), "--limit", "6", "--json"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -579,6 +580,7 @@ def test_data_that_is_no_json_says_so(run_command: Run, letters: Path) -> None:
     assert "JSON parse error" in last_line(run_command(main, "--tasks", letters))
 
 
+@pytest.mark.slow  # the harness reads all its tasks
 def test_nothing_is_downloaded_unasked(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
     process = [sys.executable, "-m", "qwen_ref.evaluate", "--tasks", "gsm8k"]

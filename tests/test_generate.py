@@ -69,7 +69,7 @@ def test_the_same_seed_repeats_and_another_does_not() -> None:
     def sampled(seed: int | None) -> list[Step]:
         return list(generate(qwen, ids, max_new_tokens=20, temperature=2.0, seed=seed))
 
-    assert sampled(5) == sampled(5)
+    assert sampled(5) == sampled(5)  # also the log-probabilities: the same calls of the same kernels
     assert sampled(5) != sampled(6)
     assert sampled(None) != sampled(None)
 

@@ -179,7 +179,12 @@ def test_a_wrong_draft_is_taken_back(right: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_margin_is_more_than_leads_move_by() -> None:
-    """Where the choice is lost to rounding, the lead was at most a third of MARGIN; so for the runner-up."""
+    """Where the choice is lost to rounding, the lead was at most a third of MARGIN; so for the runner-up.
+
+    How far leads move depends on the processor's kernels: torch's oldest ones add a row of bfloat16 alike in
+    any company, and none moves. That it is less than MARGIN must hold with all.
+    """
+    most = 0.0
     for name, dtype in itertools.product(("tiny", "extended_base", "ntk_logn"), DTYPES):
         qwen = model(name, dtype)
         info = torch.finfo(qwen.embed.weight.dtype)
@@ -189,11 +194,13 @@ def test_the_margin_is_more_than_leads_move_by() -> None:
         best, places = several.topk(2, dim=-1)
         there = single.gather(1, places)
         moved = ((best[:, 0] - best[:, 1]) - (there[:, 0] - there[:, 1])).abs() / unit
-        assert 0 < moved.max() < MARGIN[info.bits] / 2, (name, dtype)
+        most = max(most, float(moved.max()))
+        assert moved.max() < MARGIN[info.bits] / 2, (name, dtype)
         lost = single.argmax(dim=-1) != places[:, 0]
         assert ((best[:, 0] - best[:, 1]) / unit)[lost].sum() == 0 or (
             ((best[:, 0] - best[:, 1]) / unit)[lost].max() < MARGIN[info.bits] / 3
         )
+    assert most > 0  # or the two were computed alike, and nothing was tried
 
 
 @torch.inference_mode()
@@ -213,6 +220,7 @@ def test_what_is_decided_again_has_the_bits_of_the_plain_loop(
     monkeypatch.setitem(MARGIN, torch.finfo(getattr(torch, dtype)).bits, math.inf)
     qwen, ids = tiny(dtype), TINY.encode(FACTS * 2)
     passes = Passes()
+    # Decided again by the plain loop's own calls: equal with any kernels. How often that is, they decide.
     assert list(generate_lookup(qwen, ids, 60, passes=passes)) == list(generate(qwen, ids, 60))
     assert 0 < passes.repeated < 60
     assert passes.passes <= 120
@@ -243,6 +251,7 @@ def test_a_close_call_is_decided_by_the_bits_of_the_plain_loop(monkeypatch: pyte
     monkeypatch.setattr(lookup, "choose", seen)
     assert tokens(generate_lookup(qwen, ids, 46, draft_tokens=4, passes=passes)) == plain
     assert passes.repeated == 1 + 4 * 5  # what four passes had taken, and the last token before the call
+    # The same calls of the same kernels: equal on every processor.
     assert torch.equal(decided[1], bits[1 + 4 * 5])
 
 

@@ -22,6 +22,7 @@ from qwen_ref.sizes import cache_bytes, held_bytes
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
 # pass loses to rounding (README's parity table), which two orders lose independently: √2 of it; 3 allowed.
+# The order, and with it the last bits, is the processor's kernels'; the size of the rounding is the dtype's.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-2, "float16": 4e-3}
 
 # An int8 cache: a number that lies between two steps may go to the other one in a pass that rounds otherwise.
@@ -107,6 +108,7 @@ def test_every_query_sees_a_key_also_at_padding() -> None:
 def test_without_padding_a_mask_of_ones_changes_no_bit() -> None:
     qwen, ids = model("ntk_logn", "float32"), text("ntk_logn", 40, rows=2)
     with torch.inference_mode():
+        # The same calls of the same kernels: equal on every processor.
         assert torch.equal(qwen(ids), qwen(ids, attention_mask=torch.ones_like(ids)))
 
 
@@ -136,6 +138,7 @@ def test_interleaved_generations_with_different_alpha_do_not_disturb_each_other(
     prompts = [text("ntk_logn", length)[0].tolist() for length in (20, 40, 70)]  # α = 1, 3, 7
     alone = [list(generate(qwen, prompt, max_new_tokens=12)) for prompt in prompts]
     together = list(zip(*(generate(qwen, prompt, max_new_tokens=12) for prompt in prompts), strict=True))
+    # The same calls of the same kernels: equal on every processor.
     assert [list(steps) for steps in zip(*together, strict=True)] == alone
 
 
@@ -350,7 +353,7 @@ def test_a_cache_larger_than_the_machine_is_refused_with_its_size() -> None:
 
 def test_two_models_of_one_folder_are_the_same_to_the_bit() -> None:
     ids = golden("extended_base")["prefill_100.input_ids"]
-    with torch.inference_mode():
+    with torch.inference_mode():  # the same calls of the same kernels: equal on every processor
         assert torch.equal(
             load_model(GOLDEN / "extended_base", "float32")(ids), model("extended_base", "float32")(ids)
         )

@@ -136,14 +136,21 @@ def test_a_file_is_a_haystack_and_a_fact_may_be_any(
 # The checkpoint
 
 
-def test_training_makes_this_folder(tmp_path: Path) -> None:
+def test_training_makes_this_folder(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two runs of two steps agree to the byte, and in all but the weights with the checkpoint."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    for name in ("once", "again"):
-        script = [sys.executable, str(ROOT / "examples" / "train_needle.py"), "--steps", "2"]
-        command = [*script, "--output", str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-        assert done.returncode == 0, done.stderr
+    script = [str(ROOT / "examples" / "train_needle.py"), "--steps", "2", "--output"]
+    command = [sys.executable, *script, str(tmp_path / "once")]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr
+    # The other run is here, where strings have other hashes.
+    monkeypatch.setattr(sys, "argv", [*script, str(tmp_path / "again")])
+    try:
+        training.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
     files = sorted(path.name for path in (tmp_path / "once").iterdir())
     assert files == ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken"]
     for name in files:
@@ -168,7 +175,9 @@ def test_within_the_trained_length_every_depth_is_retrieved(run_needle: Callable
         assert cell | own == found["none", length, depth]  # neither acts there: the very same numbers
 
 
-@pytest.mark.parametrize(("length", "least", "gap"), [(512, 85, 12), (1024, 65, 35)])
+@pytest.mark.parametrize(
+    ("length", "least", "gap"), [(512, 85, 12), pytest.param(1024, 65, 35, marks=pytest.mark.slow)]
+)
 def test_beyond_it_dynamic_ntk_keeps_what_is_lost_without(
     length: int, least: int, gap: int, run_needle: Callable[..., Result]
 ) -> None:

@@ -159,6 +159,7 @@ def test_decoded_steps_are_those_of_the_cache(tmp_path: Path) -> None:
     with torch.inference_mode():
         logits = torch.cat([qwen(call, cache=cache) for call in calls], dim=1)
         whole = qwen(bundle.input_ids)
+    # The same calls of the same kernels: equal on every processor.
     assert torch.equal(bundle.stage("logits"), logits)
     # α was fixed by 30 tokens; one pass over 39 would have another.
     assert not torch.allclose(bundle.stage("logits"), whole)
@@ -186,6 +187,7 @@ def test_the_rounding_kept_with_the_truth_is_that_of_the_model(truth: Path) -> N
         exact = bundle.stage("logits")[bundle.real]
         relative = (delta.square().sum() / exact.square().sum()).sqrt()
         worst = (delta.square().sum(-1) / exact.square().sum(-1)).sqrt().max()
+        # The same calls of the same kernels, so equal on every processor; kept in three digits.
         assert bundle.rounding[dtype]["logits"] == pytest.approx((relative.item(), worst.item()), rel=5e-3)
 
 
@@ -236,7 +238,7 @@ def test_this_implementation_is_within_tolerance_of_its_own_truth(truth: Path, d
     assert comparison.judged_dtype == ("bfloat16" if dtype == "auto" else dtype)
     assert len(comparison.stages) == len(stage_widths(model("ntk_logn", "float32").config))
     if dtype != "float64":
-        # The same measurement as the recorded rounding: the tolerance is FACTOR times it, and no more.
+        # Measured as the recorded rounding was, by the same kernels; the tolerance is FACTOR times it.
         excess = {stage.stage: stage.excess for stage in comparison.stages}
         assert excess["logits"] == pytest.approx(1 / FACTOR, rel=0.02)
         assert max(excess.values()) < 1.05 / FACTOR

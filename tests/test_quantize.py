@@ -20,6 +20,7 @@ def test_int8_is_off_by_half_a_step_at_most() -> None:
     w = weight()
     q, scale = quantize_int8(w)
     assert q.dtype == torch.int8
+    # Quotients and rounding are IEEE's, element by element: equal on every processor.
     assert torch.equal(q.abs().amax(dim=1), torch.where(w.abs().amax(dim=1) > 0, 127, 0).to(torch.int8))
     # 1e-5: scale and quotient are float32.
     assert ((q * scale - w).abs() <= 0.5 * scale * (1 + 1e-5) + 1e-30).all()

@@ -21,6 +21,7 @@ def test_golden_probabilities(case: dict) -> None:
     number, parameters = case["case"], {name: case[name] for name in case if name != "case"}
     found = probabilities(TENSORS[f"{number}.logits"], TENSORS[f"{number}.input_ids"], **parameters)
     expected = TENSORS[f"{number}.probs"]
+    # Exponentials differ in the last bit from one processor to another; what is cut away does not.
     assert torch.equal(found > 0, expected > 0)
     # A softmax of 64 float32 values: a few units in the last place of 1.
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
@@ -53,6 +54,7 @@ def test_ids_of_minus_one_stand_for_nothing() -> None:
     previous = torch.tensor([[-1, -1, 3], [4, 8, 8]])
     found = probabilities(logits, previous, repetition_penalty=1.7)
     alone = probabilities(logits[:1], torch.tensor([[3]]), repetition_penalty=1.7)
+    # A row's softmax does not look at other rows, whatever the kernels.
     assert torch.equal(found[:1], alone)
 
 
@@ -73,6 +75,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
 
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
     logits = torch.randn(1, 5)
+    # The same softmax of the same numbers: equal on every processor. So below.
     assert torch.equal(probabilities(logits, NOTHING_BEFORE, top_k=99), logits.softmax(dim=-1))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,18 @@ from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.parity.bundle import Bundle, meaning, stage_widths
-from qwen_ref.parity.compare import Comparison, Measure, Tolerances, compare_bundles, measure_bundles, plain
-from qwen_ref.parity.mistakes import Make, Mistake, mistakes, norm_epsilon, rope_base
+from qwen_ref.parity.compare import (
+    FACTOR,
+    Comparison,
+    Measure,
+    Tolerances,
+    compare_bundles,
+    measure_bundles,
+    plain,
+)
+from qwen_ref.parity.mistakes import CLAMPED, Make, Mistake, mistakes, norm_epsilon, rope_base
 from qwen_ref.parity.recording import (
+    ROUNDING_DTYPES,
     Progress,
     Work,
     held_against,
@@ -39,12 +48,27 @@ MARGIN = 3.0
 _MARGIN_WITHIN = 1.5
 _LEAST = 0.1  # tolerances: a difference below that is less than rounding usually makes
 
+# "Computed in float16" is judged by size. Six ways of adding (one pass, steps, NumPy, blocks of 16, partial
+# sums rounded, logits in float32), three models, float16 and bfloat16: the error over all positions of a
+# stage was 0.8 to 1.8 times this implementation's own in that dtype. Where only what enters a product is
+# rounded it was 0.4 to 0.6 at the logits. FACTOR, 4, either way holds all of them. bfloat16's rounding is 7
+# to 8 times float16's: what lies between the two is given to the nearer one.
+# All of them err everywhere: the most exact of 400 positions had 1/14 of this implementation's error there.
+# A wrong position, angle or mask leaves the first position right, with 1/2,000 of float16's error.
+_FAINT = 1 / 64
+
+# A port with less than this much of its dtype's rounding keeps part of the computation in a finer one: the
+# figures above are 0.8 and more where all is in one dtype, and 0.4 to 0.6 where products alone are.
+_FINER = 0.7
+_HALVES = ("bfloat16", "float16")
+
 _SURE = 0.4  # tolerances: the quarter that rounding takes of its own tolerance, and some
 _NOISE = 0.5  # the largest relative error that is still called rounding
 
 # Of the numbers, so many must be finite, or not, in the reference in float16 as in a port that overflowed.
 _OVERFLOW_AGREES = 0.9
 
+_SAMPLE = 64  # positions in which a dtype's numbers are looked for
 _FINALISTS = 4  # hypotheses whose own rounding is measured
 _FITTED_LENGTH = 256  # positions that a number is fitted to
 _LIKELY = 3  # mistakes that are tried together with every other in any case
@@ -62,6 +86,8 @@ class Hypothesis:
     excess: float  # the error there in tolerances: up to 1 is rounding
     residuals: tuple[float, ...]  # of every stage, in the order in which data flows
     agrees: int  # stages before the first that is beyond tolerance
+    dtype: str = ""  # where it was judged by that dtype's rounding: residual and excess are then of that,
+    ratios: dict[str, float] = field(default_factory=dict)  # and the error in units of each dtype's
 
     @property
     def text(self) -> str:
@@ -109,13 +135,24 @@ class _Search:
 
     def __init__(self, checkpoint: Checkpoint, theirs: Bundle, work: Work) -> None:
         self.checkpoint, self.theirs, self.work = checkpoint, theirs, work
-        self.known = {mistake.text: mistake for mistake in mistakes(checkpoint.config)}
+        self.measured = measured_rounding(checkpoint, theirs, [theirs.dtype, *ROUNDING_DTYPES], work)
+        self.known = {
+            mistake.text: mistake for mistake in mistakes(checkpoint.config) if self._may_be(mistake)
+        }
         work.expect(checkpoint.bytes * (len(self.known) + 2 + 2 * _FINALISTS))
-        self.measured = measured_rounding(checkpoint, theirs, [theirs.dtype], work)
         self.tolerances = Tolerances(self.measured, theirs.dtype, theirs.dtype)
         self.stored = {stage: (theirs.stored_dtype(stage),) for stage in theirs.stages}
         self.tried = 0
         self.notes: list[str] = []
+
+    def _may_be(self, mistake: Mistake) -> bool:
+        """A finer dtype than the declared one is no mistake; without overflow, clamping changes nothing."""
+        if mistake.text == CLAMPED:
+            return not self._finite("float16")
+        return mistake.dtype is None or _eps(mistake.dtype) > _eps(self.theirs.dtype)
+
+    def _finite(self, dtype: str) -> bool:
+        return all(math.isfinite(self.measured[dtype][stage][0]) for stage in self.theirs.stages)
 
     def diagnosis(self) -> Diagnosis:
         comparison = self._comparison()
@@ -124,23 +161,34 @@ class _Search:
         singles = [self._hypothesis((text,)) for text in self.known]
         same = [h for h in singles if any(h.residuals == r.residuals for r in right) and h.excess < math.inf]
         ranking = sorted((h for h in singles if h not in same), key=_rank)
-        if comparison.within:
+        if comparison.within and self._finer(comparison):
+            fitting = []
+        elif comparison.within:
             # Nothing may be wrong; but what difference there is may be a mistake's.
             fitting = [h for h in ranking if self._named_for_its_rounding(h, none)]
         else:
             fitting = self._fitting(ranking, none)
+            sized = [] if fitting else self._computed_in(())
+            if sized and self._numbers_of(sized[0].dtype):
+                fitting = sized
             if not fitting:
                 fitted = [self._fitted_base(), self._fitted_epsilon()]
                 ranking = sorted(
                     [*ranking, *(h for h in fitted if h.excess * MARGIN < none.excess)], key=_rank
                 )
-                fitting = self._fitting(ranking, none)
+                fitting = self._fitting(ranking, none) or sized
+            if not fitting:
+                better = self._better(ranking, none)
+                fitting = sorted((h for b in better for h in self._computed_in(b.mistakes)), key=_rank)
             if not fitting:
                 pairs = self._pairs(ranking)
                 fitting = self._fitting(sorted(pairs, key=_rank), none)
                 ranking += pairs
+            if fitting and fitting[0].dtype:
+                self._explain(fitting[0])
         verdict = "mistake" if fitting else "rounding only" if comparison.within else "none of these"
-        ranking = sorted((h for h in ranking if h not in fitting), key=_rank)
+        named = {h.mistakes for h in fitting}
+        ranking = sorted((h for h in ranking if h.mistakes not in named), key=_rank)
         ranking = [none, *ranking] if verdict == "rounding only" else sorted([none, *ranking], key=_rank)
         first = comparison.first_beyond
         return Diagnosis(
@@ -189,15 +237,91 @@ class _Search:
         return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess, residuals, agrees)
 
     def _named_for_its_rounding(self, hypothesis: Hypothesis, none: Hypothesis) -> bool:
-        half = self.theirs.dtype in ("bfloat16", "float16")
-        if half and any(self.known[text].usual_in_half for text in hypothesis.mistakes):
+        half = self.theirs.dtype in _HALVES
+        known = [self.known[text] for text in hypothesis.mistakes]
+        if any(mistake.dtype or (half and mistake.usual_in_half) for mistake in known):
             return False
         return none.excess > _LEAST and hypothesis.excess * _MARGIN_WITHIN < none.excess
 
+    def _better(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
+        """The best that are clearly nearer than no mistake. A dtype is not judged by that."""
+        judged = [h for h in ranking if not any(self.known[text].dtype for text in h.mistakes)]
+        return [h for h in judged[:_FINALISTS] if h.excess * MARGIN < none.excess]
+
     def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
         """Of the best, those with which the port agrees to rounding, their own or the reference's."""
-        better = [h for h in ranking[:_FINALISTS] if h.excess * MARGIN < none.excess]
+        better = self._better(ranking, none)
         return [h for h in better if h.excess <= 1 or self._within_its_own_rounding(h)]
+
+    def _own_error(self, dtype: str, stage: str) -> float:
+        return self.tolerances.rounding(dtype, stage).all
+
+    def _finer(self, comparison: Comparison) -> bool:
+        """Whether the port is clearly nearer to float64 than its dtype's rounding, which is no mistake."""
+        stage, dtype = comparison.stages[-1], self.theirs.dtype
+        if dtype == "float64":
+            return False
+        least = _FINER if dtype in _HALVES else 1 / FACTOR  # float32's error varies more with the order
+        costs = {name: self._own_error(name, stage.stage) for name in DTYPES}
+        if not stage.relative_rms < least * costs[dtype]:
+            return False
+        note = f"nearer to float64 than this implementation in {dtype}"
+        if stage.relative_rms > 0:
+            note += f", {costs[dtype] / stage.relative_rms:,.2g} times at {stage.stage}"
+            nearest = min(costs, key=lambda name: abs(math.log(stage.relative_rms / costs[name])))
+            if nearest != dtype:
+                note += f", and about as near as it is in {nearest}"
+        self.notes.append(f"{note}: more precision than declared is no mistake")
+        return True
+
+    def _computed_in(self, texts: tuple[str, ...]) -> list[Hypothesis]:
+        """With these mistakes, the dtype whose rounding the port's error is as large as, if there is one.
+
+        Bits say nothing here: two runs in one dtype that add in another order are as far from each other as
+        from the truth.
+        """
+        stages, last = self.theirs.stages, self.theirs.stages[-1]
+        wider = {mistake.text: mistake.dtype for mistake in self.known.values() if mistake.dtype}
+        with temporary_record(self._port(texts, "float64"), stages, self.work) as truth:
+            if truth.stages != stages:
+                return []  # a layer is missing
+            theirs = measure_bundles(truth, self.theirs, stages)
+            ours = {
+                t: held_against(self._port(texts, d), truth, stages, text=False) for t, d in wider.items()
+            }
+        error = theirs.rounding(last).all
+        costs = {text: measure.rounding(last).all for text, measure in ours.items()}
+        ratios = {t: error / cost for t, cost in costs.items() if error > 0 and 0 < cost < math.inf}
+        if not ratios:
+            return []
+        text = min(ratios, key=lambda text: abs(math.log(ratios[text])))
+        measured = {wider[text]: {stage: ours[text].rounding(stage) for stage in stages}}
+        tolerances = Tolerances(measured, "float64", wider[text])
+        results = [theirs.result(s, tolerances.of(s, self.stored[s])) for s in stages]
+        worst = max(results, key=lambda result: result.excess)
+        everywhere = theirs.positions(last) >= _FAINT * ours[text].positions(last)
+        if not worst.within or worst.tolerance > _NOISE or ratios[text] < 1 / FACTOR or not everywhere.all():
+            return []
+        found = (*texts, text)
+        residuals = tuple(result.relative_rms for result in results)
+        named = Hypothesis(found, worst.relative_rms, worst.stage, worst.excess, residuals, len(results))
+        return [replace(named, dtype=wider[text], ratios=ratios)]
+
+    def _numbers_of(self, dtype: str) -> bool:
+        """Whether the last stage, kept in a finer dtype, has this dtype's numbers only."""
+        some = self.theirs.stage(self.theirs.stages[-1])[:, :_SAMPLE]
+        kept = torch.finfo(some.dtype).eps < _eps(dtype)
+        return kept and torch.equal(some.to(DTYPES[dtype]).to(some.dtype), some)
+
+    def _explain(self, found: Hypothesis) -> None:
+        stage = self.theirs.stages[-1]
+        sizes = [f"{r:.2g} of that {t.removeprefix('computed ')}" for t, r in found.ratios.items()]
+        self.notes.append(f"the error at {stage} over this implementation's own: {' and '.join(sizes)}")
+        if not self._numbers_of(found.dtype):
+            self.notes.append(
+                f"its {stage} are no {found.dtype} numbers: a part may be computed in {found.dtype} (or in a "
+                "GPU's TensorFloat-32, which has float16's precision), or weights may be quantised"
+            )
 
     def _within_its_own_rounding(self, hypothesis: Hypothesis) -> bool:
         """A mistake may make a model that rounds more, as attention without 1/√K does."""
@@ -282,7 +406,7 @@ class _Search:
 
     def _pairs(self, singles: Sequence[Hypothesis]) -> list[Hypothesis]:
         """All pairs, or as many as are worth it: the likeliest first, until one fits."""
-        visible = [h.mistakes[0] for h in singles]
+        visible = [h.mistakes[0] for h in singles if not self.known[h.mistakes[0]].dtype]
         pairs = sorted(itertools.combinations(range(len(visible)), 2), key=sum)
         likely = [pair for pair in pairs if pair[0] < _LIKELY]
         chosen = likely + [pair for pair in pairs if pair[0] >= _LIKELY]
@@ -315,6 +439,10 @@ class _Search:
 
 
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
+
+
+def _eps(dtype: str) -> float:
+    return torch.finfo(DTYPES[dtype]).eps
 
 
 def _rank(hypothesis: Hypothesis) -> tuple[int, float, float]:

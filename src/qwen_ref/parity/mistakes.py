@@ -20,6 +20,8 @@ from qwen_ref.parity.stages import Port
 
 Make = Callable[[Port], None]
 
+CLAMPED = "float16 overflow, clamped to 65504"
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -29,6 +31,8 @@ class Mistake:
     make: Make
     # Usual in ports that compute in half precision: there a matter of rounding, and no mistake.
     usual_in_half: bool = False
+    # It is nothing but this dtype's rounding: `diagnose` judges it by the size of the error.
+    dtype: str | None = None
 
 
 def mistakes(config: QwenConfig) -> list[Mistake]:
@@ -95,9 +99,10 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("ReLU for SiLU", _activation(F.relu)),
         Mistake("last layer dropped", _layer_dropped(last=True)),
         Mistake("first layer dropped", _layer_dropped(last=False)),
-        Mistake("computed in bfloat16", _computed_in(torch.bfloat16)),
-        Mistake("computed in float16", _computed_in(torch.float16)),
-        Mistake("float16 overflow, clamped to 65504", _computed_in(torch.float16, saturates=True)),
+        Mistake("computed in bfloat16", _computed_in(torch.bfloat16), dtype="bfloat16"),
+        Mistake("computed in float16", _computed_in(torch.float16), dtype="float16"),
+        Mistake("computed in float32", _computed_in(torch.float32), dtype="float32"),
+        Mistake(CLAMPED, _computed_in(torch.float16, saturates=True)),
     ]
     needs = {"LogN": config.use_logn_attn, "NTK": config.use_dynamic_ntk}
     return [mistake for mistake in known if all(used for name, used in needs.items() if name in mistake.text)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
@@ -74,7 +75,7 @@ class Port:
         self.ids, self.mask = ids, mask
         self.prefill_length = prefill_length or ids.shape[1]
         self.stepwise = True  # else one pass over all positions, which is the same computation
-        self.saturates = False  # infinities become the dtype's largest number
+        self.saturates = False  # numbers beyond float16's range become its largest, in any dtype
         self.cached = True  # else every step computes all positions again
         self.progress: Callable[[int], None] | None = None  # called with the bytes just read
 
@@ -103,7 +104,8 @@ class Port:
     def saturated(self, x: Tensor) -> Tensor:
         if not self.saturates or not x.is_floating_point():
             return x
-        return x.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
+        limit = torch.finfo(torch.float16).max
+        return x.clamp(-limit, limit)
 
     def run(self, keep: Keep, only: Sequence[str] | None = None, greedy: int = 0) -> Tensor:
         """Computes all positions, then `greedy` more tokens; hands over the stages; returns the ids (B, T).
@@ -199,9 +201,17 @@ def _replaced(owner: Any, values: dict[str, Any]) -> Iterator[None]:
 
 def _streamed(port: Port) -> Qwen:
     """The model without weights: each module fetches its own before it runs and drops them after."""
+    model = _empty_model(port.config, port.dtype)
+    model.lm_head.port = port
+    return model
+
+
+@lru_cache(maxsize=4)
+def _empty_model(config: QwenConfig, dtype: torch.dtype) -> Qwen:
+    """Kept, since one port runs at a time and building the modules takes as long as a small model's run."""
     with torch.device("meta"), NoInitialisation():
-        model = Qwen(port.config).to(port.dtype).eval()
-        model.lm_head = _Head()
+        model = Qwen(config).to(dtype).eval()
+        model.lm_head = head = _Head()
     for name, module in model.named_modules():
         parameters = {key: value for key, value in module._parameters.items() if value is not None}
         if not parameters:
@@ -211,20 +221,19 @@ def _streamed(port: Port) -> Qwen:
 
         def fetch(module: nn.Module, inputs: tuple, keys: Sequence[str] = tuple(parameters)) -> tuple:
             for key in keys:
-                weight = port.read(f"{module.qualified_name}.{key}")
+                weight = head.port.read(f"{module.qualified_name}.{key}")
                 if module is not model.embed:  # a few of its rows are wanted: these are widened, not all
-                    weight = weight.to(port.dtype)
+                    weight = weight.to(dtype)
                 setattr(module, key, nn.Parameter(weight, requires_grad=False))
-            return tuple(map(port.saturated, inputs))
+            return tuple(map(head.port.saturated, inputs))
 
         def drop(module: nn.Module, _: tuple, output: Tensor, empty: dict = parameters) -> Tensor:
             for key, parameter in empty.items():
                 setattr(module, key, parameter)
-            return port.saturated(output.to(port.dtype))
+            return head.port.saturated(output.to(dtype))
 
         module.register_forward_pre_hook(fetch)
         module.register_forward_hook(drop)
-    model.lm_head.port = port
     return model
 
 
