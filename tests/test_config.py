@@ -252,7 +252,7 @@ def test_a_size_is_a_whole_number_within_reason(field: str, value: object, tmp_p
     assert f"{field}={value!r} must be a whole number from 1 to " in message
 
 
-@pytest.mark.parametrize("value", [*NO_NUMBER, 1e300, 10**400], ids=lambda value: repr(value)[:10])
+@pytest.mark.parametrize("value", [*NO_NUMBER, 1e300, 10**300], ids=lambda value: repr(value)[:10])
 @pytest.mark.parametrize("field", REAL)
 def test_base_and_epsilon_are_finite_positive_numbers(field: str, value: object, tmp_path: Path):
     message = refusal(tmp_path, published(**{field: value}))

@@ -47,7 +47,7 @@ def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
     raw = read_json_object(path) if os.path.lexists(path) else {}
     try:
         return _defaults(raw, tokenizer)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from None
 
 
@@ -59,6 +59,8 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise InputError(f"{name}={shown(found)} must be {wanted}")
+        if isinstance(found, int) and abs(found) >= 2**63:
+            raise InputError(f"{name}={shown(found)} must be below 2**63")
         return found
 
     def stop_text(word: list[int]) -> str:

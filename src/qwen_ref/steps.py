@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from qwen_ref.config import InputError
+from qwen_ref.config import LARGEST_LENGTH, InputError, shown
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ def check_settings(
     from qwen_ref.sampling import check_parameters
 
     check_parameters(temperature, top_k, top_p, repetition_penalty)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 1 <= max_new_tokens <= LARGEST_LENGTH:
+        raise InputError(
+            f"max_new_tokens={shown(max_new_tokens)} must be at least 1 and at most {LARGEST_LENGTH}"
+        )
     if seed is not None and not 0 <= seed < 2**63:
-        raise InputError(f"seed={seed} must be from 0 to 2**63 - 1")
+        raise InputError(f"seed={shown(seed)} must be from 0 to 2**63 - 1")
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:

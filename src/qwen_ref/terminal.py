@@ -13,6 +13,7 @@ import locale
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,8 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
         raise InputError(f'{path}: "format" is {shown(raw.get("format"))}, not "{SAVED_AS}"; {remedy}')
     try:
         check_texts("", raw.get("history"), raw.get("system"))
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")
+        for text in (raw["system"], *chain.from_iterable(raw["history"])):
+            text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
             f"{path}: holds {error.object[error.start]!r}, which is no character; {remedy}"
