@@ -420,7 +420,7 @@ def test_every_missing_shard_is_named_and_its_tensors_are_not(sharded: Path):
 def test_a_folder_in_the_place_of_a_file_is_named(name: str, single: Path):
     (single / name).unlink()
     (single / name).mkdir()
-    assert f"{name}: cannot be read: Is a directory" in refusal(single)
+    assert f"{name}: cannot be read: it is a folder, not a file" in refusal(single)
 
 
 @pytest.mark.parametrize("target", ["../blobs/gone", SINGLE], ids=["to nothing", "to itself"])

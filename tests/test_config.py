@@ -377,7 +377,7 @@ def test_a_message_stays_short_however_long_the_value(key: str, value: object, t
         (b'{"hidden_size": \xff}', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a":' * 100_000, "not valid JSON"),
-        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "hidden_size=inf must be a whole number"),
         (b"null", "holds a JSON NoneType, not an object"),
         (b"[]", "holds a JSON list, not an object"),
         (b'"qwen"', "holds a JSON str, not an object"),
@@ -404,7 +404,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path):
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match="cannot be read: it is a folder, not a file"):
         QwenConfig.from_json(tmp_path)
 
 

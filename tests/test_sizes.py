@@ -96,7 +96,7 @@ def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None
             "num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64",
         ),
         (["72b", "--tp", "-1"], "cannot be split over -1 ranks"),
-        (["72b", "--context", "0"], "--context 0 must be at least 1"),
+        (["72b", "--context", "0"], "--context 0 must be from 1 to 1073741824"),
         (["73b"], "73b: no such folder, and no preset '73b'; use one of 1.8b, 7b, 14b, 72b"),
         ([], "required: FOLDER"),
     ],

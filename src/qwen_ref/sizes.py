@@ -24,7 +24,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
-from qwen_ref.config import LARGEST_LENGTH, GPTQConfig, InputError, QwenConfig, require_folder, shown
+from qwen_ref.config import LARGEST_LENGTH, GPTQConfig, InputError, QwenConfig, require_folder
 from qwen_ref.model import KVCache, Qwen
 
 
@@ -141,7 +141,7 @@ def inspect(args: argparse.Namespace) -> int:
         try:
             config = QwenConfig.preset(args.folder.lower())
         except ValueError as error:
-            raise InputError(f"{shown(args.folder)}: no such folder, and {error}") from None
+            raise InputError(f"{args.folder}: no such folder, and {error}") from None
     elif not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)
