@@ -242,8 +242,8 @@ Stored = StoredTensor | StoredPacked
 
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
-    folder = Path(folder)
     require_folder(folder)
+    folder = Path(folder)
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []

@@ -356,7 +356,7 @@ def shown(value: object) -> str:
     try:
         return _short.repr(value).replace("\n", " ")
     except ValueError:  # Python writes no integer of more than 4,300 digits
-        return f"a {type(value).__name__} too large to be shown"
+        return f"<{type(value).__name__}, too long to be shown>"
 
 
 def require_folder(folder: str | Path) -> None:

@@ -137,11 +137,11 @@ def inspect(args: argparse.Namespace) -> int:
     """The command."""
     path = Path(args.folder)
     stored = None
-    if not os.path.exists(path):  # False, too, for what no path can be
+    if not os.path.exists(args.folder):  # False, too, for what no path can be
         try:
             config = QwenConfig.preset(args.folder.lower())
         except ValueError as error:
-            raise InputError(f"{args.folder}: no such folder, and {error}") from None
+            raise InputError(f"{args.folder or repr('')}: no such folder, and {error}") from None
     elif not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)

@@ -51,17 +51,20 @@ class Tokenizer:
     The special tokens' ids follow those of the file: in the published models <|endoftext|> is 151643.
     """
 
-    def __init__(self, tokens: list[bytes], engine: str = "python") -> None:
-        """tokens: the regular ones in the order of their ranks. engine: "python", or "tiktoken" for that
-        library's encoder: the same ids, sooner.
+    def __init__(self, tokens: Iterable[bytes], engine: str = "python") -> None:
+        """tokens: the regular ones in the order of their ranks, distinct, every single byte among them.
+        engine: "python", or "tiktoken" for that library's encoder: the same ids, sooner.
         """
         if engine not in ("python", "tiktoken"):
             raise InputError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
+        tokens = list(tokens)
         self.special_ids = {token: len(tokens) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = len(tokens) + len(SPECIAL_TOKENS)
         self._n_regular = len(tokens)
         self._bytes = tokens + [token.encode() for token in SPECIAL_TOKENS]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(_SINGLE_BYTES):
+            raise InputError("tokens must be distinct and hold each of the 256 single bytes")
         self._pieces = _Memo(self._encode_piece)
         self._parts = _Memo(self._merge)
         self._tiktoken = None
