@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from needle_corpus import draw_needle, haystack
 
 from qwen_ref.checkpoint import load_model
-from qwen_ref.cli import Parser, Progress, as_json, check_path, decoded, run, utf8
-from qwen_ref.config import InputError, read_bytes, require_folder
+from qwen_ref.cli import Parser, Progress, as_json, check_path, read_text, run, utf8
+from qwen_ref.config import InputError, require_folder
 from qwen_ref.figures import pyplot, save
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.scoring import score_texts
@@ -120,7 +120,7 @@ def drawer(args: argparse.Namespace, tokenizer: Tokenizer) -> Draw:
         given = Needle(*map(encode, (args.needle, args.question, args.answer)))
     text: list[int] = []
     if args.haystack is not None:
-        text = encode(decoded(str(args.haystack), read_bytes(args.haystack)))
+        text = encode(read_text(args.haystack))
         if not text:
             raise InputError(f"{args.haystack} is empty; a haystack needs text")
 

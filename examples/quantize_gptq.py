@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
 from qwen_ref.cli import Parser, Progress, read_prompt, run
-from qwen_ref.config import GPTQConfig, InputError, QwenConfig, require_folder
+from qwen_ref.config import GPTQConfig, InputError, QwenConfig, read_json_object, require_folder
 from qwen_ref.gptq import is_packed, module_of
 
 # In the order in which data flows: those of a row read the same x.
@@ -179,7 +179,7 @@ def write(
         tensors[f"{module}.g_idx"] = matrix.g_idx
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     settings = {**vars(config), "damp_percent": DAMPING, "quant_method": "gptq"}
-    published = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    published = read_json_object(source / "config.json")
     text = json.dumps({**published, "quantization_config": settings}, indent=2) + "\n"
     (output / "config.json").write_text(text, encoding="utf-8")
     for name in ("qwen.tiktoken", "generation_config.json"):

@@ -21,8 +21,8 @@ import torch
 
 from qwen_ref import QwenConfig
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, decoded, run, say, write_whole
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, InputError, read_bytes
+from qwen_ref.cli import Parser, read_text, run, say, write_whole
+from qwen_ref.config import INT4_GROUP, INT4_GROUPS, InputError
 from qwen_ref.fast import block_width
 from qwen_ref.sizes import cache_bytes
 
@@ -311,7 +311,7 @@ def write(path: Path, section: str) -> None:
     """Puts the section between BEGIN and END of a file, whole or not at all; ValueError where they are not
     there, once each and in this order.
     """
-    text = decoded(str(path), read_bytes(path))
+    text = read_text(path)
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise InputError(f"{path}: the section stands between two lines, once: {BEGIN} and {END}")
     before, rest = text.split(BEGIN)

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,12 +26,14 @@ from qwen_ref.cli import (
     check_path,
     decoded,
     printable,
+    read_text,
     run,
     say,
     utf8,
 )
-from qwen_ref.config import InputError, read_bytes
+from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
 from qwen_ref.figures import pyplot, save
+from qwen_ref.tokenizer import nfc
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / ".vocab" / "qwen.tiktoken"
@@ -71,7 +72,7 @@ def from_tokenizer_json(name: str, path: str) -> Vocabulary:
         import tokenizers
     except ImportError:
         raise InputError(f"{path} takes the package tokenizers; pip install tokenizers brings it") from None
-    content = decoded(path, read_bytes(path))
+    content = decoded(path, read_bytes(path, LARGEST_VOCABULARY))
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises nothing narrower
@@ -174,7 +175,7 @@ def read_texts(given: Sequence[tuple[str, str]]) -> dict[str, str]:
         raise InputError(f"two texts are called {twice}")
     texts = {}
     for name, file in sorted(given):
-        texts[name] = unicodedata.normalize("NFC", decoded(file, read_bytes(file)))
+        texts[name] = nfc(read_text(Path(file)))
         if not texts[name]:
             raise InputError(f"{file} is empty")
     return texts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import socket
 import sys
 
 # Before NumPy is there: its second thread waits for the processor as torch's would, see pytest_configure.
@@ -81,6 +83,42 @@ def turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(queue, fcntl.LOCK_UN)
         yield
+
+
+@pytest.fixture
+def never_hangs() -> Iterator[None]:
+    """What waits for a pipe would wait for ever: fail after 30 s instead."""
+
+    def expire(*_: object) -> None:
+        raise AssertionError("still waiting after 30 s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+# What is no regular file, and how it is named.
+SPECIAL_FILES = {"pipe": "a pipe", "device": "a device", "socket": "a socket", "folder": "a folder"}
+
+
+@pytest.fixture(params=SPECIAL_FILES)
+def special(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, never_hangs: None
+) -> Iterator[tuple[Path, str]]:
+    """A file that never ends or never begins, and what it is."""
+    path = tmp_path_factory.mktemp("special") / "it"
+    with socket.socket(socket.AF_UNIX) as bound:
+        if request.param == "pipe":
+            os.mkfifo(path)
+        elif request.param == "device":
+            path = Path("/dev/zero")
+        elif request.param == "socket":
+            bound.bind(str(path))
+        else:
+            path.mkdir()
+        yield path, SPECIAL_FILES[request.param]
 
 
 @pytest.fixture

@@ -368,8 +368,16 @@ def test_a_missing_folder_is_named(tmp_path: Path):
     assert "not a folder" in refusal(tmp_path / "nowhere")
 
 
-def test_a_file_is_no_folder(single: Path):
-    assert "not a folder" in refusal(single / SINGLE)
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_a_file_is_no_folder_and_the_folder_is_named(name: str, single: Path):
+    assert refusal(single / name) == f"not a folder; give the folder that it is in, {single}"
+
+
+def test_an_empty_path_is_not_the_current_folder(single: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(single)
+    with pytest.raises(InputError, match="'': not a folder"):
+        load_model("")
+    load_model(".")
 
 
 def test_an_empty_folder_lacks_both_configuration_and_weights(tmp_path: Path):
@@ -420,7 +428,16 @@ def test_every_missing_shard_is_named_and_its_tensors_are_not(sharded: Path):
 def test_a_folder_in_the_place_of_a_file_is_named(name: str, single: Path):
     (single / name).unlink()
     (single / name).mkdir()
-    assert f"{name}: cannot be read: Is a directory" in refusal(single)
+    assert f"{name}: cannot be read: it is a folder, not a file" in refusal(single)
+
+
+@pytest.mark.parametrize("name", ["config.json", "quantize_config.json", SINGLE, INDEX, SHARDS[1]])
+def test_only_regular_files_are_read(name: str, special: tuple[Path, str], request: pytest.FixtureRequest):
+    folder = request.getfixturevalue("sharded" if name in (INDEX, *SHARDS) else "single")
+    path, kind = special
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(path)
+    assert f"{name}: cannot be read: it is {kind}, not a file" in refusal(folder)
 
 
 @pytest.mark.parametrize("target", ["../blobs/gone", SINGLE], ids=["to nothing", "to itself"])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwen_ref import QwenConfig
-from qwen_ref.config import InputError
+from qwen_ref.config import LARGEST_JSON, InputError, shown
 
 # What the four published files hold, in the columns of the model card's table.
 COLUMNS = (
@@ -202,6 +204,9 @@ def test_another_model_type_is_named(model_type: object, tmp_path: Path):
         ("rotary_pct", 0.5),
         ("rotary_pct", float("nan")),
         ("rotary_pct", "1.0"),
+        ("rotary_pct", True),
+        ("no_bias", 1),
+        ("tie_word_embeddings", 0),
         ("scale_attn_weights", False),
         ("apply_residual_connection_post_layernorm", True),
         ("activation", "gelu"),
@@ -252,7 +257,7 @@ def test_a_size_is_a_whole_number_within_reason(field: str, value: object, tmp_p
     assert f"{field}={value!r} must be a whole number from 1 to " in message
 
 
-@pytest.mark.parametrize("value", [*NO_NUMBER, 1e300, 10**400], ids=lambda value: repr(value)[:10])
+@pytest.mark.parametrize("value", [*NO_NUMBER, 1e300, 10**300], ids=lambda value: repr(value)[:10])
 @pytest.mark.parametrize("field", REAL)
 def test_base_and_epsilon_are_finite_positive_numbers(field: str, value: object, tmp_path: Path):
     message = refusal(tmp_path, published(**{field: value}))
@@ -377,7 +382,7 @@ def test_a_message_stays_short_however_long_the_value(key: str, value: object, t
         (b'{"hidden_size": \xff}', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a":' * 100_000, "not valid JSON"),
-        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+        (b'{"hidden_size": ' + b"9" * 10_000 + b"}", "hidden_size=inf must be a whole number"),
         (b"null", "holds a JSON NoneType, not an object"),
         (b"[]", "holds a JSON list, not an object"),
         (b'"qwen"', "holds a JSON str, not an object"),
@@ -398,13 +403,66 @@ def test_nesting_near_the_recursion_limit_is_refused_like_any_wrong_value(depth:
     refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize("digits", [309, 5000, 10**6])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_an_integer_that_no_float_can_hold_is_an_infinity(digits: int, sign: str, tmp_path: Path):
+    for field in ("hidden_size", "rotary_emb_base", "use_logn_attn"):
+        text = json.dumps(published(**{field: "HERE"})).replace('"HERE"', sign + "9" * digits)
+        assert f"{field}={sign}inf must be" in refusal(tmp_path, text)
+    text = json.dumps(published(of_tomorrow="HERE")).replace('"HERE"', sign + "9" * digits)
+    assert read(tmp_path, text) == QwenConfig.preset("7b")
+
+
+def test_a_key_with_two_values_is_refused_and_with_one_twice_is_read(tmp_path: Path):
+    text = json.dumps(published())
+    assert "'kv_channels' is given twice" in refusal(tmp_path, text[:-1] + ', "kv_channels": 64}')
+    nested = text[:-1] + ', "of_tomorrow": {"a": 1, "b": 2, "a": 3}}'
+    assert "'a' is given twice" in refusal(tmp_path, nested)
+    assert read(tmp_path, text[:-1] + ', "kv_channels": 128}') == QwenConfig.preset("7b")
+
+
+def test_only_regular_files_are_read(special: tuple[Path, str], tmp_path: Path):
+    path, kind = special
+    for name in (path, tmp_path / "link.json"):
+        if name != path:
+            name.symlink_to(path)
+        with pytest.raises(InputError, match=f"{name}: cannot be read: it is {kind}, not a file"):
+            QwenConfig.from_json(name)
+
+
+def test_a_file_is_read_up_to_a_bound_however_large_it_is(tmp_path: Path):
+    path = tmp_path / "config.json"
+    whole = json.dumps(published()).encode()
+    path.write_bytes(whole.ljust(LARGEST_JSON))
+    assert QwenConfig.from_json(path) == QwenConfig.preset("7b")
+    path.write_bytes(whole.ljust(LARGEST_JSON + 1))
+    with pytest.raises(InputError, match=r"config\.json: larger than 16 MiB"):
+        QwenConfig.from_json(path)
+    os.truncate(path, 2**36)  # of which nothing is on the disk
+    with pytest.raises(InputError, match=r"config\.json: larger than 16 MiB"):
+        QwenConfig.from_json(path)
+
+
+def test_a_loop_of_links_cannot_be_read(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "config.json"):
+        with pytest.raises(InputError, match="cannot be read: Too many levels of symbolic links"):
+            QwenConfig.from_json(path)
+
+
+@pytest.mark.parametrize("value", [10**5000, [10**5000], "a\nb", torch.ones(3, 3)], ids=range(4))
+def test_whatever_is_shown_is_one_short_line(value: object):
+    assert len(shown(value)) < 200
+    assert "\n" not in shown(value)
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"nowhere\.json: cannot be read: No such file"):
         QwenConfig.from_json(tmp_path / "nowhere.json")
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path):
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match="cannot be read: it is a folder, not a file"):
         QwenConfig.from_json(tmp_path)
 
 

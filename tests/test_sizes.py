@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from conftest import GOLDEN, WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from qwen_ref import load_model
-from qwen_ref.checkpoint import main
+from qwen_ref.checkpoint import INDEX_NAME, main
 from qwen_ref.sizes import cache_bytes
 
 PUBLISHED_BYTES = {"1.8b": 3_673_657_344, "7b": 15_442_649_088, "14b": 28_334_581_760, "72b": 144_575_840_256}
@@ -96,7 +97,7 @@ def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None
             "num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64",
         ),
         (["72b", "--tp", "-1"], "cannot be split over -1 ranks"),
-        (["72b", "--context", "0"], "--context 0 must be at least 1"),
+        (["72b", "--context", "0"], "--context 0 must be from 1 to 1073741824"),
         (["73b"], "73b: no such folder, and no preset '73b'; use one of 1.8b, 7b, 14b, 72b"),
         ([], "required: FOLDER"),
     ],
@@ -125,3 +126,25 @@ def test_a_damaged_folder_is_named_and_not_taken_for_a_configuration_alone(
         shutil.copy(GOLDEN / "extended_base" / name, index_alone)
     assert main(["inspect", str(index_alone)]) == 2
     assert "model-00001-of-00003.safetensors: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "qwen.tiktoken", "pytorch_model.bin", "model.gguf", INDEX_NAME]
+)
+def test_a_file_in_the_place_of_its_folder_is_said_at_once(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 2**36)
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    expected = f"{tmp_path / name}: not a folder; give the folder that it is in, {tmp_path}"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", ["", "a\0b", "a" * 5000, "\ud800"], ids=["empty", "NUL", "long", "surrogate"]
+)
+def test_a_path_that_no_folder_can_have_is_one_line(path: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no such folder" in line

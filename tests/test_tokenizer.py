@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 import signal
 import string
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product, takewhile
@@ -19,7 +21,8 @@ import torch
 from conftest import read_jsonl
 
 from qwen_ref import Tokenizer
-from qwen_ref.tokenizer import StreamDecoder, merge_pairs, read_ranks
+from qwen_ref.config import InputError
+from qwen_ref.tokenizer import _LONG_RUN_SAMPLED, StreamDecoder, merge_pairs, nfc, read_ranks
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -368,6 +371,69 @@ def test_a_surrogate_pair_encodes_as_the_character_it_spells(either: Tokenizer) 
     assert either.encode("x\ud83d\ud83d\ude00\ude00") == either.encode("x\ufffd😀\ufffd")
 
 
+# The normal form
+
+# Marks of many classes, those that decompose and those of class 0 that decompose to marks; what composes
+# with them; starters that compose with starters; Hangul by parts.
+MARKS = [
+    *"\u0300\u0301\u0308\u0323\u0345\u0315\u05b0\u064b\u093c\u094d\u3099\u302a\u1dfc\U0001d165\U0001e94a"
+]
+DECOMPOSED = [*"\u0340\u0341\u0343\u0344\u0f73\u0f75\u0f81\u0f71\u0f72\u0f74\u0f80"]
+STARTERS = [
+    *"aeàǖ\u1fc2\u0903\u09c7\u09be\u09d7\u0dd9\u0dcf\u0dca\u1025\u102e\u1100\u1161\u11a8가中\u034f\u0378 <"
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_normal_form_is_pythons(seed: int) -> None:
+    generator = random.Random(20 + seed)
+    changed = 0
+    for _ in range(700):
+        parts = []
+        for _ in range(generator.randint(1, 4)):
+            alphabet = generator.sample(MARKS + DECOMPOSED, generator.randint(1, 8))
+            parts += generator.choices(STARTERS, k=generator.randint(0, 3))
+            parts += generator.choices(alphabet, k=generator.choice((0, 3, 40, 127, 128, 129, 200, 400)))
+            parts += generator.choices([*STARTERS, *alphabet], k=generator.choice((0, 5, 150)))
+        text = "".join(parts)
+        changed += _LONG_RUN_SAMPLED.search(text[::16]) is not None
+        assert nfc(text) == unicodedata.normalize("NFC", text), ascii(text)
+    assert changed > 200
+
+
+def test_the_normal_form_of_recorded_and_of_random_texts_is_pythons() -> None:
+    texts = [row["text"] for row in read_jsonl(CASES)] + list(random_texts(3000, seed=19))
+    # Longer, so that the marks in them are many in a row.
+    texts += ["".join(texts[n : n + 30]) for n in range(0, len(texts), 30)]
+    texts += [mark * 300 for mark in map(chr, range(0x110000)) if unicodedata.category(mark)[0] == "M"]
+    assert [text for text in texts if nfc(text) != unicodedata.normalize("NFC", text)] == []
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        "\u0345" * 40000 + "\u0323" * 40000,
+        "\u0f73" * 40000,
+        "\u0345\u0323" * 40000,
+        "".join(random.Random(21).choices(MARKS + DECOMPOSED, k=80000)),
+    ],
+    ids=["two", "class 0", "in turns", "random"],
+)
+def test_a_long_run_of_marks_takes_linear_time(tokenizer: Tokenizer, marks: str) -> None:
+    """Python's own normalize takes 6 to 14 s of processor time here, this some 0.1 s."""
+    start = time.process_time()
+    found = nfc(f"a{marks}b")
+    assert time.process_time() - start < 1.5
+    assert sorted(map(unicodedata.combining, found[1:-1])) == list(map(unicodedata.combining, found[1:-1]))
+    assert tokenizer.encode(found) == tokenizer.encode(f"a{marks}b")
+
+
+@pytest.mark.parametrize("wrong", [None, b"text", 5, ["text"], Path("text")], ids=repr)
+def test_only_text_is_encoded(either: Tokenizer, wrong: object) -> None:
+    with pytest.raises(InputError, match="text must be a str, not "):
+        either.encode(wrong)
+
+
 # Special tokens
 
 
@@ -385,7 +451,7 @@ def test_no_special_token_is_parsed_by_default(either: Tokenizer) -> None:
     assert max(i for name in SPECIAL for i in either.encode(f"a{name}b")) < END_OF_TEXT
 
 
-@pytest.mark.parametrize("collection", [set, frozenset, list, tuple, dict.fromkeys])
+@pytest.mark.parametrize("collection", [set, frozenset, list, tuple, dict.fromkeys, iter, np.array])
 def test_only_the_allowed_special_tokens_are_parsed(either: Tokenizer, collection: Callable) -> None:
     text = "<|im_start|>a<|im_end|><|im_end|>"
     plain = either.encode("<|im_start|>a")
@@ -417,9 +483,9 @@ def test_an_unknown_special_token_is_refused_by_name(either: Tokenizer, name: st
         either.encode("text", allowed_special={"<|im_end|>", name})
 
 
-@pytest.mark.parametrize("wrong", ["<|im_end|>", "none", "ALL", ""])
-def test_a_string_other_than_all_is_refused(either: Tokenizer, wrong: str) -> None:
-    with pytest.raises(ValueError, match=regex.escape(repr(wrong))):
+@pytest.mark.parametrize("wrong", ["<|im_end|>", "none", "ALL", "", b"all", None, 5, [["<|im_end|>"]]])
+def test_what_is_neither_all_nor_a_collection_of_tokens_is_refused(either: Tokenizer, wrong: object) -> None:
+    with pytest.raises(InputError, match=f"allowed_special must be .* not {regex.escape(repr(wrong))}"):
         either.encode("text", allowed_special=wrong)
 
 
@@ -481,6 +547,27 @@ def test_numpy_and_torch_integers_decode_like_python_ones(either: Tokenizer) -> 
     assert either.decode(torch.tensor(ids), skip_special_tokens=True) == "hello world"
     decoder = StreamDecoder(either)
     assert decoder.push(np.int64(14990)) + decoder.push(torch.tensor(1879)) == "hello world"
+
+
+NO_IDS = [None, 5, np.int64(5), torch.tensor(5), "12", "", b"\x01", [1.0], [True], ["1"], [None], [[1]]]
+NO_IDS += [torch.tensor([1.0]), torch.tensor([True]), torch.tensor([[1]]), np.array([1.5]), np.array([True])]
+
+
+@pytest.mark.parametrize("wrong", NO_IDS, ids=repr)
+def test_what_is_no_list_of_ids_is_refused_in_words(either: Tokenizer, wrong: object) -> None:
+    with pytest.raises(InputError, match="ids must be a list of token ids, whole numbers, not "):
+        either.decode(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "1", 1.0, True, [1]], ids=repr)
+def test_what_is_no_id_is_refused_by_the_stream(either: Tokenizer, wrong: object) -> None:
+    with pytest.raises(InputError, match="ids must be a list of token ids, whole numbers, not "):
+        StreamDecoder(either).push(wrong)
+
+
+def test_an_id_of_5000_digits_is_refused(either: Tokenizer) -> None:
+    with pytest.raises(InputError, match="no token has id "):
+        either.decode([10**5000])
 
 
 # Streaming
@@ -573,6 +660,10 @@ def test_a_good_small_vocabulary_file_loads(tmp_path: Path) -> None:
         pytest.param(damaged(b"ZA== "), r"\b101\b", id="an empty rank"),
         pytest.param(damaged(b"ZA== ten"), r"\b101\b", id="a word for a rank"),
         pytest.param(damaged(b"ZA== 100.0"), r"\b101\b", id="a fraction for a rank"),
+        pytest.param(damaged(b"ZA== 1_00"), r"\b101\b", id="a rank with an underscore"),
+        pytest.param(damaged(b"ZA== " + b"9" * 300), r"\b100\b", id="a rank of 300 digits"),
+        pytest.param(damaged(b"ZA== " + b"9" * 5000), r"\b101\b", id="a rank of 5000 digits"),
+        pytest.param(damaged(b"\xef\xbb\xbfIQ== 0", 1), r"line 1:", id="a byte order mark"),
         pytest.param(damaged(b"ZA== -100"), r"\b100\b", id="a negative rank"),
         pytest.param(damaged(b"ZA== 100 7"), r"\b101\b", id="a third field"),
         pytest.param(damaged(b" 100"), r"\b101\b", id="no token"),
@@ -640,6 +731,30 @@ def test_a_missing_vocabulary_file_or_a_folder_is_refused_by_name(tmp_path: Path
         Tokenizer.from_file(tmp_path / "nothing.tiktoken")
     with pytest.raises(ValueError, match=regex.escape(str(tmp_path))):
         Tokenizer.from_file(tmp_path)
+
+
+def test_only_a_regular_vocabulary_file_is_read(special: tuple[Path, str]) -> None:
+    path, kind = special
+    with pytest.raises(InputError, match=f"{path}: cannot be read: it is {kind}, not a file"):
+        Tokenizer.from_file(path)
+
+
+def test_a_vocabulary_file_is_read_up_to_a_bound(tmp_path: Path) -> None:
+    path = tmp_path / "large.tiktoken"
+    path.write_bytes(b"\n".join(vocabulary_lines(BYTES)) + b"\n")
+    os.truncate(path, 2**36)
+    with pytest.raises(InputError, match=r"large\.tiktoken: larger than 64 MiB"):
+        Tokenizer.from_file(path)
+
+
+@pytest.mark.parametrize("tokens", [[], BYTES[1:], [*BYTES, b"a"], [*BYTES[:-1], b"ab"], "abc"], ids=range(5))
+def test_tokens_that_cannot_spell_every_text_are_refused(tokens: list[bytes]) -> None:
+    with pytest.raises(InputError, match="tokens must be distinct and hold each of the 256 single bytes"):
+        Tokenizer(tokens)
+
+
+def test_tokens_may_be_any_iterable() -> None:
+    assert Tokenizer(iter([*BYTES, b"ab"])).encode("abc") == [256, ord("c")]
 
 
 def test_an_unknown_engine_is_refused_by_name() -> None:

@@ -24,12 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from qwen_ref.cli import Parser, run
 from qwen_ref.config import (
-    GIT_LFS_PROBLEM,
-    GIT_LFS_START,
     GPTQConfig,
     InputError,
     QwenConfig,
     check_cut,
+    file_problem,
     read_json_object,
     require_folder,
     shown,
@@ -243,8 +242,8 @@ Stored = StoredTensor | StoredPacked
 
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
-    folder = Path(folder)
     require_folder(folder)
+    folder = Path(folder)
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
     problems: list[str] = []
@@ -319,7 +318,7 @@ def _read_headers(
     duplicates = []
     unread = set()
     for file in files:
-        problem = _unusable_file(folder / file)
+        problem = file_problem(folder / file)
         if problem is None:
             try:
                 handle = safe_open(folder / file, framework="pt")
@@ -431,16 +430,6 @@ def _with_packed(
         else:
             stored[spec.published] = found[spec.published]
     return stored
-
-
-def _unusable_file(path: Path) -> str | None:
-    """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(40)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return GIT_LFS_PROBLEM if start.startswith(GIT_LFS_START) else None
 
 
 def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> str:

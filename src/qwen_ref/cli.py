@@ -14,14 +14,44 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, InputError, read_bytes
+from qwen_ref.config import (
+    INT4_GROUP,
+    INT4_GROUPS,
+    LARGEST_TEXT,
+    QUANTIZATIONS,
+    InputError,
+    read_bytes,
+    shown,
+)
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong option as every other mistake is reported: in one line."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", int, integer)
+        self.register("type", Path, given_path)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
+
+
+def integer(argument: str) -> int:
+    """What type=int means here: of 64 bits, so that nothing later overflows. (int() takes 4,300 digits.)"""
+    number = int(argument) if len(argument) <= 20 else 2**63
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{shown(argument)} must be a whole number below 2**63")
+    return number
+
+
+def given_path(argument: str) -> Path:
+    """What type=Path means here. An empty one, such as an unset variable of the shell, would be the current
+    folder.
+    """
+    if not argument:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(argument)
 
 
 def utf8(argument: str) -> str:
@@ -109,17 +139,24 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     if file is not None:
         if argument is not None:
             raise InputError("the prompt is given twice: as an argument and with --file")
-        source, encoded = str(file), read_bytes(file)
+        text = read_text(file)
     elif argument is None or argument == "-":
         if sys.stdin is None:
             raise InputError("stdin is closed; give the prompt as an argument or with --file")
         if sys.stdin.isatty():
             say("reading the prompt from the terminal; end it with Ctrl-D")
-        source, encoded = "stdin", sys.stdin.buffer.read()
+        encoded = sys.stdin.buffer.read(LARGEST_TEXT + 1)
+        if len(encoded) > LARGEST_TEXT:
+            raise InputError(f"stdin has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
+        text = decoded("stdin", encoded)
     else:
         return argument
-    text = decoded(source, encoded)
     return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, exactly; a pipe, as `<(command)`, and a device will do."""
+    return decoded(str(path), read_bytes(path, LARGEST_TEXT, streams=True))
 
 
 def decoded(source: str, encoded: bytes) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import operator
 import os
 import reprlib
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 class InputError(ValueError):
@@ -73,6 +75,7 @@ INT4_GROUP = 64
 # Of quantization_config, what else a GPTQ file could say and may not; no such key, or null, means this.
 _GPTQ_VALUES = {"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}
 
+LARGEST_LENGTH = 2**30  # of a text, in tokens
 # Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
 _LARGEST = {
     "hidden_size": 2**20,
@@ -81,7 +84,7 @@ _LARGEST = {
     "kv_channels": 2**16,
     "intermediate_size": 2**24,
     "vocab_size": 2**24,  # float32, in which ids travel between devices, holds no more
-    "seq_length": 2**30,
+    "seq_length": LARGEST_LENGTH,
 }
 
 
@@ -341,7 +344,7 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems = [
         f"{key}={shown(raw[key])} is not supported, only {json.dumps(value)}: {reason}"
         for key, (value, reason) in _SUPPORTED_VALUES.items()
-        if key in raw and raw[key] != value
+        if key in raw and (raw[key] != value or isinstance(raw[key], bool) != isinstance(value, bool))
     ]
     kv_heads, heads = raw.get("num_key_value_heads"), raw.get("num_attention_heads", raw.get("n_head"))
     if kv_heads is not None and kv_heads != heads:
@@ -372,37 +375,108 @@ _short.maxstring = _short.maxother = 120
 
 
 def shown(value: object) -> str:
-    """repr(value), cut short and shallow: a message must stay readable whatever a file holds."""
-    return _short.repr(value)
+    """repr(value) in one line, cut short and shallow: a message must stay readable whatever a file holds."""
+    try:
+        return _short.repr(value).replace("\n", " ")
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"<{type(value).__name__}, too long to be shown>"
 
 
 def require_folder(folder: str | Path) -> None:
     """Raises ValueError where a checkpoint's folder is none."""
-    if not os.path.isdir(folder):  # False, too, for paths that no folder can have
-        raise InputError(f"{folder}: not a folder; a checkpoint is a folder with config.json in it")
+    if os.path.isdir(folder):  # False, too, for paths that no folder can have
+        return
+    remedy = "a checkpoint is a folder with config.json in it"
+    if os.path.exists(folder):
+        remedy = f"give the folder that it is in, {os.path.dirname(folder) or '.'}"
+    raise InputError(f"{str(folder) or repr('')}: not a folder; {remedy}")
 
+
+# The most bytes that are read of a file, by its kind: many times what any release has, and so little that a
+# file of another kind costs no memory to speak of. (A safetensors header has its own bound in the format.)
+LARGEST_JSON = 2**24  # 16 MiB. A published config.json has 1 KB, the largest index 0.2 MB
+LARGEST_VOCABULARY = 2**26  # 64 MiB. The published qwen.tiktoken has 2.6 MB
+LARGEST_TEXT = 2**28  # 256 MiB. A prompt as long as the longest context, 32,768 tokens, has 0.2 MB
 
 GIT_LFS_START = b"version https://git-lfs"
 GIT_LFS_PROBLEM = "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; ValueError, naming it, where it cannot be had."""
+def open_file(path: str | Path, *, streams: bool = False) -> BinaryIO:
+    """A regular file, opened to be read; OSError for any other, which may never end or never begin.
+
+    streams: pipes and devices are opened, too. A pipe that nobody writes to ends at once.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    taken = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR) if streams else (stat.S_IFREG,)
+    if kind not in taken:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'a device')}, not a file")
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # otherwise to open a pipe waits for one who writes
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait))  # noqa: SIM115
+    if no_wait:
+        os.set_blocking(file.fileno(), True)
+    return file
+
+
+def read_bytes(path: str | Path, largest: int = LARGEST_JSON, *, streams: bool = False) -> bytes:
+    """The content of a file of at most so many bytes; ValueError, naming it, where it cannot be had.
+
+    Only a regular file is read; with streams a pipe or a device, too: a text from `<(command)` is one.
+    """
+    name = str(path) or "''"
     try:
-        content = Path(path).read_bytes()
+        with open_file(path, streams=streams) as file:
+            content = file.read(largest + 1)
+            if not content and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EPIPE, "it is a pipe, and nothing writes to it")
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise InputError(f"{name}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    if len(content) > largest:
+        raise InputError(f"{name}: larger than {largest >> 20} MiB, the most that is read of such a file")
     if content.startswith(GIT_LFS_START):
-        raise InputError(f"{path}: {GIT_LFS_PROBLEM}")
+        raise InputError(f"{name}: {GIT_LFS_PROBLEM}")
     return content
+
+
+def file_problem(path: str | Path) -> str | None:
+    """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
+    try:
+        with open_file(path) as file:
+            start = file.read(len(GIT_LFS_START))
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', error)}"
+    return GIT_LFS_PROBLEM if start == GIT_LFS_START else None
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none and for a key with two values."""
+    try:
+        return json.loads(content, parse_int=_integer, object_pairs_hook=_object)
+    except RecursionError:
+        raise InputError("it is nested too deeply") from None
+
+
+def _integer(digits: str) -> int | float:
+    """One that no float can hold is an infinity, as 1e999 is: no field takes it, and none overflows."""
+    return int(digits) if len(digits) < 309 else float(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, value in pairs if found[name] is not value and found[name] != value]
+        if twice:
+            raise InputError(f"{shown(twice[0])} is given twice, with different values")
+    return found
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, naming the file, where there is none."""
     content = read_bytes(path)
     try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(content)
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{path}: holds a JSON {type(parsed).__name__}, not an object")

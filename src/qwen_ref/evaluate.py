@@ -204,7 +204,7 @@ def _task_files(names: list[str]) -> dict[Path, Declared | None]:
                 raise InputError(f"{name} has no .yaml file with a task or a group")
             found.update((file, declared) for file, declared in inside.items() if declared)
         elif path.suffix == ".yaml" or path.is_file():
-            if not path.is_file():
+            if not path.exists():
                 raise InputError(f"{name}: no such task file")
             if path.suffix != ".yaml":
                 raise InputError(f"{name}: the name of a task file must end in .yaml")

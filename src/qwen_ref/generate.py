@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, Progress, read_prompt, run, say, utf8
+from qwen_ref.cli import Parser, Progress, integer, read_prompt, run, say, utf8
 from qwen_ref.config import InputError, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
@@ -268,9 +268,9 @@ def _parser() -> Parser:
 
 def _draft_tokens(argument: str) -> int:
     try:
-        return int(argument)
+        return integer(argument)
     except ValueError:
-        message = f"{argument!r} is no number of tokens; a prompt goes before --lookup"
+        message = f"{shown(argument)} is no number of tokens; a prompt goes before --lookup"
         raise argparse.ArgumentTypeError(message) from None
 
 

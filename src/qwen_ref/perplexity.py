@@ -23,13 +23,22 @@ from qwen_ref.cli import (
     Progress,
     as_json,
     check_path,
-    decoded,
+    integer,
+    read_text,
     run,
     say,
     speed_options,
     write_whole,
 )
-from qwen_ref.config import InputError, QwenConfig, require_folder, shown
+from qwen_ref.config import (
+    LARGEST_TEXT,
+    InputError,
+    QwenConfig,
+    parse_json,
+    read_bytes,
+    require_folder,
+    shown,
+)
 from qwen_ref.figures import pyplot, save
 from qwen_ref.launch import Ranks
 from qwen_ref.settings import (
@@ -182,10 +191,10 @@ class State:
         if not os.path.lexists(path):
             write_whole(path, lambda part: part.write_text(json.dumps(header) + "\n", encoding="utf-8"))
             return
-        whole = path.read_bytes()
+        whole = read_bytes(path, LARGEST_TEXT)
         lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # the last one may have been cut off
         try:
-            first, *rest = map(json.loads, lines)
+            first, *rest = map(parse_json, lines)
             differ = [key for key, value in header.items() if first.get(key) != value]
             if "format" in differ:
                 raise ValueError
@@ -266,9 +275,9 @@ def _parser() -> Parser:
 
 def _lengths(argument: str) -> tuple[int, ...]:
     try:
-        found = tuple(int(part) for part in argument.split(","))
+        found = tuple(integer(part) for part in argument.split(","))
     except ValueError:
-        message = f"{argument!r} are no lengths: numbers of tokens with commas between them"
+        message = f"{shown(argument)} are no lengths: numbers of tokens with commas between them"
         raise argparse.ArgumentTypeError(message) from None
     if min(found) < 2:
         raise argparse.ArgumentTypeError(f"a window of {min(found)} tokens scores nothing; the least is 2")
@@ -298,7 +307,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if args.state is not None:
         check_path(args.state, "--state")
     config, tokenizer = open_folder(folder)
-    texts = [tokenizer.encode(decoded(str(path), path.read_bytes())) for path in args.text]
+    texts = [tokenizer.encode(read_text(path)) for path in args.text]
     asked = _windows(args, texts)
     state = State(args.state, _run(args, folder, texts))
     _say_notes(args, config, asked)

@@ -47,7 +47,7 @@ def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
     raw = read_json_object(path) if os.path.lexists(path) else {}
     try:
         return _defaults(raw, tokenizer)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from None
 
 
@@ -59,13 +59,15 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise InputError(f"{name}={shown(found)} must be {wanted}")
+        if float not in kinds and isinstance(found, int) and abs(found) >= 2**63:
+            raise InputError(f"{name}={shown(found)} must be below 2**63")
         return found
 
     def stop_text(word: list[int]) -> str:
         try:
             return tokenizer.decode_bytes(word).decode("utf-8")
         except UnicodeDecodeError:
-            raise InputError(f"stop_words_ids: {word} are no whole characters") from None
+            raise InputError(f"stop_words_ids: {shown(word)} are no whole characters") from None
 
     eos = value("eos_token_id", tokenizer.special_ids["<|endoftext|>"], int, list)
     words = [[token] for token in (eos if isinstance(eos, list) else [eos])]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
-from qwen_ref.config import GPTQConfig, InputError, QwenConfig
+from qwen_ref.config import LARGEST_LENGTH, GPTQConfig, InputError, QwenConfig, require_folder
 from qwen_ref.model import KVCache, Qwen
 
 
@@ -136,12 +137,14 @@ def inspect(args: argparse.Namespace) -> int:
     """The command."""
     path = Path(args.folder)
     stored = None
-    if not path.exists():
+    if not os.path.exists(args.folder):  # False, too, for what no path can be
         try:
             config = QwenConfig.preset(args.folder.lower())
         except ValueError as error:
-            raise InputError(f"{args.folder}: no such folder, and {error}") from None
-    elif path.is_file():
+            raise InputError(f"{args.folder or repr('')}: no such folder, and {error}") from None
+    elif not path.is_dir():
+        if path.suffix != ".json" or path.name == INDEX_NAME:
+            require_folder(path)
         config = QwenConfig.from_json(path)
     elif path.is_dir() and not _has_weights(path):
         config = QwenConfig.from_json(path / "config.json")
@@ -151,8 +154,8 @@ def inspect(args: argparse.Namespace) -> int:
     if path.is_dir() and (gptq := GPTQConfig.from_folder(path)) is not None:
         gptq.check_ranks(config, args.tp)
     context = config.seq_length if args.context is None else args.context
-    if context < 1:
-        raise InputError(f"--context {context} must be at least 1")
+    if not 1 <= context <= LARGEST_LENGTH:
+        raise InputError(f"--context {context} must be from 1 to {LARGEST_LENGTH}")
     rows = kinds(tensor_table(config), stored)
     if stored is None:
         print("from the configuration alone: weights as they should be, in bfloat16")

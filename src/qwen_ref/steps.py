@@ -8,7 +8,7 @@ import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from qwen_ref.config import InputError, whole
+from qwen_ref.config import LARGEST_LENGTH, InputError, whole
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def check_settings(
     from qwen_ref.sampling import check_parameters
 
     check_parameters(temperature, top_k, top_p, repetition_penalty)
-    whole("max_new_tokens", max_new_tokens)
+    whole("max_new_tokens", max_new_tokens, most=LARGEST_LENGTH)
     if seed is not None:
         whole("seed", seed, least=0, most=2**63 - 1)
 

@@ -13,6 +13,7 @@ import locale
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from qwen_ref.cli import (
     utf8,
     write_whole,
 )
-from qwen_ref.config import InputError, read_json_object, require_folder, shown
+from qwen_ref.config import LARGEST_TEXT, InputError, read_json_object, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import (
@@ -228,7 +229,8 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
         raise InputError(f'{path}: "format" is {shown(raw.get("format"))}, not "{SAVED_AS}"; {remedy}')
     try:
         check_texts("", raw.get("history"), raw.get("system"))
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")
+        for text in (raw["system"], *chain.from_iterable(raw["history"])):
+            text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
             f"{path}: holds {error.object[error.start]!r}, which is no character; {remedy}"
@@ -271,12 +273,15 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
     text = line_of("> ")
     if text is None or not text.startswith('"""'):
         return text
-    lines = [text.removeprefix('"""')]
+    lines, size = [text.removeprefix('"""')], 0
     while not lines[-1].endswith('"""'):
         line = line_of("… ")
         if line is None:
             raise InputError('the end of the input came before the """ that ends a message')
         lines.append(line)
+        size += len(line)
+        if size > LARGEST_TEXT:
+            raise InputError(f'a message has more than {LARGEST_TEXT >> 20} MiB, and no """ that ends it')
     return "\n".join(lines).removesuffix('"""').strip("\n")
 
 
@@ -321,7 +326,9 @@ def _typed_line(prompt: str) -> str | None:
 def _piped_line(prompt: str) -> str | None:
     if sys.stdin.isatty():  # and stdout goes elsewhere: no prompt may get there
         print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.buffer.readline()
+    line = sys.stdin.buffer.readline(LARGEST_TEXT + 1)
+    if len(line) > LARGEST_TEXT:
+        raise InputError(f"a line has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
     return _decoded(line.removesuffix(b"\n").removesuffix(b"\r")) if line else None
 
 

@@ -20,13 +20,13 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
-from qwen_ref.config import InputError, read_bytes
+from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes, shown
 
 # The published split pattern. \p{N} without a "+" is what makes every digit a piece of its own.
 PATTERN = (
@@ -40,6 +40,10 @@ _LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would mak
 _SINGLE_BYTES = [bytes([value]) for value in range(256)]
 _ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what errors="surrogateescape" decodes to
 
+# Characters that may be combining marks: \p{Cn} is what regex's Unicode does not know and Python's may.
+# Every 16th character is looked at first: a run of 128 marks holds 8 of them.
+_LONG_RUN, _LONG_RUN_SAMPLED = regex.compile(r"[\p{M}\p{Cn}]{128,}"), regex.compile(r"[\p{M}\p{Cn}]{8}")
+
 
 class Tokenizer:
     """Text to ids and back, with the vocabulary of one qwen.tiktoken file.
@@ -47,17 +51,20 @@ class Tokenizer:
     The special tokens' ids follow those of the file: in the published models <|endoftext|> is 151643.
     """
 
-    def __init__(self, tokens: list[bytes], engine: str = "python") -> None:
-        """tokens: the regular ones in the order of their ranks. engine: "python", or "tiktoken" for that
-        library's encoder: the same ids, sooner.
+    def __init__(self, tokens: Iterable[bytes], engine: str = "python") -> None:
+        """tokens: the regular ones in the order of their ranks, distinct, every single byte among them.
+        engine: "python", or "tiktoken" for that library's encoder: the same ids, sooner.
         """
         if engine not in ("python", "tiktoken"):
             raise InputError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
+        tokens = list(tokens)
         self.special_ids = {token: len(tokens) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = len(tokens) + len(SPECIAL_TOKENS)
         self._n_regular = len(tokens)
         self._bytes = tokens + [token.encode() for token in SPECIAL_TOKENS]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(_SINGLE_BYTES):
+            raise InputError("tokens must be distinct and hold each of the 256 single bytes")
         self._pieces = _Memo(self._encode_piece)
         self._parts = _Memo(self._merge)
         self._tiktoken = None
@@ -83,7 +90,9 @@ class Tokenizer:
         forge one. Unpaired surrogates, which UTF-8 cannot hold, become U+FFFD as published. Raises ValueError
         for a name in allowed_special that is no special token.
         """
-        text = unicodedata.normalize("NFC", text)
+        if not isinstance(text, str):
+            raise InputError(f"text must be a str, not {shown(text)}")
+        text = nfc(text)
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -115,28 +124,31 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
         """The exact bytes of ids."""
         tokens = []
-        for token in ids:
-            token = operator.index(token)
+        for token in _whole_numbers(ids):
             if not 0 <= token < self.n_vocab:
-                raise InputError(f"no token has id {token}; ids go from 0 to {self.n_vocab - 1}")
+                raise InputError(f"no token has id {shown(token)}; ids go from 0 to {self.n_vocab - 1}")
             if not (skip_special_tokens and token >= self._n_regular):
                 tokens.append(self._bytes[token])
         return b"".join(tokens)
 
     def _allowed(self, allowed_special: Collection[str]) -> set[str]:
-        if isinstance(allowed_special, str):
-            if allowed_special != "all":
-                raise InputError(
-                    f'allowed_special must be "all" or a collection of tokens, not {allowed_special!r}'
-                )
+        if isinstance(allowed_special, str) and allowed_special == "all":
             return set(SPECIAL_TOKENS)
-        unknown = set(allowed_special) - self.special_ids.keys()
+        try:
+            if isinstance(allowed_special, str | bytes):
+                raise TypeError
+            allowed = set(allowed_special)
+        except TypeError:
+            raise InputError(
+                f'allowed_special must be "all" or a collection of tokens, not {shown(allowed_special)}'
+            ) from None
+        unknown = allowed - self.special_ids.keys()
         if unknown:
             raise InputError(
-                f"no special token is named {', '.join(sorted(map(repr, unknown)))}; "
+                f"no special token is named {', '.join(sorted(map(shown, unknown))[:8])}; "
                 "there are <|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
             )
-        return set(allowed_special)
+        return allowed
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return list(chain.from_iterable(map(self._pieces.__getitem__, split(text))))
@@ -157,6 +169,25 @@ class Tokenizer:
     @cached_property
     def _seams(self) -> _Seams:  # made when the first text needs it: it takes a look at every token
         return _Seams(self._ranks)
+
+
+def nfc(text: str) -> str:
+    """unicodedata.normalize("NFC", text), in linear time.
+
+    Python sorts the combining marks behind a character by insertion: a run of them takes quadratic time
+    unless it is in order already. Long runs are decomposed and sorted first, which does not change the
+    normal form.
+    """
+    if _LONG_RUN_SAMPLED.search(text[::16]):
+        text = _LONG_RUN.sub(lambda run: _in_canonical_order(run.group()), text)
+    return unicodedata.normalize("NFC", text)
+
+
+def _in_canonical_order(marks: str) -> str:
+    """Decomposed; neighbours of nonzero combining class sorted by it, equal ones in the order they have."""
+    decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
+    runs = groupby(decomposed, lambda mark: unicodedata.combining(mark) > 0)
+    return "".join(chain.from_iterable(sorted(run, key=unicodedata.combining) for _, run in runs))
 
 
 def split(text: str) -> list[str]:
@@ -190,6 +221,20 @@ def _bmp_pattern() -> re.Pattern[str]:
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{L}{N}]?[{L}]+|[{N}]| ?[^{S}{L}{N}]+[\r\n]*"
         rf"|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+"
     )
+
+
+def _whole_numbers(ids: Iterable[int]) -> list[int]:
+    """Python's, from integers of any library; InputError for what is no list of integers."""
+    try:
+        if isinstance(ids, str | bytes):
+            raise TypeError
+        # A tensor's own elements are tensors, of which operator.index makes 1 where they are True.
+        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        if bool in map(type, found):
+            raise TypeError
+        return list(map(operator.index, found))
+    except TypeError:
+        raise InputError(f"ids must be a list of token ids, whole numbers, not {shown(ids)}") from None
 
 
 class _Memo(dict):
@@ -306,7 +351,7 @@ class StreamDecoder:
 
 def read_ranks(path: str | Path) -> list[bytes]:
     """The tokens of a qwen.tiktoken file in the order of their ranks, checked to be 0, 1, 2, …"""
-    content = read_bytes(path)
+    content = read_bytes(path, LARGEST_VOCABULARY)
     return _tokens_if_canonical(content) or _tokens_line_by_line(content, path)
 
 
@@ -334,6 +379,8 @@ def _tokens_line_by_line(content: bytes, path: str | Path) -> list[bytes]:
             continue
         try:
             encoded, rank_digits = line.split()
+            if not rank_digits.isdigit():  # int() takes more, such as 1_0
+                raise ValueError
             token, rank = base64.b64decode(encoded, validate=True), int(rank_digits)
         except (ValueError, binascii.Error):
             raise InputError(

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
-from qwen_ref.config import GIT_LFS_PROBLEM, GIT_LFS_START, InputError, QwenConfig, read_bytes, shown
+from qwen_ref.config import LARGEST_TEXT, InputError, QwenConfig, file_problem, parse_json, read_bytes, shown
 
 FORMAT_VERSION = 1
 
@@ -204,17 +204,12 @@ class Bundle:
 
 def read_bundle(path: str | Path) -> Bundle:
     """Opens a bundle; ValueError for a file that is none, is cut short, newer, or contradicts itself."""
-    if not os.path.isfile(path):
-        problem = "not a file" if os.path.lexists(path) else "No such file"
-        raise InputError(f"{path}: cannot be read: {problem}")
+    problem = file_problem(path)
+    if problem is not None:
+        raise InputError(f"{str(path) or repr('')}: {problem}")
     try:
-        with open(path, "rb") as start:
-            if start.read(len(GIT_LFS_START)) == GIT_LFS_START:
-                raise InputError(f"{path}: {GIT_LFS_PROBLEM}")
         file = safe_open(path, framework="pt")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error})") from None
     try:
         return _read(str(path), file)
@@ -399,8 +394,8 @@ def _metadata_rounding(metadata: dict[str, str]) -> dict[str, dict[str, tuple[fl
 
 def _metadata_json(metadata: dict[str, str], key: str) -> dict[str, Any]:
     try:
-        found = json.loads(metadata.get(key, "{}"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(metadata.get(key, "{}"))
+    except ValueError as error:
         raise InputError(f"metadata's {key} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"metadata's {key} must be a JSON object")
@@ -574,10 +569,10 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
     Lists of unequal length are rows of a batch, padded on the left with 0.
     """
-    text = read_bytes(path).decode("utf-8", errors="replace").strip()
+    text = read_bytes(path, LARGEST_TEXT, streams=True).decode("utf-8", errors="replace").strip()
     try:
-        found = json.loads(text) if text.startswith("[") else _plain_ids(text)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(text) if text.startswith("[") else _plain_ids(text)
+    except ValueError as error:
         raise InputError(f"{path}: no token ids: {str(error)[:200]}") from None
     rows = found if found and all(isinstance(row, list) for row in found) else [found]
     if len(rows) * max(map(len, rows)) > _MOST_IDS:
