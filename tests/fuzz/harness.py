@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,38 +37,22 @@ from qwen_ref.config import InputError
 
 T = TypeVar("T")
 
-LIMIT = 10.0  # seconds that a case may take
-MEMORY = 3 << 30  # bytes that a case may map; it may touch a quarter of them
-PACKAGE = Path(qwen_ref.__file__).resolve().parent
-ERROR = "qwen_ref: error: "
+LIMIT = 10.0  # seconds that a case may wait, or use the processor
+_PATIENCE = 3  # times as long it may last where others use the processor
+_MEMORY = 2 << 30  # bytes that a case may map; it may touch three eighths of them
+_PACKAGE = str(Path(qwen_ref.__file__).resolve().parent)
+_ERROR = "qwen_ref: error: "
 _LONGEST_ERROR = 12_000  # characters
 
 # What may be opened for reading outside of a case's folder: Python, libraries, the system's own files.
 _READABLE = (
     *{os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())},
-    *(str(path) for path in (PACKAGE, bundled_checkpoint(), Path(__file__).resolve().parents[2])),
+    *(_PACKAGE, str(bundled_checkpoint()), str(Path(__file__).resolve().parents[2])),
     *("/proc", "/sys", "/etc", "/usr", "/lib", "/dev/null", "/dev/random", "/dev/urandom"),
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = {
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.mkdir",
-    "os.truncate",
-    "os.chmod",
-    "os.link",
-    "os.symlink",
-}
-_STARTS = {
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "subprocess.Popen",
-    "socket.connect",
-    "socket.bind",
-}
+_CHANGES = re.compile(r"os\.(remove|rename|rmdir|mkdir|truncate|chmod|link|symlink)")
+_STARTS = re.compile(r"os\.(system|exec|fork|posix_spawn)|subprocess\.Popen|socket\.(connect|bind)")
 
 
 class Hang(BaseException):
@@ -83,11 +67,11 @@ class Finding(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a case, as its process reports it."""
+    """What came of a case. ends: exit codes of commands; of library calls "returned" or "refused"."""
 
     number: int
     kind: str
-    ends: list[str]  # of each command its exit code, of each library call "returned" or "refused"
+    ends: list[str]
     seconds: float
     described: list[str]
     findings: list[Finding]
@@ -98,13 +82,7 @@ class Kind(NamedTuple):
 
     name: str
     prepare: Callable[[Path], None]
-    run: Callable[[Case], None]
-
-
-class Result(NamedTuple):
-    code: int | None
-    out: str
-    err: str
+    run: Callable[[Case], object]
 
 
 @dataclass
@@ -112,12 +90,12 @@ class Case:
     """What a case draws from, where it may write, and what was found."""
 
     rng: random.Random
-    place: Path
-    shared: Path  # what all cases of a run share: caches of libraries
+    place: Path  # its own folder is place / "case", where it runs; no other may be written
+    shared: Path  # what `prepare` made
     described: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    named: set[str] = field(default_factory=set)  # paths outside that the command line itself names
+    named: set[str] = field(default_factory=set)  # paths elsewhere that the command line itself names
 
     def describe(self, text: str) -> None:
         self.described.append(text)
@@ -136,7 +114,7 @@ class Case:
             self.ends.append("refused")
             return None
         except (Exception, Hang) as error:
-            self._escaped(error)
+            self.escaped(error)
             return None
         self.ends.append("returned")
         return value
@@ -146,14 +124,12 @@ class Case:
         main: Callable[[list[str]], int],
         arguments: Sequence[str],
         stdin: bytes = b"",
-        *,
-        may_differ: bool = False,
+        allows: Collection[str] = (),
         streams: tuple[Any, Any] | None = None,
-        chatty: bool = False,
-    ) -> Result:
-        """Runs a command. may_differ: exit code 1 is documented. chatty: others may write to stderr, too.
+    ) -> None:
+        """Runs a command. allows: of "code 1", "several errors" and "other lines" on stderr what it may do.
 
-        streams: what it finds as stdout and stderr, if not what is read here.
+        streams: what it finds as stdout and stderr, if they cannot be judged.
         """
         self.describe(f"{main.__module__} {shown(list(arguments))}" + (f" < {shown(stdin)}" if stdin else ""))
         out, err = streams or (capture(), capture())
@@ -166,63 +142,59 @@ class Case:
         except SystemExit as error:  # --help
             code = error.code
         except (Exception, Hang) as error:
-            self._escaped(error)
+            self.escaped(error)
         finally:
             left = [(stream, getattr(stream, "errors", None)) for stream in (sys.stdout, sys.stderr)]
             sys.stdin, sys.stdout, sys.stderr = saved
         self.ends.append("escaped" if code is None else str(code))
-        result = Result(code, written(out), written(err))
-        if left != before and out is not None and err is not None:
-            self.found("cli.run: sys.stdout or sys.stderr is not left as it was", f"{before} → {left}")
-        if code is not None:
-            self._judge(result, main.__module__, may_differ, chatty, err is not None and streams is None)
-            if code == 0 and "--json" in arguments and streams is None:
-                self._judge_json(result.out, main.__module__)
-        return result
-
-    def _judge(self, result: Result, command: str, may_differ: bool, chatty: bool, readable: bool) -> None:
-        code, _, err = result
-        allowed = (0, 2, 130, 141, *([1] if may_differ else []))
-        if code not in allowed:
-            self.found(f"{command}: exit code {code}", err)
-        if not readable:
+        if left != before and None not in (out, err):
+            self.found("sys.stdout or sys.stderr is not left as it was", f"{before} → {left}")
+        if code is None:
             return
-        lines = err.splitlines()
-        errors = [line for line in lines if ERROR in line]
-        if "Traceback" in err:
-            self.found(f"{command}: a traceback on stderr: {lines[-1][:100]}", err)
-        elif code == 2 and len(errors) != 1:
-            self.found(f"{command}: exit code 2 with {len(errors)} lines of error", err)
-        elif code != 2 and errors:
-            self.found(f"{command}: exit code {code} with a line of error", err)
-        elif not chatty and (odd := [line for line in lines if not line.startswith("qwen_ref: ")]):
-            self.found(f"{command}: a stray line on stderr: {_without_numbers(odd[0])[:100]}", err)
-        if errors and len(errors[0]) > _LONGEST_ERROR:
-            self.found(f"{command}: an error of {len(errors[0])} characters", errors[0][:300])
+        if code not in (0, 2, 130, 141) and not (code == 1 and "code 1" in allows):
+            self.found(f"{main.__module__}: exit code {code}")
+        if streams is None:
+            said, printed = (stream.buffer.getvalue().decode() for stream in _flushed(err, out))
+            self.describe(f"ends with {code}, prints {shown(printed)}, says {shown(said[-300:])}")
+            self._judge_errors(code, said, main.__module__, allows)
+            if code == 0 and "--json" in arguments and not {"-h", "--help"} & {*arguments}:
+                self._judge_json(printed, main.__module__)
 
-    def _judge_json(self, out: str, command: str) -> None:
+    def _judge_errors(self, code: int, said: str, command: str, allows: Collection[str]) -> None:
+        lines = said.splitlines()
+        errors = [line for line in lines if _ERROR in line]
+        odd = [line for line in lines if not line.startswith("qwen_ref: ")]
+        if "Traceback" in said:
+            self.found(f"{command}: a traceback on stderr: {lines[-1][:100]}", said)
+        elif code == 2 and not (len(errors) == 1 or (errors and "several errors" in allows)):
+            self.found(f"{command}: exit code 2 with {len(errors)} lines of error", said)
+        elif code != 2 and errors:
+            self.found(f"{command}: exit code {code} with a line of error", said)
+        elif odd and "other lines" not in allows:
+            self.found(f"{command}: a stray line on stderr: {_without_values(odd[0])[:100]}", said)
+        if errors and len(errors[0]) > _LONGEST_ERROR:
+            self.found(f"{command}: an error of more than {_LONGEST_ERROR} characters", errors[0][:300])
+
+    def _judge_json(self, printed: str, command: str) -> None:
         def refuse(constant: str) -> None:
             raise ValueError(constant)
 
         try:
-            json.loads(out, parse_constant=refuse)
+            json.loads(printed, parse_constant=refuse)
         except ValueError as error:
-            self.found(f"{command}: --json prints no JSON: {error}"[:120], out[-500:])
+            self.found(f"{command}: --json prints no JSON: {error}"[:120], printed[-500:])
 
-    def _escaped(self, error: BaseException) -> None:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame.filename)]
+    def escaped(self, error: BaseException) -> None:
+        """Notes an exception that is no InputError, by the innermost place of this project."""
+        frames = [
+            each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(_PACKAGE)
+        ]
         where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "(no frame of ours)"
-        what = type(error).__name__
-        line = str(error).splitlines()[0] if str(error) else ""
-        lines = traceback.format_exception(error)
-        self.found(f"{where}: {what}: {_without_numbers(line)[:80]}", "".join(lines)[-2000:])
+        line = _without_values(str(error).partition("\n")[0])[:80]
+        self.found(f"{where}: {type(error).__name__}: {line}", "".join(traceback.format_exception(error)))
 
 
-def _is_ours(file: str) -> bool:
-    return file.startswith(str(PACKAGE))
-
-
-def _without_numbers(text: str) -> str:
+def _without_values(text: str) -> str:
     """So that two cases of one fault look alike."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"", "'…'", text)
     return re.sub(r"/\S+", "PATH", re.sub(r"-?\d[\d.,e+]*", "N", text))
@@ -237,13 +209,10 @@ def capture(encoding: str = "utf-8", errors: str = "backslashreplace") -> io.Tex
     return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
 
 
-def written(stream: Any) -> str:
-    """What a stream of `capture` holds."""
-    if not isinstance(getattr(stream, "buffer", None), io.BytesIO):
-        return stream.getvalue() if isinstance(stream, io.StringIO) else ""
-    with contextlib.suppress(Exception):
+def _flushed(*streams: Any) -> Iterator[Any]:
+    for stream in streams:
         stream.flush()
-    return stream.buffer.getvalue().decode("utf-8", "backslashreplace")
+        yield stream
 
 
 # Reads and writes outside of a case's folder
@@ -266,21 +235,19 @@ def _audit(event: str, args: tuple) -> None:
     case = _watched
     if case is None:
         return
-    if event == "open":
-        path, _, flags = args
-        if isinstance(path, str | bytes):
-            if flags & _WRITES:
-                _check_change(case, event, path)
-            else:
-                _check_read(case, os.path.abspath(os.fsdecode(path)))
-    elif event in _CHANGES:
+    if event == "open" and isinstance(args[0], str | bytes):
+        if args[2] & _WRITES:
+            _check_change(case, event, args[0])
+        else:
+            _check_read(case, os.path.abspath(os.fsdecode(args[0])))
+    elif _CHANGES.fullmatch(event):
         for path in args:
             if isinstance(path, str | bytes):
                 _check_change(case, event, path)
     elif event == "pickle.find_class":
         case.found(f"unpickles {args[0]}.{args[1]}")
-    elif event in _STARTS and not str(args[:1]).endswith("'uname',)"):  # platform.processor() asks it
-        case.found(f"{event}: {_without_numbers(shown(args[0]))}", shown(args))
+    elif _STARTS.fullmatch(event) and not str(args[:1]).endswith("'uname',)"):  # platform.processor() asks it
+        case.found(f"{event}: {_without_values(shown(args[0]))}", shown(args))
 
 
 def _check_read(case: Case, path: str) -> None:
@@ -291,13 +258,13 @@ def _check_read(case: Case, path: str) -> None:
 
 def _check_change(case: Case, event: str, path: str | bytes) -> None:
     real = os.path.realpath(os.fsdecode(path))
-    if real != "/dev/null" and not _is_within(real, (str(case.place / "case"), str(case.shared))):
+    if real != os.devnull and not _is_within(real, (str(case.place / "case"), str(case.shared))):
         known = re.sub(r"\d+", "N", real.removeprefix(str(case.place)))
         case.found(f"{event} outside of the folder: {known}", _stack())
         raise OSError(30, "Read-only file system", real)
 
 
-def _is_within(path: str, folders: Iterable[str]) -> bool:
+def _is_within(path: str, folders: Collection[str]) -> bool:
     return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
 
 
@@ -316,118 +283,54 @@ class Opened:
             libc.inotify_add_watch(self.descriptor, os.fsencode(folder), 0x20)  # IN_OPEN
 
     def any(self) -> bool:
-        try:
-            return self.descriptor >= 0 and bool(os.read(self.descriptor, 4096))
-        except BlockingIOError:
+        """Asked once, at the end."""
+        if self.descriptor < 0:
             return False
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        with open(self.descriptor, "rb", buffering=0) as events:
+            return bool(events.read(4096))
 
 
 # A process of cases
 
 
-def _do(kind: Kind, seed: int, number: int, work: Path, shared: Path, limit: float) -> Outcome:
-    """One case, in this process."""
-    place = work / f"{number}"
-    (place / "case").mkdir(parents=True)
-    (place / "outside").mkdir()
-    case = Case(random.Random(f"{seed}:{number}"), place, shared)
-    os.chdir(place / "case")
-    tempfile.tempdir = str(place / "case")
-    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    environment = dict(os.environ)
+class Run(NamedTuple):
+    """kinds: the kind of each number. work: where the cases are done. limit: seconds of each."""
 
-    def end(*_: object) -> None:
-        raise Hang(f"longer than {limit:g} s")
-
-    signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    faulthandler.dump_traceback_later(limit + 1, file=sys.__stderr__)
-    try:
-        kind.run(case)
-    except (Exception, Hang) as error:  # outside of the calls under test, or a fault of the fuzz itself
-        case._escaped(error)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
-    seconds = time.perf_counter() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
-    if grown > MEMORY // 4:
-        case.found("takes more than 0.75 GB of memory", f"{grown / 1e9:.2f} GB")
-    if torch.get_default_dtype() != torch.float32:
-        case.found("changes torch's default dtype", str(torch.get_default_dtype()))
-        torch.set_default_dtype(torch.float32)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(work)
-    shutil.rmtree(place, ignore_errors=True)
-    return Outcome(number, kind.name, case.ends, seconds, case.described, case.findings)
-
-
-def _child(
-    kinds: Callable[[int], Kind],
-    seed: int,
-    numbers: Sequence[int],
-    work: Path,
-    shared: Path,
-    limit: float,
-    out: int,
-) -> None:
-    """Does the cases, and writes a line before and after each."""
-    log = os.open(work / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(descriptor, target)
-    sys.__stderr__ = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.enable(sys.__stderr__)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.addaudithook(_audit)
-    for number in numbers:
-        os.write(out, b"%d\n" % number)
-        outcome = _do(kinds(number), seed, number, work, shared, limit)
-        line = json.dumps(outcome)
-        os.write(out, line.encode() + b"\n")
+    kinds: Callable[[int], Kind]
+    seed: int
+    work: Path
+    shared: Path
+    limit: float
 
 
 def outcomes(
-    kinds: Callable[[int], Kind],
-    seed: int,
-    numbers: Iterator[int],
-    limit: float = LIMIT,
-    batch: int = 20,
+    kinds: Callable[[int], Kind], seed: int, numbers: Iterator[int], limit: float = LIMIT, batch: int = 20
 ) -> Iterator[Outcome]:
-    """Does the cases in forked processes, a batch in each, and yields what came of them in their order.
+    """Does the cases of these numbers, a batch in a process, and yields what came of them in their order.
 
-    kinds: the kind of each number. A process that dies or hangs is a finding; the rest of its batch goes on
-    in another. Closing the iterator ends the process and removes every file.
+    A process that dies or hangs is a finding; the rest of its batch goes on in another. Closing the iterator
+    ends the process and removes every file.
     """
     with tempfile.TemporaryDirectory(prefix="qwen_ref-fuzz-") as name:
-        work, shared = Path(name).resolve() / "cases", Path(name).resolve() / "shared"
-        work.mkdir()
-        shared.mkdir()
+        run = Run(kinds, seed, Path(name).resolve() / "cases", Path(name).resolve() / "shared", limit)
+        run.work.mkdir()
+        run.shared.mkdir()
         waiting: list[int] = []
         prepared: set[str] = set()
         while True:
             while len(waiting) < batch and (number := next(numbers, None)) is not None:
                 waiting.append(number)
                 if (kind := kinds(number)).name not in prepared:
-                    kind.prepare(shared)
+                    kind.prepare(run.shared)
                     prepared.add(kind.name)
             if not waiting:
                 return
-            for outcome in _batch(kinds, seed, waiting, work, shared, limit):
+            for outcome in _batch(run, waiting):
                 waiting.remove(outcome.number)
                 yield outcome
 
 
-def _batch(
-    kinds: Callable[[int], Kind], seed: int, numbers: Sequence[int], work: Path, shared: Path, limit: float
-) -> Iterator[Outcome]:
+def _batch(run: Run, numbers: Sequence[int]) -> Iterator[Outcome]:
     """The outcomes of a process until it ends."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():  # of threads that a fork does not copy: none holds a lock that is used
@@ -437,30 +340,26 @@ def _batch(
         code = 70
         try:
             os.close(reading)
-            _child(kinds, seed, numbers, work, shared, limit, writing)
+            _do_all(run, numbers, writing)
             code = 0
         except BaseException:
             traceback.print_exc(file=sys.__stderr__)
         finally:
             os._exit(code)
     os.close(writing)
-    ended = False
     running, begun, rest = None, time.monotonic(), b""
     try:
-        while not ended:
-            ready, _, _ = select.select([reading], [], [], limit + 5)
-            piece = os.read(reading, 1 << 16) if ready else b""
+        while ready := select.select([reading], [], [], (_PATIENCE + 1) * run.limit)[0]:
+            if not (piece := os.read(reading, 1 << 16)):
+                break
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 found = json.loads(line)
                 if isinstance(found, int):
                     running, begun = found, time.monotonic()
                 else:
-                    *fields, findings = found
-                    yield Outcome(*fields, [Finding(*each) for each in findings])
                     running = None
-            if not piece:
-                break
+                    yield Outcome(*found[:-1], [Finding(*each) for each in found[-1]])
         if not ready:
             os.kill(child, signal.SIGKILL)
     except BaseException:  # closed, or Ctrl-C
@@ -468,15 +367,76 @@ def _batch(
         raise
     finally:
         os.close(reading)
-        _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    log = (run.work / "stderr").read_text(errors="replace")
     if running is not None:
-        log = (work / "stderr").read_text(errors="replace")
-        ours = re.findall(rf'File "{re.escape(str(PACKAGE))}/(\S+)", line \d+ in (\S+)', log)
-        where = f"{ours[0][0]}:{ours[0][1]}" if ours else "(no frame of ours)"
+        ours = re.findall(rf'File "{re.escape(_PACKAGE)}/(\S+)", line \d+ in (\S+)', log)
+        where = ":".join(ours[0]) if ours else "(no frame of ours)"
         what = "does not return from C" if not ready else f"ends the process with code {code}"
-        seconds = time.monotonic() - begun
-        finding = Finding(f"{where}: {what}", log[-2000:])
-        yield Outcome(running, kinds(running).name, ["died"], seconds, ["(replay it)"], [finding])
+        described = re.findall("^case: (.*)", log, re.MULTILINE)
+        finding = Finding(f"{where}: {what}", log[:2000])
+        yield Outcome(
+            running, run.kinds(running).name, ["died"], time.monotonic() - begun, described, [finding]
+        )
     elif code != 0:
-        raise RuntimeError(f"a process of the fuzz failed: {(work / 'stderr').read_text()[-2000:]}")
+        raise RuntimeError(f"a process of the fuzz failed: {log[-2000:]}")
+
+
+def _do_all(run: Run, numbers: Sequence[int], out: int) -> None:
+    """In a process of its own: does the cases, and writes a line before and after each."""
+    log = os.open(run.work / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, target)
+    sys.__stderr__ = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.enable(sys.__stderr__)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + _MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_audit)
+    for number in numbers:
+        os.write(out, b"%d\n" % number)
+        os.truncate(log, 0)
+        line = json.dumps(_do(run, number)).encode()
+        os.write(out, line + b"\n")
+
+
+def _do(run: Run, number: int) -> Outcome:
+    """One case, in this process, which is left as it was."""
+    kind, place = run.kinds(number), run.work / str(number)
+    (place / "case").mkdir(parents=True)
+    os.chdir(place / "case")
+    tempfile.tempdir = str(place / "case")
+    environment = dict(os.environ)
+    case = Case(random.Random(f"{run.seed}:{number}"), place, run.shared)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, begun = time.perf_counter(), time.process_time()
+
+    def end(*_: object) -> None:
+        used, passed = time.process_time() - begun, time.perf_counter() - start
+        if used < run.limit / 50 or used > run.limit or passed > _PATIENCE * run.limit:
+            raise Hang(f"longer than {run.limit:g} s")
+        signal.setitimer(signal.ITIMER_REAL, run.limit - used + 0.1)  # others have the processor
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, run.limit)
+    faulthandler.dump_traceback_later((_PATIENCE + 0.5) * run.limit, file=sys.__stderr__)
+    try:
+        kind.run(case)
+    except (Exception, Hang) as error:  # outside of the calls under test, or a fault of the fuzz itself
+        case.escaped(error)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+    seconds = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    if grown > _MEMORY * 3 // 8:
+        case.found("takes more than 0.75 GiB of memory", f"{grown / 1e9:.2f} GB")
+    if torch.get_default_dtype() != torch.float32:
+        case.found("changes torch's default dtype", str(torch.get_default_dtype()))
+        torch.set_default_dtype(torch.float32)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(run.work)
+    shutil.rmtree(place, ignore_errors=True)
+    return Outcome(number, kind.name, case.ends, seconds, case.described, case.findings)
