@@ -22,7 +22,7 @@ from qwen_ref.parity import __main__ as parity
 
 from . import folders
 from .harness import Case, Kind, capture
-from .values import HUGE, a_number, a_text, a_whole, words
+from .values import HUGE, NOT_NUMBERS, NOT_WHOLE, a_text, words
 
 # What stands in a case's folder, beside its model.
 _SPECIAL = ("dir", "fifo", "dangling", "loop", "endless", "full", "linked")
@@ -36,7 +36,7 @@ _PATHS = (
 )
 _WRONG = ("", HUGE, "float32 ", *words("x FLOAT32 int8 \ud800 \x1b[31m meta mps cuda cuda:99 cpu:7"))
 
-# OPTION=KIND:GOOD,GOOD, or OPTION alone for a flag, or =KIND for an argument. Most values are good ones.
+# OPTION=KIND:GOOD,GOOD, or OPTION alone for a flag, or =KIND for an argument.
 # KIND+ is a list with commas, KIND* several values.
 _MODEL = " --model=path:model,packed"
 _DTYPE = " --dtype=one:auto,float32,bfloat16,float16,float64"
@@ -113,32 +113,33 @@ doc_to_target: answer
 """
 
 
-def _value(rng: random.Random, kind: str, good: tuple[str, ...]) -> str:
-    match kind:
-        case "whole":
-            return a_whole(rng, good or ("0", "1", "2", "3"))
-        case "number":
-            return a_number(rng, good) if good else a_number(rng)
-        case "text":
-            return a_text(rng)
-        case "path":
-            return rng.choice(good if rng.random() < 0.6 else _PATHS)
-        case "layers":
-            return rng.choice(("0", "1", "-1", "0-1", "-2--1", "1-0", "99", "-99", "", "x", "0-", HUGE))
-        case "settings":
-            return f"{rng.choice(('top_k', 'until', 'x', ''))}={a_number(rng)}"
-    return rng.choice(good if rng.random() < 0.8 else _WRONG)
+_GOOD = {
+    "whole": words("0 1 2 3"),
+    "number": words("0 1 0.5 0.9 1e-5 2"),
+    "layers": words("0 1 -1 0-1 -2--1"),
+}
+_BAD = {
+    **{"whole": NOT_WHOLE, "number": NOT_NUMBERS, "path": _PATHS, "one": _WRONG},
+    "layers": ("", HUGE, *words("1-0 99 -99 x 0- 1,,0")),
+}
 
 
-def _option(rng: random.Random, spec: str) -> list[str]:
+def _value(rng: random.Random, kind: str, good: str, wrong: bool) -> str:
+    if kind == "text":
+        return a_text(rng)
+    if kind == "settings":
+        return f"{rng.choice(('top_k', 'until', 'x', ''))}={rng.choice(NOT_NUMBERS)}"
+    return rng.choice(_BAD[kind] if wrong else good.split(",") if good else _GOOD[kind])
+
+
+def _option(rng: random.Random, spec: str, wrong: bool) -> list[str]:
     """An option of the tables above, with its values."""
     option, _, value = spec.partition("=")
     if not value:
         return [option]
-    kind, _, listed = value.partition(":")
-    good = tuple(listed.split(",")) if listed else ()
-    count = rng.randrange(4) if kind[-1] in "+*" else 1
-    values = [_value(rng, kind.rstrip("+*"), good) for _ in range(count)]
+    kind, _, good = value.partition(":")
+    count = rng.randrange(0 if wrong else 1, 4) if kind[-1] in "+*" else 1
+    values = [_value(rng, kind.rstrip("+*"), good, wrong) for _ in range(count)]
     if kind.endswith("+"):
         values = [",".join(values)]
     if option and len(values) == 1 and rng.random() < 0.5:
@@ -147,15 +148,16 @@ def _option(rng: random.Random, spec: str) -> list[str]:
 
 
 def _arguments(rng: random.Random, first: str, asked: str, others: str) -> list[str]:
-    """Options in any order; some given twice, one left out now and then."""
+    """Options in any order, most often one of them with a wrong value; now and then one is left out."""
     chosen = [spec for spec in asked.split() if rng.random() < 0.95]
-    chosen += rng.sample(others.split(), k=min(rng.choice((0, 0, 1, 1, 2, 3, 4)), len(others.split())))
-    if _MODEL in others and rng.random() < 0.9:
-        chosen.append("--model=path:model")  # the bundled one is slower
+    chosen += rng.sample(others.split(), k=min(rng.choice((0, 1, 1, 2, 2, 3, 4)), len(others.split())))
+    wrong = rng.sample(chosen, k=min(rng.choice((0, 0, 1, 1, 1, 1, 2)), len(chosen)))
+    if "--model" in others and rng.random() < 0.9:
+        chosen.insert(0, "--model=path:model")  # the bundled one is slower
     if rng.random() < 0.05:
         chosen.append(rng.choice(("--help", "--x", "-h", "--", "---", "-\ud800", "\x1b[2J")))
     rng.shuffle(chosen)
-    return first.split() + [argument for spec in chosen for argument in _option(rng, spec)]
+    return first.split() + [each for spec in chosen for each in _option(rng, spec, spec in wrong)]
 
 
 def _files(case: Case, name: str) -> None:

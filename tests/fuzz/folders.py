@@ -332,11 +332,13 @@ def run(case: Case) -> None:
     changes += [_change_packed, _change_packed] if "gptq" in base or base == "act_order" else [_change_index]
     rng.shuffle(changes)
     # The weights last: the others read what they change.
-    chosen = sorted(changes[: rng.choice((0, 1, 1, 1, 2))], key=lambda change: change is _change_weights)
+    chosen = sorted(
+        changes[: rng.choice((0, 1, 1, 1, 1, 1, 2, 2))], key=lambda change: change is _change_weights
+    )
     said += [change(rng, files) for change in chosen]
     folder = write(files, Path("model"))
     write(bases()["sharded"], case.place / "outside")
-    if not chosen or rng.random() < 0.1:
+    if not chosen or rng.random() < 0.05:
         said.append(_change_kind(rng, folder))
     case.describe("; ".join(said))
     Path("text").write_text("some text of a few tokens\n" * 3)
