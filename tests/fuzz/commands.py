@@ -199,6 +199,18 @@ class _Terminal(io.TextIOWrapper):
         return True
 
 
+class _Interrupted(io.TextIOWrapper):
+    """Ctrl-C comes while the first text is written."""
+
+    interrupted = False
+
+    def write(self, text: str) -> int:
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
 @contextlib.contextmanager
 def _streams(rng: random.Random) -> Iterator[tuple[Any, Any] | None]:
     """What a command finds as stdout and stderr; None: files that are read afterwards."""
@@ -209,10 +221,12 @@ def _streams(rng: random.Random) -> Iterator[tuple[Any, Any] | None]:
         yield io.StringIO(), io.StringIO()
     elif kind < 0.88:
         yield capture("ascii", "strict"), capture("latin-1", "replace")
-    elif kind < 0.92:
+    elif kind < 0.9:
+        yield _Interrupted(io.BytesIO(), encoding="utf-8", errors="backslashreplace"), capture()
+    elif kind < 0.93:
         yield _Terminal(io.BytesIO(), encoding="utf-8"), _Terminal(io.BytesIO(), encoding="utf-8")
     else:
-        if kind < 0.94:  # nobody reads
+        if kind < 0.95:  # nobody reads
             reading, writing = os.pipe()
             os.close(reading)
             broken = os.fdopen(writing, "w")
@@ -254,6 +268,11 @@ def run(case: Case) -> None:
     if name == "chat" and rng.random() < 0.6:
         asked, stdin = "", _typed(rng)
     allows = {"chat": ["several errors"], "check": ["code 1"], "diff": ["code 1"], "diagnose": ["code 1"]}
+    if rng.random() < 0.03:  # as torchrun starts a rank, or as something else has left it
+        os.environ.update(WORLD_SIZE="1", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
+        os.environ[rng.choice(("WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK"))] = rng.choice(
+            ("", "0", "-1", "1", "x", HUGE, "65536", "٣")
+        )
     with _streams(rng) as streams:
         arguments = _arguments(rng, first, asked, others)
         case.command(main, arguments, stdin, allows.get(name, ()), streams)

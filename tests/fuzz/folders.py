@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from qwen_ref.parity import __main__ as parity
 from qwen_ref.settings import read_defaults
 from qwen_ref.tokenizer import SPECIAL_TOKENS
 
-from .harness import Case, Kind, Opened
+from .harness import Case, Kind, Opened, capture
 from .values import Safetensors, a_json, changed_bytes, changed_object, changed_safetensors, json_text, words
 
 CONFIG = {
@@ -124,7 +125,9 @@ def write(files: Files, folder: Path) -> Path:
 
 def record(folder: Path, out: Path, *options: str) -> bytes:
     """A bundle of a good folder."""
-    if parity.main(["record", "--model", str(folder), "--out", str(out), *options]):
+    with contextlib.redirect_stderr(capture()):
+        failed = parity.main(["record", "--model", str(folder), "--out", str(out), *options])
+    if failed:
         raise RuntimeError("a good folder cannot be recorded")
     return out.read_bytes()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen_ref import StreamDecoder, Tokenizer, load_model, sampling
 from qwen_ref.chat import Conversation, build_context
@@ -89,7 +90,7 @@ def _check_decode(case: Case) -> None:
 
 
 def _setting(rng: random.Random, good: tuple, wrong: tuple) -> Any:
-    return rng.choice(good if rng.random() < 0.85 else wrong)
+    return rng.choice(good if rng.random() < 0.75 else wrong)
 
 
 _WHOLES = (0, -1, 10**6, 2**63 - 1, 2**63, 2**64, 10**400, -(10**400))
@@ -136,7 +137,9 @@ def _check_probabilities(case: Case) -> None:
     B, V, N = rng.choice((1, 2)), rng.choice((1, 2, 9)), rng.choice((0, 1, 4))
     odd = (0.0, 1.0, -1.0, 1e30, -1e30, 3e38, 1e-40, 88.0)
     numbers = [rng.gauss(0, 5) if rng.random() < 0.6 else rng.choice(odd) for _ in range(B * V)]
-    if rng.random() < 0.1:
+    if rng.random() < 0.3:
+        numbers = [float(rng.randrange(3)) for _ in numbers]  # ties
+    elif rng.random() < 0.1:
         numbers[-1] = rng.choice((math.nan, math.inf, -math.inf))
     dtype = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16))
     logits = torch.tensor(numbers, dtype=torch.float64).to(dtype).view(B, V)
@@ -152,6 +155,21 @@ def _check_probabilities(case: Case) -> None:
         case.found("probabilities that do not add up to 1", str(found))
     if settings.get("top_k") == 1 and int((found > 0).sum()) != B:
         case.found("top_k=1 leaves more than one token", str(found))
+    if settings.get("temperature") == 0 and N <= 1:
+        _check_greedy(case, logits, previous, float(settings.get("repetition_penalty", 1)), found)
+
+
+def _check_greedy(case: Case, logits: Tensor, previous: Tensor, penalty: float, found: Tensor) -> None:
+    """With the penalty applied in float64."""
+    logits = logits.double()
+    for row, ids in enumerate(previous.tolist()):
+        for token in ids:
+            if token >= 0:
+                logits[row, token] *= penalty if logits[row, token] < 0 else 1 / penalty
+    chosen = logits.gather(1, found.argmax(dim=-1, keepdim=True))
+    largest = logits.max(dim=-1, keepdim=True).values
+    if (largest.abs() < 3e38).all() and not (chosen >= largest - 1e-6 * largest.abs()).all():
+        case.found("greedy does not take the likeliest token", str(logits))
 
 
 def _check_chat(case: Case) -> None:

@@ -18,7 +18,7 @@ from . import commands
 from .__main__ import KINDS, kind_of
 from .harness import Case, Kind, Opened, Outcome, outcomes
 
-CASES = 40  # of each kind
+CASES = 25  # of each kind
 SEED = 16
 
 
