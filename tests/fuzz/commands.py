@@ -270,9 +270,7 @@ def run(case: Case) -> None:
     allows = {"chat": ["several errors"], "check": ["code 1"], "diff": ["code 1"], "diagnose": ["code 1"]}
     if rng.random() < 0.03:  # as torchrun starts a rank, or as something else has left it
         os.environ.update(WORLD_SIZE="1", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
-        os.environ[rng.choice(("WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK"))] = rng.choice(
-            ("", "0", "-1", "1", "x", HUGE, "65536", "٣")
-        )
+        os.environ[rng.choice(words("WORLD_SIZE MASTER_PORT LOCAL_RANK"))] = rng.choice(("", "0", "-1", "x"))
     with _streams(rng) as streams:
         arguments = _arguments(rng, first, asked, others)
         case.command(main, arguments, stdin, allows.get(name, ()), streams)
