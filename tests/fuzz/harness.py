@@ -52,6 +52,7 @@ _READABLE = (
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = re.compile(r"os\.(remove|rename|rmdir|mkdir|truncate|chmod|link|symlink)")
+_HARMLESS = ("uname", "git")  # platform.processor() and lm_eval ask these
 _STARTS = re.compile(r"os\.(system|exec|fork|posix_spawn)|subprocess\.Popen|socket\.(connect|bind)")
 
 
@@ -246,7 +247,7 @@ def _audit(event: str, args: tuple) -> None:
                 _check_change(case, event, path)
     elif event == "pickle.find_class":
         case.found(f"unpickles {args[0]}.{args[1]}")
-    elif _STARTS.fullmatch(event) and not str(args[:1]).endswith("'uname',)"):  # platform.processor() asks it
+    elif _STARTS.fullmatch(event) and Path(str(args[0])).name not in _HARMLESS:
         case.found(f"{event}: {_without_values(shown(args[0]))}", shown(args))
 
 
