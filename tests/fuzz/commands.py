@@ -290,6 +290,7 @@ KIND = Kind("commands", prepare, run)
 def _run_evaluate(case: Case) -> None:
     rng = case.rng
     _files(case, "evaluate")
+    case.starts = True  # lm_eval reports git's commit and pip's list
     Path("task.yaml").write_text(_TASK if rng.random() < 0.8 else _TASK[: rng.randrange(len(_TASK))])
     text, choice = (a_text(rng, 9).encode("utf-8", "replace").decode() for _ in range(2))
     answer = rng.choice((0, 0, 0, 1, 2, -1, None))

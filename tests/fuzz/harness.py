@@ -52,7 +52,6 @@ _READABLE = (
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = re.compile(r"os\.(remove|rename|rmdir|mkdir|truncate|chmod|link|symlink)")
-_HARMLESS = ("uname", "git")  # platform.processor() and lm_eval ask these
 _STARTS = re.compile(r"os\.(system|exec|fork|posix_spawn)|subprocess\.Popen|socket\.(connect|bind)")
 
 
@@ -96,6 +95,9 @@ class Case:
     described: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    starts: bool = (
+        False  # whether a library may start programs; platform.processor() starts uname in any case
+    )
     named: set[str] = field(default_factory=set)  # paths elsewhere that the command line itself names
 
     def describe(self, text: str) -> None:
@@ -247,7 +249,9 @@ def _audit(event: str, args: tuple) -> None:
                 _check_change(case, event, path)
     elif event == "pickle.find_class":
         case.found(f"unpickles {args[0]}.{args[1]}")
-    elif _STARTS.fullmatch(event) and Path(str(args[0])).name not in _HARMLESS:
+    elif _STARTS.fullmatch(event) and not (
+        event == "subprocess.Popen" and (case.starts or args[0] == "uname")
+    ):
         case.found(f"{event}: {_without_values(shown(args[0]))}", shown(args))
 
 
