@@ -85,3 +85,9 @@ eval: .venv/eval
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+# Bad folders, command lines, bundles and prompts for so many seconds: no more than errors of one line may come of them.
+SECONDS ?= 60
+.PHONY: fuzz
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)

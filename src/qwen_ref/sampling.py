@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen_ref.config import InputError, whole
+from qwen_ref.config import InputError, shown, whole
 
 
 def probabilities(
@@ -75,16 +75,14 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
 
 def check_parameters(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises ValueError where a sampling parameter is out of range."""
-    if temperature != 0 and not 1e-5 <= temperature < float("inf"):
-        raise InputError(
-            f"temperature={temperature} must be 0 (greedy) or at least 1e-5, where logits do not overflow"
-        )
+    if temperature != 0 and not 1e-5 <= temperature <= 1e30:  # float32 holds both
+        raise InputError(f"temperature={shown(temperature)} must be 0 (greedy) or from 1e-5 to 1e30")
     whole("top_k", top_k, least=0)
     if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} must be above 0 and at most 1 (no limit)")
-    if not 1e-5 <= repetition_penalty < float("inf"):
+        raise InputError(f"top_p={shown(top_p)} must be above 0 and at most 1 (no limit)")
+    if not 1e-5 <= repetition_penalty <= 1e30:
         raise InputError(
-            f"repetition_penalty={repetition_penalty} must be a number of at least 1e-5; 1 changes nothing"
+            f"repetition_penalty={shown(repetition_penalty)} must be from 1e-5 to 1e30; 1 changes nothing"
         )
 
 
