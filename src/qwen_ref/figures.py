@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qwen_ref.cli import write_whole
+from qwen_ref.cli import new_file
 from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def pyplot() -> ModuleType:
 def save(figure: Figure, path: Path) -> None:
     """A PNG file, whole or not at all. Closes the figure."""
     try:
-        write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png", facecolor="white"))
+        with new_file(path) as file:
+            figure.savefig(file, dpi=110, format="png", facecolor="white")
     finally:
         pyplot().close(figure)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, Progress, read_prompt, run, say, utf8
+from qwen_ref.cli import Parser, Progress, on_stdout, read_prompt, run, say, utf8
 from qwen_ref.config import InputError, require_folder
 from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
@@ -323,7 +323,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         if args.lookup is not None:
             each = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
             report["lookup"] = {**dataclasses.asdict(passes), **each}
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(on_stdout(json.dumps(report, ensure_ascii=False)), flush=True)
     say(clock.report(len(prompt_ids)) + ("" if args.lookup is None else f"; {_passes_report(passes)}"))
     return code
 
@@ -373,12 +373,12 @@ def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Token
         if args.json:
             return
         if not args.logprobs:
-            print(new_text, end="", flush=True)
+            print(on_stdout(new_text), end="", flush=True)
             return
         for step in new_steps:
             token = _token_report(step, tokenizer)
             quoted = json.dumps(token["text"], ensure_ascii=False)
-            print(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}", flush=True)
+            print(on_stdout(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}"), flush=True)
 
     try:
         for piece in stream:

@@ -22,14 +22,15 @@ from qwen_ref.cli import (
     Parser,
     Progress,
     as_json,
-    check_path,
     decoded,
+    on_stdout,
+    output_path,
     run,
     say,
     speed_options,
     write_whole,
 )
-from qwen_ref.config import InputError, QwenConfig, require_folder, shown
+from qwen_ref.config import InputError, QwenConfig, read_bytes, require_folder, shown
 from qwen_ref.figures import pyplot, save
 from qwen_ref.launch import Ranks
 from qwen_ref.settings import (
@@ -180,12 +181,12 @@ class State:
             return
         header = {"format": _STATE, **run}
         if not os.path.lexists(path):
-            write_whole(path, lambda part: part.write_text(json.dumps(header) + "\n", encoding="utf-8"))
+            write_whole(path, json.dumps(header) + "\n")
             return
         whole = path.read_bytes()
-        lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # the last one may have been cut off
+        end = whole.rfind(b"\n") + 1  # the last line may have been cut off
         try:
-            first, *rest = map(json.loads, lines)
+            first, *rest = map(json.loads, whole[:end].splitlines())
             differ = [key for key, value in header.items() if first.get(key) != value]
             if "format" in differ:
                 raise ValueError
@@ -203,7 +204,7 @@ class State:
                 ):
                     raise ValueError
                 self.done[length, window] = sums
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise InputError(f"{path} is no file of this command's --state; give another name") from None
         if differ:
             key = differ[0]
@@ -211,13 +212,13 @@ class State:
                 f"{path} is of another run: there {key} is {shown(first.get(key))}, here "
                 f"{shown(header[key])}; give another --state, or the options of that run"
             )
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+        os.truncate(path, end)
 
     def add(self, length: int, window: Window, sums: Sums) -> None:
         self.done[length, window] = sums
         if self.path is not None:
             line = {"length": length, "window": window, "losses": sums.losses, "tokens": sums.tokens}
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -294,11 +295,11 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.plot is not None:
         pyplot()
-        check_path(args.plot, "--plot")
+        output_path(args.plot, "--plot")
     if args.state is not None:
-        check_path(args.state, "--state")
+        output_path(args.state, "--state")
     config, tokenizer = open_folder(folder)
-    texts = [tokenizer.encode(decoded(str(path), path.read_bytes())) for path in args.text]
+    texts = [tokenizer.encode(decoded(str(path), read_bytes(path))) for path in args.text]
     asked = _windows(args, texts)
     state = State(args.state, _run(args, folder, texts))
     _say_notes(args, config, asked)
@@ -326,7 +327,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "use_logn_attn": model.config.use_logn_attn,
             "results": results,
         }
-        print(as_json(report), flush=True)
+        print(on_stdout(as_json(report)), flush=True)
     else:
         print("\n".join(_table(results)), flush=True)
     if args.plot is not None:

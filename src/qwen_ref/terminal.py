@@ -20,8 +20,11 @@ from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, chat_stop_ids, che
 from qwen_ref.cli import (
     Parser,
     Progress,
+    from_stdin,
+    is_terminal,
     not_utf8,
-    printable,
+    on_stdout,
+    output_path,
     read_prompt,
     run,
     say,
@@ -98,7 +101,7 @@ class Chat:
                 self._note(tokens)
                 try:
                     for piece in pieces:
-                        print(shown_text(piece), end="", flush=True)
+                        print(on_stdout(piece), end="", flush=True)
                 finally:
                     print(flush=True)
         except KeyboardInterrupt:
@@ -134,12 +137,12 @@ class Chat:
             print(HELP, flush=True)
         elif name == "/history":
             for asked, answered in talk.history:
-                print(shown_text(f"> {asked}\n{answered}"), flush=True)
+                print(on_stdout(f"> {asked}\n{answered}"), flush=True)
         elif name == "/system" and argument:
             talk.system = argument
             say("the system message is another one now; the turns stay, /reset forgets them")
         elif name == "/system":
-            print(shown_text(talk.system), flush=True)
+            print(on_stdout(talk.system), flush=True)
         elif name == "/reset":
             talk.history.clear()
             self.query = None
@@ -147,7 +150,7 @@ class Chat:
         elif name == "/retry":
             self._retry()
         elif name == "/save" and argument:
-            save(Path(argument.strip()).expanduser(), talk.system, talk.history)
+            save(_at_home(argument.strip()), talk.system, talk.history)
             say(f"{argument}: {len(talk.history)} turns")
         elif name == "/save":
             raise InputError("/save needs the name of a file")
@@ -169,11 +172,6 @@ class Chat:
         finally:
             if len(history) == turns:  # nothing came
                 history.append(last)
-
-
-def shown_text(text: str) -> str:
-    """Text for stdout: a terminal does not get to obey what a model or a file says."""
-    return printable(text, kept="\n\t") if sys.stdout.isatty() else text
 
 
 class _WatchedCache(PrefixCache):
@@ -202,14 +200,18 @@ class _WatchedCache(PrefixCache):
 def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     """Writes a conversation as JSON, whole or not at all; ValueError where another kind of file is there."""
     content = {"format": SAVED_AS, "system": system, "history": history}
+    target = output_path(path)
+    if target.exists() and not _is_saved(target):
+        raise InputError(f"{path} is there already and is no saved chat; give another name")
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _at_home(argument: str) -> Path:
+    """The path that a shell would make of what was typed."""
     try:
-        target = Path(os.path.realpath(path))  # a link stays one
-        if os.path.lexists(target) and not (target.is_file() and _is_saved(target)):
-            raise InputError(f"{path} is there already and is no saved chat; give another name")
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise InputError(f"{argument}: there is no such user; ./{argument} is a file of this name") from None
 
 
 def _is_saved(path: Path) -> bool:
@@ -246,8 +248,8 @@ def messages() -> Iterator[str]:
 
     Raises ValueError for what is not UTF-8, unless it comes from a terminal: then it is said.
     """
-    typed = sys.stdin.isatty()
-    line_of = _typed_line if typed and sys.stdout.isatty() else _piped_line
+    typed = is_terminal(sys.stdin)
+    line_of = _typed_line if typed and is_terminal(sys.stdout) else _piped_line
     if line_of is _typed_line:
         _edit_lines()
     while True:
@@ -319,9 +321,9 @@ def _typed_line(prompt: str) -> str | None:
 
 
 def _piped_line(prompt: str) -> str | None:
-    if sys.stdin.isatty():  # and stdout goes elsewhere: no prompt may get there
+    if is_terminal(sys.stdin):  # and stdout goes elsewhere: no prompt may get there
         print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.buffer.readline()
+    line = from_stdin(line=True)
     return _decoded(line.removesuffix(b"\n").removesuffix(b"\r")) if line else None
 
 
@@ -404,12 +406,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     try:
         if query is not None:
             return chat.answer(query)
-        if sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             say("/help lists the commands, /quit or Ctrl-D ends")
         for text in messages():
             if not chat.message(text):
                 break
-        return 2 if chat.failed and not sys.stdin.isatty() else 0
+        return 2 if chat.failed and not is_terminal(sys.stdin) else 0
     finally:
         model.group.texts("")  # the others end
 

@@ -19,7 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Parser, Progress, as_json, bundled_checkpoint, read_prompt, run, say, utf8
+from qwen_ref.cli import Parser, Progress, as_json, bundled_checkpoint, on_stdout, read_prompt, run, say, utf8
 from qwen_ref.config import InputError, QwenConfig, require_folder
 from qwen_ref.settings import add_model_option, length_note, open_folder
 from qwen_ref.steps import checked_ids
@@ -502,7 +502,7 @@ def _command(args: argparse.Namespace) -> int:
     if args.layers is None and len(layers) > _MANY_LAYERS and not args.json:
         say(f"note: all {len(layers)} layers are shown; --layers 0,{len(layers) // 2},-1 shows three of them")
     if args.json:
-        print(as_json(_report(found, prompt, str(folder), tokenizer)), flush=True)
+        print(on_stdout(as_json(_report(found, prompt, str(folder), tokenizer))), flush=True)
     else:
         print("\n".join(trace_lines(found, tokenizer)), flush=True)
     return 0
