@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.cli import Parser, Progress, read_prompt, run
+from qwen_ref.cli import Parser, Progress, read_prompt, run, unfinished_name
 from qwen_ref.config import GPTQConfig, InputError, QwenConfig, require_folder
 from qwen_ref.gptq import is_packed, module_of
 
@@ -190,11 +190,11 @@ def write(
 @contextlib.contextmanager
 def unfinished(output: Path) -> Iterator[Path]:
     """A folder to fill, which is called output once that is done, and removed if it cannot be."""
-    part = output.with_name(f"{output.name}.{os.getpid()}.part")
+    part = unfinished_name(output)
     try:
         part.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be made: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{output}: cannot be made: {getattr(error, 'strerror', error)}") from None
     try:
         yield part
         os.replace(part, output)

@@ -320,12 +320,12 @@ def test_save_overwrites_nothing_but_a_saved_chat(chat: Callable, tmp_path: Path
     file.write_text("mine")
     result = chat(stdin=lines(f"/save {file}", f"/save {tmp_path}", f"/save {tmp_path / 'no' / 'where'}"))
     assert f"error: {file} is there already and is no saved chat; give another name" in result.err
-    assert f"error: {tmp_path} is there already" in result.err
-    assert "where: cannot be written: No such file or directory" in result.err
+    assert f"error: {tmp_path}: cannot be written: it is a folder" in result.err
+    assert "where: cannot be written: there is no folder" in result.err
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     os.mkfifo(tmp_path / "pipe")  # which would never end if it were read
-    assert "is there already" in chat(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
+    assert "it is a FIFO; give the name" in chat(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
     assert "cannot be written" in chat(stdin=lines(f"/save {tmp_path / ('x' * 300)}")).err
 
 
@@ -434,7 +434,7 @@ def test_a_chat_in_a_terminal() -> None:
     terminal.until("prefill")
     terminal.until("> ")
     terminal.type("/save /dev/null\n")
-    terminal.until("is there already")
+    terminal.until("it is a device")
     terminal.until("> ")  # while nobody reads, the terminal itself takes Ctrl-D
     terminal.type("\x04")  # Ctrl-D
     assert terminal.end() == 0

@@ -284,30 +284,35 @@ def output_path(path: str | Path, option: str = "") -> Path:
     To be called before any work: it raises InputError where no file can be written, and where what is there
     is no regular file, which a whole file cannot be written to, only put in the place of.
     """
-    path = Path(path)
-    who = f"{option} {path}".strip()
+    path, there = Path(path), None
     try:
         folder = Path(os.path.realpath(path.parent))
         target = Path(os.path.realpath(path))
-        there = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        there = None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            there = os.stat(path)
+        problem = _output_problem(folder, target, there)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise InputError(f"{who}: cannot be written: {getattr(error, 'strerror', error)}") from None
-    if there is not None and stat.S_ISDIR(there.st_mode):
-        raise InputError(f"{who} is a folder; give the name of a file")
-    if there is not None and not stat.S_ISREG(there.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(there.st_mode), "no regular file")
-        raise InputError(f"{who} is {kind}; {_REGULAR}")
-    if folder == Path("/dev") or folder.parts[:2] == ("/", "proc"):  # /dev/stdout, which may be a file
-        raise InputError(f"{who} is one of the system's files; {_REGULAR}")
-    if there is not None and any(_is_open_as(number, there) for number in (1, 2)):
-        raise InputError(f"{who} is where stdout or stderr goes; give the name of another file")
-    if not target.parent.is_dir():
-        raise InputError(f"{who}: there is no folder {target.parent if path.is_symlink() else path.parent}")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"{who}: nothing can be written to {target.parent}")
+        problem = str(getattr(error, "strerror", error))
+    if problem is not None:
+        raise InputError(f"{option} {path}: cannot be written: {problem}".strip())
     return target
+
+
+def _output_problem(folder: Path, target: Path, there: os.stat_result | None) -> str | None:
+    """Why a file cannot be written. folder: where it, or the link to it, stands; there: what is there now."""
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        return "it is a folder; give the name of a file"
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        return f"it is {_KINDS.get(stat.S_IFMT(there.st_mode), 'no regular file')}; {_REGULAR}"
+    if folder == Path("/dev") or folder.parts[:2] == ("/", "proc"):  # /dev/stdout may be a regular file
+        return f"it is one of the system's files; {_REGULAR}"
+    if there is not None and any(_is_open_as(number, there) for number in (1, 2)):
+        return "it is where stdout or stderr goes; give the name of another file"
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    if not os.access(target.parent, os.W_OK):
+        return f"nothing can be written to {target.parent}"
+    return None
 
 
 def _is_open_as(number: int, there: os.stat_result) -> bool:
@@ -322,7 +327,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path} is no folder, or lies in a file; give another --out") from None
+        raise InputError(f"{path} is no folder, or lies in a file; give another folder") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be made: {getattr(error, 'strerror', error)}") from None
 

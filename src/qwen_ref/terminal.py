@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import importlib.util
 import json
 import locale
 import os
@@ -283,32 +284,34 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
 
 
 def _edit_lines() -> None:
-    """Line editing and recall of earlier lines by readline, where Python has it."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    """Line editing and recall of earlier lines by readline, where Python has it: not on Windows."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if importlib.util.find_spec("readline") is None:
+        return
     if _coding() != "utf-8":
         # There readline, which asks the environment, takes the bytes of a Chinese character for commands.
         os.environ["LC_ALL"] = "C.UTF-8"
-    with contextlib.suppress(ImportError):
-        import readline
+    import readline
 
-        # A terminal then marks what is pasted, and line ends in it do not send it. The default since 8.1.
-        readline.parse_and_bind("set enable-bracketed-paste on")
-        # Completion would put the names of files into a message.
-        readline.parse_and_bind("set disable-completion on")
-        for key in "*?=/":
-            readline.parse_and_bind(f'"\\e{key}": ""')
+    # A terminal then marks what is pasted, and line ends in it do not send it. The default since 8.1.
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    # Completion would put the names of files into a message.
+    readline.parse_and_bind("set disable-completion on")
+    for key in "*?=/":
+        readline.parse_and_bind(f'"\\e{key}": ""')
 
 
 def _coding() -> str:
     """How the locale of the environment codes text."""
+    before = locale.setlocale(locale.LC_CTYPE)
     try:
-        before = locale.setlocale(locale.LC_CTYPE)
         locale.setlocale(locale.LC_CTYPE, "")
-        coding = locale.nl_langinfo(locale.CODESET)
-        locale.setlocale(locale.LC_CTYPE, before)
-        return codecs.lookup(coding).name
-    except (locale.Error, LookupError):  # it is not installed
+        return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
+    except (locale.Error, LookupError, AttributeError):  # it is not installed; Windows has no nl_langinfo
         return "unknown"
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def _typed_line(prompt: str) -> str | None:
