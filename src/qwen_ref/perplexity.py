@@ -77,13 +77,16 @@ def score(
 
     from qwen_ref.scoring import score_continuations, score_texts
 
-    dimensions = 1 + _is_list(ids[0]) if isinstance(ids, Sequence) and len(ids) else getattr(ids, "ndim", 1)
-    if dimensions not in (1, 2) or len(ids) == 0:
+    dimensions = 1 + any(map(_is_list, ids)) if isinstance(ids, Sequence) else getattr(ids, "ndim", 0)
+    right = dimensions in (1, 2) and len(ids) > 0 and not isinstance(ids, str | bytes)
+    if not right or (dimensions == 2 and not all(map(_is_list, ids))):
         raise InputError(f"ids must be the tokens of a text, or of several; they are {shown(ids)}")
     texts = [list(text) for text in ids] if dimensions == 2 else [list(ids)]
     if continuations is not None:
         if dimensions == 2:
             raise InputError("continuations are those of one prompt: ids must be a single list of token ids")
+        several = isinstance(continuations, Iterable) and not isinstance(continuations, str | bytes)
+        continuations = list(continuations) if several else [continuations]
         if not all(map(_is_list, continuations)):
             raise InputError(f"continuations must be lists of token ids; they are {shown(continuations)}")
         # A copy is what gradients can flow through; what was made in inference mode is not.
@@ -96,7 +99,8 @@ def score(
 
 
 def _is_list(ids: object) -> bool:
-    return isinstance(ids, Sequence) or getattr(ids, "ndim", 0) > 0
+    text = isinstance(ids, str | bytes)
+    return (isinstance(ids, Sequence) and not text) or getattr(ids, "ndim", 0) > 0
 
 
 # Windows

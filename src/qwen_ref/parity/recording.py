@@ -88,9 +88,11 @@ def record(
     ids = ids.view(-1, ids.shape[-1])
     checkpoint = Checkpoint(folder)
     dtype = checkpoint.dtype(dtype)
-    rounding = tuple(dict.fromkeys(rounding)) if dtype == "float64" else ()
+    rounding = (rounding,) if isinstance(rounding, str) else tuple(dict.fromkeys(rounding))
     if not set(rounding) <= set(ROUNDING_DTYPES):
         raise InputError(f"{rounding=} must be some of {', '.join(ROUNDING_DTYPES)}")
+    if dtype != "float64":
+        rounding = ()
     V = checkpoint.config.vocab_size
     for row, position in ((ids < 0) | (ids >= V)).nonzero()[:1].tolist():
         raise InputError(
