@@ -530,11 +530,11 @@ def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> Non
         ),
         (
             ["--lengths", "32", "--state", ""],
-            "--state .: cannot be written: it is a folder; give the name of a file",
+            "--state .: cannot be written: it is a folder",
         ),
         (
             ["--lengths", "32", "--plot", "nowhere/x.png"],
-            "--plot nowhere/x.png: cannot be written: there is no folder",
+            "x.png: cannot be written: there is no folder",
         ),
         (["--lengths", "32", "--dtype", "int7"], "int7"),
     ],
