@@ -20,6 +20,7 @@ from tiny_corpus import Encoder, documents
 from torch import Tensor
 
 from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.config import InputError
 from qwen_ref.fast import fasten
 from qwen_ref.generate import generate
 from qwen_ref.int8_cache import Int8Cache
@@ -101,7 +102,7 @@ def main() -> None:
         for name, form in FORMS.items():
             try:
                 model = form(load_model(folder, "bfloat16"))
-            except ValueError as error:  # groups that the widths do not allow
+            except InputError as error:  # groups that the widths do not allow
                 print(f"{judge.title}, {name}: {error}", file=sys.stderr)
                 continue
             print(judge.row(name, model), flush=True)

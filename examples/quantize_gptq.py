@@ -119,7 +119,7 @@ def quantise(
                     if not (torch.isfinite(linear.weight).all() and torch.isfinite(hessian).all()):
                         raise InputError("it, or what it is applied to, is NaN or infinite")
                     quantised = gptq(linear.weight, hessian, config)
-                except ValueError as error:
+                except InputError as error:
                     raise InputError(f"{name}: {error}; check the checkpoint") from None
                 linear.weight.copy_(quantised.weight())
                 yield name, quantised

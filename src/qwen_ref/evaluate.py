@@ -249,7 +249,11 @@ def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tu
         if not path.is_dir():
             raise InputError(f"--include-path {path} is no folder")
     included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
-    return simple_evaluate, TaskManager(include_path=included or None)
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _readable_errors("reading the tasks of", included or ["the harness"]),
+    ):
+        return simple_evaluate, TaskManager(include_path=included or None)
 
 
 def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | None]) -> list[Any]:
@@ -286,7 +290,7 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 
 
 @contextlib.contextmanager
-def _readable_errors(doing: str, tasks: list[str]) -> Iterator[None]:
+def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
     """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
     try:
         yield
@@ -302,7 +306,7 @@ def _readable_errors(doing: str, tasks: list[str]) -> Iterator[None]:
         remedy = ""
         if "offline" in message.lower() or isinstance(error, ConnectionError):
             remedy = "; fetch the data set first, or give --download"
-        raise InputError(f"{doing} {', '.join(tasks)}: {message}{remedy}") from error
+        raise InputError(f"{doing} {', '.join(map(str, tasks))}: {message}{remedy}") from error
 
 
 def _is_ours(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qwen_ref.cli import new_file
+from qwen_ref.cli import new_file, printable
 from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ def pyplot() -> ModuleType:
         import matplotlib
     except ImportError:
         raise InputError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
+    except ValueError as error:  # of the environment's MPLBACKEND
+        raise InputError(f"--plot takes matplotlib, which does not start: {error}") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -27,6 +29,10 @@ def pyplot() -> ModuleType:
 
 def save(figure: Figure, path: Path) -> None:
     """A PNG file, whole or not at all. Closes the figure."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # a file's name may hold bytes that are no characters
+        text.set_text(printable(text.get_text(), kept="\n"))
     try:
         with new_file(path) as file:
             figure.savefig(file, dpi=110, format="png", facecolor="white")

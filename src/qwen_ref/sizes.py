@@ -139,7 +139,7 @@ def inspect(args: argparse.Namespace) -> int:
     if not path.exists():
         try:
             config = QwenConfig.preset(args.folder.lower())
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{args.folder}: no such folder, and {error}") from None
     elif path.is_file():
         config = QwenConfig.from_json(path)

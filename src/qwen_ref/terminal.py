@@ -82,7 +82,7 @@ class Chat:
             if text.startswith("/") and not text.startswith("//") and "\n" not in text:
                 return self._command(*text.split(maxsplit=1))
             self.answer(text.removeprefix("/") if text.startswith("//") else text)
-        except ValueError as error:
+        except InputError as error:
             say(f"error: {error}")
             self.failed = True
         except KeyboardInterrupt:  # between answers
@@ -218,7 +218,7 @@ def _at_home(argument: str) -> Path:
 def _is_saved(path: Path) -> bool:
     try:
         read_saved(path)
-    except ValueError:
+    except InputError:
         return False
     return True
 
@@ -236,7 +236,7 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
         raise InputError(
             f"{path}: holds {error.object[error.start]!r}, which is no character; {remedy}"
         ) from None
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}; {remedy}") from None
     return raw["system"], [(asked, answered) for asked, answered in raw["history"]]
 
@@ -259,7 +259,7 @@ def messages() -> Iterator[str]:
         except KeyboardInterrupt:
             print(file=sys.stderr)
             say("/quit or Ctrl-D ends the chat")
-        except ValueError as error:
+        except InputError as error:
             if not typed:
                 raise
             say(f"error: {error}")
@@ -371,7 +371,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     model = load(args, folder, ranks)
     prefix = PrefixCache(model, max_length)
     while request := model.group.texts("")[0]:
-        with contextlib.suppress(ValueError):  # rank 0 has it as well, and says so
+        with contextlib.suppress(InputError):  # rank 0 has it as well, and says so
             for _ in prefix.generate(**json.loads(request)):
                 pass
     return 0

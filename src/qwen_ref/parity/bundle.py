@@ -447,7 +447,7 @@ def write_bundle(
         writer.describe({})
         try:
             read_bundle(writer.partial)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(str(error).replace(str(writer.partial), str(path))) from None
 
 
