@@ -531,9 +531,9 @@ def test_the_tasks_of_the_readme_are_known_to_the_harness(index: TaskManager) ->
         (["--tasks", "README.md"], "README.md: the name of a task file must end in .yaml"),
         (
             ["--tasks", "gsm8k", "--output", "nowhere/x.json"],
-            "--output nowhere/x.json: there is no folder nowhere",
+            "--output nowhere/x.json: cannot be written: there is no folder",
         ),
-        (["--tasks", "gsm8k", "--output", "weights"], "--output weights is a folder"),
+        (["--tasks", "gsm8k", "--output", "weights"], "--output weights: cannot be written: it is a folder"),
         (["--tasks", "gsm8k", "--limit", "inf"], "--limit inf must be a number above 0"),
         (["--tasks", "gsm8k", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
         (["--tasks", "gsm8k", "--num-fewshot", "-1"], "--num-fewshot -1 must be at least 0"),

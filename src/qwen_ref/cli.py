@@ -32,9 +32,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        sys.stdout.flush()  # of --help: an error here is one that `run` reports
-        super().exit(status, message)
+    def print_help(self, file: TextIO | None = None) -> None:
+        # argparse would pass over an error of writing.
+        print(self.format_help(), end="", file=sys.stdout if file is None else file, flush=True)
 
 
 def utf8(argument: str) -> str:
@@ -114,7 +114,7 @@ def _streams() -> Iterator[None]:
         yield
     finally:
         for name, stream in before:
-            if stream is None and getattr(sys, name) is not None:
+            if getattr(getattr(sys, name), "name", None) == os.devnull:  # a stand-in
                 getattr(sys, name).close()
             setattr(sys, name, stream)
         for _, stream in before[1:]:

@@ -17,13 +17,13 @@ def pyplot() -> ModuleType:
     """matplotlib without a screen; ValueError where it is not installed."""
     try:
         import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
     except ImportError:
         raise InputError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
     except ValueError as error:  # of the environment's MPLBACKEND
         raise InputError(f"--plot takes matplotlib, which does not start: {error}") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     return pyplot
 
 
