@@ -280,6 +280,7 @@ CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capac
         (MemoryError(), "more memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "more memory"),
         (RuntimeError("std::bad_alloc"), "more memory"),
+        (RuntimeError("can't start new thread"), "a limit on processes"),
     ],
 )
 def test_lack_of_memory_says_what_was_asked_for(error: Exception, asked: str) -> None:

@@ -160,6 +160,8 @@ _ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTPE]i?B)")
 def out_of_memory(error: BaseException) -> str | None:
     """What to say of an error that is lack of memory, on any device; None for every other error."""
     text = str(error)
+    if isinstance(error, RuntimeError) and text == "can't start new thread":
+        return "no thread can be started: too little memory, or a limit on processes (ulimit -u)"
     if not (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's: it is not imported here
