@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, make_folder, output_path, run, write_whole
+from qwen_ref.cli import Parser, make_folder, on_stdout, output_path, run, write_whole
 from qwen_ref.config import QwenConfig
 
 OUT = Path(__file__).resolve().parent / "figures"
@@ -398,7 +398,7 @@ def command(args: argparse.Namespace) -> int:
         output_path(path, "--out")
         drawn = draw(config)
         write_whole(path, drawn)
-        print(path)
+        print(on_stdout(str(path)))
     return 0
 
 

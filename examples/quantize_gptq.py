@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.cli import Parser, Progress, read_prompt, run, unfinished_name
+from qwen_ref.cli import Parser, Progress, on_stdout, read_prompt, run, unfinished_name
 from qwen_ref.config import GPTQConfig, InputError, QwenConfig, require_folder
 from qwen_ref.gptq import is_packed, module_of
 
@@ -254,7 +254,7 @@ def command(args: argparse.Namespace) -> int:
                 matrices[name] = matrix
                 progress.update(len(matrices), total)
         write(args.source, part, matrices, model, config)
-    print(f"{args.output}: {args.bits} bits in {config.grouping}")
+    print(on_stdout(f"{args.output}: {args.bits} bits in {config.grouping}"))
     return 0
 
 

@@ -27,7 +27,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from qwen_ref.cli import Parser, Progress, make_folder, output_path, run, write_whole
+from qwen_ref.cli import Parser, Progress, make_folder, on_stdout, output_path, run, write_whole
 from qwen_ref.config import InputError
 
 SCRIPT = Path(__file__).resolve().with_name("walkthrough.py")
@@ -227,7 +227,7 @@ def command(args: argparse.Namespace) -> int:
         done = list(run_cells(cells, SCRIPT, progress.update))
     made = page(done, "Qwen, step by step")
     write_whole(args.out, made)
-    print(args.out)
+    print(on_stdout(str(args.out)))
     return 0
 
 

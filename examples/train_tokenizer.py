@@ -18,7 +18,7 @@ from pathlib import Path
 import regex
 from tiny_corpus import vocabulary_text
 
-from qwen_ref.cli import Parser, make_folder, output_path, run, say, write_whole
+from qwen_ref.cli import Parser, make_folder, on_stdout, output_path, run, say, write_whole
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import PATTERN
 
@@ -121,7 +121,7 @@ def command(arguments: argparse.Namespace) -> int:
     save(tokens, arguments.output)
     if len(tokens) < arguments.vocabulary_size:
         say("stopped early: no pair is left that occurs twice")
-    print(f"{arguments.output}: {len(tokens)} tokens")
+    print(on_stdout(f"{arguments.output}: {len(tokens)} tokens"))
     return 0
 
 

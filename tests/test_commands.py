@@ -184,18 +184,30 @@ def test_stdin_may_be_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "stdin is not UTF-8 (byte 0xed at offset 0)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("arguments", [["parity", "diff", "bundle", "bundle"], ["generate", "--help"]])
-def test_a_process_ends_with_the_same_codes(arguments: list[str], stream: str, folder: Path) -> None:
-    """Python itself flushes once more when it ends."""
-    with open("/dev/full", "w") as full, contextlib.suppress(subprocess.CalledProcessError):
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
-        done = subprocess.run(
-            [sys.executable, "-m", f"qwen_ref.{arguments[0]}", *arguments[1:]], cwd=folder, **streams
-        )
-    assert done.returncode == (2 if stream == "stdout" else 0)
-    if stream == "stdout":
-        assert done.stderr == b"qwen_ref: error: [Errno 28] No space left on device\n"
+PRINTS = """
+import sys
+from qwen_ref.cli import Parser, run, say
+def command(_):
+    say("hi")
+    print("x" * int(sys.argv[1]))
+    return 0
+sys.exit(run(Parser(), command, sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [(">/dev/full", 2), ("2>/dev/full", 0), (">&-", 0), ("2>&-", 0), ("--help >/dev/full", 2)],
+)
+@pytest.mark.parametrize("length", ["1", "100000"])
+def test_a_process_ends_with_the_same_codes(shell: str, code: int, length: str) -> None:
+    """Python flushes once more when it ends, with an exit code of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = ["sh", "-c", f'"$@" {shell}', "sh", sys.executable, "-c", PRINTS, length]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Exception" not in done.stderr
+    assert ("No space left" in done.stderr) == (code == 2)
 
 
 # Errors
@@ -448,6 +460,7 @@ def test_a_checkpoint_is_refused_before_the_training(
     script: str, tmp_path: Path, run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(importlib.import_module(script), "train", lambda *_: pytest.fail("it trains already"))
     os.mkfifo(tmp_path / "model.safetensors")
     done = run_command(example(script), "--output", tmp_path)
     assert done.code == 2
@@ -704,6 +717,18 @@ def test_a_user_that_is_not_there_is_named(run_command: Callable[..., Result]) -
 def test_an_argument_that_the_locale_does_not_know_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
     assert cli.utf8("冰岛") == "冰岛"
+
+
+def test_a_fault_in_a_chat_is_one(
+    monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Result]
+) -> None:
+    def faulty(*_: object) -> None:
+        raise ValueError("zip() argument 2 is longer than argument 1")
+
+    monkeypatch.setattr(Conversation, "ask", faulty)
+    done = run_command(chat.main, stdin=b"hi\nhi\n")
+    assert done.code == 70
+    assert done.err.count("Traceback") == 1
 
 
 # Lists that are none

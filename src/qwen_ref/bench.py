@@ -34,6 +34,7 @@ from qwen_ref.cli import (
     on_stdout,
     run,
     speed_options,
+    to_stderr,
 )
 from qwen_ref.config import GPTQConfig, InputError, QwenConfig, check_cut, require_folder
 from qwen_ref.launch import TIMEOUT, Ranks, launched
@@ -487,13 +488,13 @@ def _launch(args: argparse.Namespace, folder: Path) -> int:
     ):
         try:
             for line in _of_ranks(process.stderr):
-                print(line, end="", file=sys.stderr, flush=True)
+                to_stderr(line, end="")
             code = process.wait()
         except KeyboardInterrupt:  # torchrun, which has it as well, first ends the ranks
             process.wait()
             raise
         out.seek(0)
-        print(out.read().decode("utf-8"), end="", flush=True)
+        print(on_stdout(out.read().decode("utf-8")), end="", flush=True)
     return 0 if code == 0 else 2
 
 

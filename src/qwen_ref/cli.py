@@ -87,7 +87,7 @@ def run(
             if isinstance(error, InputError | OSError) and not isinstance(error, io.UnsupportedOperation):
                 say(f"error: {error}")
                 return lost if isinstance(error, ConnectionError) else 2
-            _to_stderr(printable(traceback.format_exc(), kept="\n"), end="")
+            to_stderr(printable(traceback.format_exc(), kept="\n"), end="")
             say(FAULT_LINE)
             return FAULT
 
@@ -182,10 +182,11 @@ def say(line: str) -> None:
     """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
     rank = os.environ.get("RANK", "0")  # torchrun's: one of several processes says which it is
     who = "qwen_ref" if rank == "0" else f"qwen_ref, rank {rank}"
-    _to_stderr(f"{who}: {printable(line)}")
+    to_stderr(f"{who}: {printable(line)}")
 
 
-def _to_stderr(text: str, end: str = "\n") -> None:
+def to_stderr(text: str, end: str = "\n") -> None:
+    """Text as it is; for a line of ours there is say."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError):  # a full disk behind stderr, say, must not cost the result on stdout
@@ -445,7 +446,7 @@ class Progress:
 
     def _end_line(self) -> None:
         if self.shown > self.start and is_terminal(sys.stderr):
-            _to_stderr("")
+            to_stderr("")
             self.shown = self.start
 
     def update(self, done: int, total: int) -> None:
@@ -459,6 +460,6 @@ class Progress:
         count = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self.unit == "GB" else f"{done} of {total}"
         line = f"qwen_ref: {self.what} {count} {self.unit}, {left:.0f} s left"
         if is_terminal(sys.stderr):
-            _to_stderr(f"\r{line}", end="    ")
+            to_stderr(f"\r{line}", end="    ")
         else:
-            _to_stderr(line)
+            to_stderr(line)

@@ -29,6 +29,7 @@ from qwen_ref.cli import (
     read_prompt,
     run,
     say,
+    to_stderr,
     utf8,
     write_whole,
 )
@@ -257,7 +258,7 @@ def messages() -> Iterator[str]:
         try:
             text = _message(line_of)
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            to_stderr("")
             say("/quit or Ctrl-D ends the chat")
         except InputError as error:
             if not typed:
@@ -325,7 +326,7 @@ def _typed_line(prompt: str) -> str | None:
 
 def _piped_line(prompt: str) -> str | None:
     if is_terminal(sys.stdin):  # and stdout goes elsewhere: no prompt may get there
-        print(prompt, end="", file=sys.stderr, flush=True)
+        to_stderr(prompt, end="")
     line = from_stdin(line=True)
     return _decoded(line.removesuffix(b"\n").removesuffix(b"\r")) if line else None
 
