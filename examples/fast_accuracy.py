@@ -20,6 +20,7 @@ from tiny_corpus import Encoder, documents
 from torch import Tensor
 
 from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.cli import Parser, run
 from qwen_ref.config import InputError
 from qwen_ref.fast import fasten
 from qwen_ref.generate import generate
@@ -92,11 +93,15 @@ class Judge:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
+    return made
+
+
+def command(args: argparse.Namespace) -> int:
     print(HEADER)
-    for folder in parser.parse_args().folders:
+    for folder in args.folders:
         judge = Judge("tiny" if folder == ROOT / "weights" else folder.name, folder)
         print(judge.truth_row())
         for name, form in FORMS.items():
@@ -106,7 +111,8 @@ def main() -> None:
                 print(f"{judge.title}, {name}: {error}", file=sys.stderr)
                 continue
             print(judge.row(name, model), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))
