@@ -19,6 +19,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused
 
 from qwen_ref import terminal
 from qwen_ref.chat import main
+from qwen_ref.config import InputError
 from qwen_ref.settings import Clock
 from qwen_ref.tokenizer import Tokenizer
 
@@ -202,7 +203,7 @@ def test_ctrl_c_ends_once_with_130(chat: Callable, monkeypatch: pytest.MonkeyPat
 def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_ref import steps
 
-    monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(ValueError("3 NaN")))
+    monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(InputError("3 NaN")))
     result = chat(stdin=lines(QUESTION, "/history"))
     assert (result.code, result.out) == (2, "\n")
     assert "error: 3 NaN" in result.err

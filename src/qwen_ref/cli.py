@@ -242,10 +242,10 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
 
 
-def from_stdin(line: bool = False) -> bytes:
-    """The next line of stdin, or all that is left. A StringIO in its place has only text."""
+def from_stdin(most: int = -1, line: bool = False) -> bytes:
+    """The next line of stdin, or all that is left, up to so many bytes. A StringIO there has only text."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
-    found = stream.readline() if line else stream.read()
+    found = stream.readline(most) if line else stream.read(most)
     return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else found
 
 
