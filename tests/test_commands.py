@@ -21,11 +21,12 @@ import pytest
 import torch
 from conftest import ROOT, WEIGHTS, Result
 
-from qwen_ref import bench, chat, cli, figures, generate, parity, perplexity, terminal, trace
+from qwen_ref import bench, chat, checkpoint, cli, figures, generate, parity, perplexity, terminal, trace
 from qwen_ref.chat import Conversation, reply
 from qwen_ref.cli import FAULT_LINE, Parser, new_file, out_of_memory, output_path, run, write_whole
 from qwen_ref.config import InputError
 from qwen_ref.launch import RankLost
+from qwen_ref.parity import recording
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -416,8 +417,8 @@ def example(name: str) -> Callable[[list[str]], int]:
 
 
 OUTPUTS = {
-    "perplexity --plot": (perplexity.main, ["--text", "text.txt", "--lengths", "8", "--plot"]),
-    "perplexity --state": (perplexity.main, ["--text", "text.txt", "--lengths", "8", "--state"]),
+    "perplexity --plot": ("qwen_ref.perplexity", ["--text", "text.txt", "--lengths", "8", "--plot"]),
+    "perplexity --state": ("qwen_ref.perplexity", ["--text", "text.txt", "--lengths", "8", "--state"]),
     "evaluate --output": ("qwen_ref.evaluate", ["--tasks", "arc_easy", "--output"]),
     "parity record": ("qwen_ref.parity.__main__", ["record", "--prompt", "hi", "--out"]),
     "parity check": ("qwen_ref.parity.__main__", ["check", "--golden", "bundle", "--plot"]),
@@ -442,12 +443,13 @@ def test_an_output_is_refused_before_any_work(
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.chdir(folder)
-    for work in ("checkpoint.load_model", "checkpoint.open_checkpoint", "tokenizer.Tokenizer.from_file"):
-        monkeypatch.setattr(f"qwen_ref.{work}", lambda *_, **__: pytest.fail("it works already"))
-    main, arguments = OUTPUTS[output]
-    if isinstance(main, str):
-        module = importlib.import_module(main)
-        main = getattr(module, "main", None) or example(main)
+    name, arguments = OUTPUTS[output]
+    module = importlib.import_module(name)
+    main = getattr(module, "main", None) or example(name)
+    works = {"from_file", "load_model", "open_checkpoint", "train", "check", "diff", "record"}
+    for place in (Tokenizer, module, checkpoint, recording):
+        for work in works & set(vars(place)):
+            monkeypatch.setattr(place, work, lambda *_, **__: pytest.fail("it works already"))
     done = run_command(main, *arguments, places / kind)
     assert done.code == 2, done.err
     assert "cannot be written: " in done.err
