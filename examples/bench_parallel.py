@@ -10,6 +10,7 @@ started by torchrun, this file again, and rank 0 prints its row of the table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -30,13 +31,16 @@ from qwen_ref.checkpoint import tensor_table
 PROMPT = 16
 
 
-def sent_over_loopback() -> int:
-    """Bytes that crossed the loopback device since the machine started, headers included."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, numbers = line.partition(":")
-        if name.strip() == "lo":
-            return int(numbers.split()[8])
-    return 0
+def sent_over_loopback() -> float:
+    """Bytes that crossed the loopback device since the machine started, headers included; NaN where the
+    system does not tell, as only Linux does.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines():
+            name, _, numbers = line.partition(":")
+            if name.strip() == "lo":
+                return int(numbers.split()[8])
+    return math.nan
 
 
 def payload(config: QwenConfig, ranks: int) -> int:
@@ -79,15 +83,16 @@ def measure(folder: Path, tokens: int) -> None:
             model.lm_head(states[:, -1], only_rank_0=True)
             times.append(time.perf_counter() - start)
             sent.append(sent_over_loopback() - before)
-    own = f"{read / 1e9:.2f} | {memory.anonymous / 1e6:,.0f} | {columns / 1e6:,.0f} | {seconds:.2f}"
+    anonymous = math.nan if memory.anonymous is None else memory.anonymous / 1e6
+    own = f"{read / 1e9:.2f} | {anonymous:,.0f} | {columns / 1e6:,.0f} | {seconds:.2f}"
     rows = model.group.texts(own)
     if model.group.rank == 0:
         worst = max(rows, key=lambda row: float(row.split("|")[1].replace(",", "")))
-        print(
+        row = (
             f"| {ranks} | {worst} | {median(times[2:]) * 1e3:,.0f} | {payload(model.config, ranks):,} "
-            f"| {median(sent[2:]):,.0f} |",
-            flush=True,
+            f"| {median(sent[2:]):,.0f} |"
         )
+        print(row.replace("nan", "unknown"), flush=True)
 
 
 def main() -> None:

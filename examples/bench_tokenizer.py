@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from qwen_ref import Tokenizer
+from qwen_ref.cli import Parser, decoded, on_stdout, run
+from qwen_ref.config import read_bytes
 
 VOCABULARY = Path(__file__).resolve().parents[1] / ".vocab" / "qwen.tiktoken"
 RUNS = 5
@@ -47,14 +50,17 @@ def seconds(encode: Callable[[str], list[int]], text: str) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path)
-    files = parser.parse_args().files
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("files", nargs="*", type=Path)
+    return made
+
+
+def command(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_file(VOCABULARY)
     theirs = Tokenizer.from_file(VOCABULARY, engine="tiktoken")
     source, clauses = python_source(3_000_000), chinese(tokenizer, 300_000)
-    texts = {path.name: path.read_text(encoding="utf-8") for path in files} or {
+    texts = {path.name: decoded(str(path), read_bytes(path)) for path in args.files} or {
         "Python source": source,
         "Chinese": clauses,
         "mixed, 1 byte in 10 Chinese": source + clauses[: len(source) // 27],
@@ -71,12 +77,10 @@ def main() -> None:
         assert tokenizer.encode(text) == theirs.encode(text)
         size = len(text.encode()) / 1e6
         rates = [size / min(times) for times in (cold, warm, reference)]
-        print(
-            f"| {name} | {size:.1f} | "
-            + " | ".join(f"{r:.1f}" for r in rates)
-            + f" | {rates[0] / rates[2]:.2f} |"
-        )
+        row = " | ".join(f"{r:.1f}" for r in rates)
+        print(on_stdout(f"| {name} | {size:.1f} | {row} | {rates[0] / rates[2]:.2f} |"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

@@ -11,6 +11,7 @@ runs: on a machine that is shared, a point may be off by a quarter.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 
 from qwen_ref import load_model
 from qwen_ref.bench import Subject, Timing, machine, measure, synthetic
-from qwen_ref.cli import Progress
+from qwen_ref.cli import Parser, Progress, make_folder, output_path, run
+from qwen_ref.config import InputError
 from qwen_ref.fast import fasten
 from qwen_ref.figures import pyplot, save
 
@@ -84,18 +86,31 @@ def draw_batches(rows: dict[int, Timings], title: str, out: Path) -> None:
 
 def save_titled(figure: Figure, title: str, out: Path) -> None:
     figure.suptitle(title, fontsize="small")
-    out.parent.mkdir(parents=True, exist_ok=True)
     save(figure, out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--synthetic", default="1.8b", metavar="SIZE")
-    parser.add_argument("--layers", type=int, metavar="N", help="so many of its layers")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+def check_figures(out: Path, *names: str) -> None:
+    """Before the work is done: that there can be these figures."""
+    pyplot()
+    make_folder(out)
+    for name in names:
+        output_path(out / name, "--out")
+
+
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("--synthetic", default="1.8b", metavar="SIZE")
+    made.add_argument("--layers", type=int, metavar="N", help="so many of its layers")
+    made.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192])
+    made.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    made.add_argument("--out", type=Path, default=OUT)
+    return made
+
+
+def command(args: argparse.Namespace) -> int:
+    check_figures(args.out, "cost_by_length.png", "cost_by_batch.png")
+    if min([1, *args.lengths, *args.batches]) < 1:
+        raise InputError("--lengths and --batches must be at least 1")
     with synthetic(args.synthetic, args.layers) as folder:
         models = subjects(folder)
         time_all(models, [16], 1, "warming up")
@@ -114,7 +129,8 @@ def main() -> None:
     if by_batch:
         table(f"decode at {BATCH_LENGTH}, batch of, tokens/s of all", by_batch, "decode", BATCH_LENGTH)
         draw_batches(by_batch, what, args.out / "cost_by_batch.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

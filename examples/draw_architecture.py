@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, check_path, make_folder, run, write_whole
+from qwen_ref.cli import Parser, make_folder, on_stdout, output_path, run, write_whole
 from qwen_ref.config import QwenConfig
 
 OUT = Path(__file__).resolve().parent / "figures"
@@ -395,10 +395,10 @@ def command(args: argparse.Namespace) -> int:
     make_folder(args.out)
     for name, draw in DRAWINGS.items():
         path = args.out / (f"{name}.svg" if args.size == "72b" else f"{name}_{args.size}.svg")
-        check_path(path, "--out")
+        output_path(path, "--out")
         drawn = draw(config)
-        write_whole(path, lambda part, drawn=drawn: part.write_text(drawn, encoding="utf-8"))
-        print(path)
+        write_whole(path, drawn)
+        print(on_stdout(str(path)))
     return 0
 
 

@@ -8,6 +8,7 @@ An answer is right if greedy decoding gives it token for token, with what ends i
 import argparse
 import math
 import random
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from tiny_corpus import ANSWERS, DEFAULT_SYSTEM, FACTS, LINES, Encoder, Fact, turn
 
 from qwen_ref.checkpoint import load_model
+from qwen_ref.cli import Parser, run
 from qwen_ref.model import Qwen
 from qwen_ref.tokenizer import Tokenizer
 
@@ -92,11 +94,16 @@ def report(folder: Path) -> None:
         print(f"{form:<28} {len(examples):>5}{columns}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("weights"), help="(%(default)s)")
-    report(parser.parse_args().folder)
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("folder", type=Path, nargs="?", default=Path("weights"), help="(%(default)s)")
+    return made
+
+
+def command(arguments: argparse.Namespace) -> int:
+    report(arguments.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

@@ -20,6 +20,8 @@ from tiny_corpus import Encoder, documents
 from torch import Tensor
 
 from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.cli import Parser, run
+from qwen_ref.config import InputError
 from qwen_ref.fast import fasten
 from qwen_ref.generate import generate
 from qwen_ref.int8_cache import Int8Cache
@@ -91,21 +93,26 @@ class Judge:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
+    return made
+
+
+def command(args: argparse.Namespace) -> int:
     print(HEADER)
-    for folder in parser.parse_args().folders:
+    for folder in args.folders:
         judge = Judge("tiny" if folder == ROOT / "weights" else folder.name, folder)
         print(judge.truth_row())
         for name, form in FORMS.items():
             try:
                 model = form(load_model(folder, "bfloat16"))
-            except ValueError as error:  # groups that the widths do not allow
+            except InputError as error:  # groups that the widths do not allow
                 print(f"{judge.title}, {name}: {error}", file=sys.stderr)
                 continue
             print(judge.row(name, model), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

@@ -4,6 +4,7 @@ The wheel is Alibaba's own dashscope SDK. It is downloaded without its dependenc
 """
 
 import hashlib
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -38,8 +39,9 @@ def main() -> int:
         )
         return 1
     TARGET.parent.mkdir(exist_ok=True)
-    partial = TARGET.with_name("qwen.tiktoken.partial")
-    partial.write_bytes(content)
+    partial = TARGET.with_name(f".{secrets.token_hex(8)}.part")
+    with partial.open("xb") as file:
+        file.write(content)
     partial.replace(TARGET)
     print(f"{TARGET.relative_to(ROOT)}: {len(content):,} bytes, SHA-256 as published")
     return 0

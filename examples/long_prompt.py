@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from pathlib import Path
 
 import torch
-from cost_curves import OUT, save_titled
+from cost_curves import OUT, check_figures, save_titled
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.bench import Memory, machine, synthetic
-from qwen_ref.cli import Progress
+from qwen_ref.cli import Parser, Progress, run
+from qwen_ref.config import InputError
 from qwen_ref.figures import pyplot
 from qwen_ref.prefill import CHUNK, prefill
 from qwen_ref.sizes import cache_bytes, resident_bytes
@@ -32,13 +34,19 @@ def chunk_bytes(config: QwenConfig, length: int, dtype: torch.dtype) -> int:
     return activations + CHUNK * length * (1 + dtype.itemsize)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--synthetic", default="72b", metavar="SIZE")
-    parser.add_argument("--layers", type=int, default=2, metavar="N", help="so many of its layers")
-    parser.add_argument("--length", type=int, default=32768, metavar="TOKENS")
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("--synthetic", default="72b", metavar="SIZE")
+    made.add_argument("--layers", type=int, default=2, metavar="N", help="so many of its layers")
+    made.add_argument("--length", type=int, default=32768, metavar="TOKENS")
+    made.add_argument("--out", type=Path, default=OUT)
+    return made
+
+
+def command(args: argparse.Namespace) -> int:
+    check_figures(args.out, "long_prompt.png")
+    if args.length < 1:
+        raise InputError(f"--length {args.length} must be at least 1")
     ends, seconds = [], []
     with synthetic(args.synthetic, args.layers) as folder, Memory() as memory, torch.inference_mode():
         model = load_model(folder, "bfloat16")
@@ -56,7 +64,8 @@ def main() -> None:
     config, dtype = model.config, torch.bfloat16
     weights, cached = resident_bytes(model), cache_bytes(config, args.length, dtype)
     chunk = chunk_bytes(config, args.length, dtype)
-    peak, expected = memory.anonymous + memory.mapped, weights + cached + chunk
+    expected = weights + cached + chunk
+    peak = None if memory.anonymous is None else memory.anonymous + memory.mapped
     here = machine("cpu")
     what = (
         f"{args.synthetic} widths, {args.layers} layers, bfloat16, chunks of {CHUNK:,}; "
@@ -73,8 +82,10 @@ def main() -> None:
         "of it pages of the mapped file": memory.mapped,
         "of it anonymous": memory.anonymous,
     }
-    print("\n".join(f"| {name} | {count / 1e9:.2f} |" for name, count in rows.items()))
-    print(f"\npeak / sum = {peak / expected:.3f}; all of it took {seconds[-1]:,.0f} s")
+    known = {name: "unknown" if count is None else f"{count / 1e9:.2f}" for name, count in rows.items()}
+    print("\n".join(f"| {name} | {count} |" for name, count in known.items()))
+    ratio = "unknown" if peak is None else f"{peak / expected:.3f}"
+    print(f"\npeak / sum = {ratio}; all of it took {seconds[-1]:,.0f} s")
     each = [
         1e3 * (after - before) / (end - begin)
         for (begin, end), (before, after) in zip(
@@ -91,7 +102,8 @@ def main() -> None:
     axes.set(title="Prefill", xlabel="position", ylabel="ms a token")
     axes.grid(alpha=0.3)
     save_titled(figure, what, args.out / "long_prompt.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

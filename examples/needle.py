@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from needle_corpus import draw_needle, haystack
 
 from qwen_ref.checkpoint import load_model
-from qwen_ref.cli import Parser, Progress, as_json, check_path, read_text, run, utf8
+from qwen_ref.cli import Parser, Progress, as_json, on_stdout, output_path, read_text, run, utf8
 from qwen_ref.config import InputError, require_folder
 from qwen_ref.figures import pyplot, save
 from qwen_ref.model import Qwen, ntk_alpha
@@ -351,7 +351,7 @@ def command(args: argparse.Namespace) -> int:
                 raise InputError(f"{name} is {state}; --needle, --question and --answer go together")
     if args.plot is not None:
         pyplot()
-        check_path(args.plot, "--plot")
+        output_path(args.plot, "--plot")
     require_folder(args.model)
     _, tokenizer = open_folder(args.model)
     draw = drawer(args, tokenizer)
@@ -370,7 +370,7 @@ def command(args: argparse.Namespace) -> int:
             "seed": args.seed,
             "cells": [cell._asdict() for cell in cells],
         }
-        print(as_json(report), flush=True)
+        print(on_stdout(as_json(report)), flush=True)
     else:
         print("\n\n".join("\n".join(table(cells, variant)) for variant in args.variants), flush=True)
     if args.plot is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref import QwenConfig, Tokenizer, load_model, parity
-from qwen_ref.cli import bundled_checkpoint
+from qwen_ref.cli import Parser, bundled_checkpoint, run, utf8
 from qwen_ref.parity.__main__ import main as parity_command
 from qwen_ref.peers import qwen2
 
@@ -89,12 +89,15 @@ def record(model: torch.nn.Module, ids: Tensor, layers: int) -> dict[str, Tensor
     return stages
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=bundled_checkpoint(), metavar="DIR")
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids instead of a prompt")
-    args = parser.parse_args()
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("--model", type=Path, default=bundled_checkpoint(), metavar="DIR")
+    made.add_argument("--prompt", type=utf8, default=PROMPT)
+    made.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids instead of a prompt")
+    return made
+
+
+def command(args: argparse.Namespace) -> int:
     config = QwenConfig.from_json(args.model / "config.json")
     ids = torch.tensor([args.ids or Tokenizer.from_file(args.model / "qwen.tiktoken").encode(args.prompt)])
     other = 1e4 if config.rotary_emb_base != 1e4 else 1e6
@@ -113,4 +116,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parser(), command))

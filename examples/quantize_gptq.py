@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.cli import Parser, Progress, read_prompt, run
+from qwen_ref.cli import Parser, Progress, on_stdout, read_prompt, run, unfinished_name
 from qwen_ref.config import GPTQConfig, InputError, QwenConfig, read_json_object, require_folder
 from qwen_ref.gptq import is_packed, module_of
 
@@ -119,7 +119,7 @@ def quantise(
                     if not (torch.isfinite(linear.weight).all() and torch.isfinite(hessian).all()):
                         raise InputError("it, or what it is applied to, is NaN or infinite")
                     quantised = gptq(linear.weight, hessian, config)
-                except ValueError as error:
+                except InputError as error:
                     raise InputError(f"{name}: {error}; check the checkpoint") from None
                 linear.weight.copy_(quantised.weight())
                 yield name, quantised
@@ -190,11 +190,11 @@ def write(
 @contextlib.contextmanager
 def unfinished(output: Path) -> Iterator[Path]:
     """A folder to fill, which is called output once that is done, and removed if it cannot be."""
-    part = output.with_name(f"{output.name}.{os.getpid()}.part")
+    part = unfinished_name(output)
     try:
         part.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be made: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{output}: cannot be made: {getattr(error, 'strerror', error)}") from None
     try:
         yield part
         os.replace(part, output)
@@ -254,7 +254,7 @@ def command(args: argparse.Namespace) -> int:
                 matrices[name] = matrix
                 progress.update(len(matrices), total)
         write(args.source, part, matrices, model, config)
-    print(f"{args.output}: {args.bits} bits in {config.grouping}")
+    print(on_stdout(f"{args.output}: {args.bits} bits in {config.grouping}"))
     return 0
 
 

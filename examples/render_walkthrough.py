@@ -27,7 +27,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from qwen_ref.cli import Parser, Progress, check_path, make_folder, run, write_whole
+from qwen_ref.cli import Parser, Progress, make_folder, on_stdout, output_path, run, write_whole
 from qwen_ref.config import InputError
 
 SCRIPT = Path(__file__).resolve().with_name("walkthrough.py")
@@ -222,12 +222,12 @@ def _output(output: Sequence[str | tuple[str, bytes]]) -> Iterator[str]:
 def command(args: argparse.Namespace) -> int:
     cells = read_cells(SCRIPT.read_text(encoding="utf-8"))
     make_folder(args.out.parent)
-    check_path(args.out, "--out")
+    output_path(args.out, "--out")
     with Progress("walkthrough", unit="cells") as progress:
         done = list(run_cells(cells, SCRIPT, progress.update))
     made = page(done, "Qwen, step by step")
-    write_whole(args.out, lambda part: part.write_text(made, encoding="utf-8"))
-    print(args.out)
+    write_whole(args.out, made)
+    print(on_stdout(str(args.out)))
     return 0
 
 

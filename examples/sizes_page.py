@@ -21,7 +21,7 @@ import torch
 
 from qwen_ref import QwenConfig
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, read_text, run, say, write_whole
+from qwen_ref.cli import Parser, output_path, read_text, run, say, write_whole
 from qwen_ref.config import INT4_GROUP, INT4_GROUPS, InputError
 from qwen_ref.fast import block_width
 from qwen_ref.sizes import cache_bytes
@@ -316,10 +316,7 @@ def write(path: Path, section: str) -> None:
         raise InputError(f"{path}: the section stands between two lines, once: {BEGIN} and {END}")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    try:
-        write_whole(path, lambda part: part.write_bytes(f"{before}{BEGIN}\n{section}\n{END}{after}".encode()))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    write_whole(path, f"{before}{BEGIN}\n{section}\n{END}{after}")
 
 
 def parser() -> Parser:
@@ -337,6 +334,7 @@ def command(args: argparse.Namespace) -> int:
     if args.write is None:
         print(page(), flush=True)
     else:
+        output_path(args.write, "--write")
         write(args.write, page())
         say(f"{args.write}: the sizes are up to date")
     return 0

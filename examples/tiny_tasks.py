@@ -7,11 +7,12 @@ Each has a few examples for the few-shot split and forty questions.
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
 
 from tiny_corpus import COUNTRIES, SUMS
+
+from qwen_ref.cli import write_whole
 
 FOLDER = Path(__file__).resolve().parent / "tasks"
 EXAMPLES, QUESTIONS = 5, 40
@@ -68,9 +69,7 @@ def files() -> dict[str, str]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for name, content in files().items():
-        unfinished = FOLDER / f"{name}.unfinished"
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, FOLDER / name)
+        write_whole(FOLDER / name, content)
 
 
 if __name__ == "__main__":

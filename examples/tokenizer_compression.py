@@ -23,8 +23,9 @@ from qwen_ref.cli import (
     Parser,
     Progress,
     bundled_checkpoint,
-    check_path,
     decoded,
+    on_stdout,
+    output_path,
     printable,
     read_text,
     run,
@@ -329,7 +330,7 @@ def parser() -> Parser:
 def command(args: argparse.Namespace) -> int:
     if args.plot is not None:  # better refused now than in the end
         pyplot()
-        check_path(args.plot, "--plot")
+        output_path(args.plot, "--plot")
     texts = read_texts(args.text or sample())
     among = vocabularies(args)
     counts = {}
@@ -338,9 +339,9 @@ def command(args: argparse.Namespace) -> int:
             counts[name] = count(name, text, among)
             progress.update(len(counts), len(texts))
     if args.json:
-        print(json.dumps(report(counts, among), ensure_ascii=False), flush=True)
+        print(on_stdout(json.dumps(report(counts, among), ensure_ascii=False)), flush=True)
     else:
-        print("\n".join(table(counts, among)), flush=True)
+        print(on_stdout("\n".join(table(counts, among))), flush=True)
     if args.plot is not None:
         draw(counts, among, args.plot)
     return 0

@@ -25,8 +25,18 @@ import torch.nn.functional as F
 import train_tokenizer
 from needle_corpus import Fact, draw_facts, haystack, vocabulary_text
 from torch import Tensor
-from train_tiny import THREADS, initialise, new_model, published_config, train, write_folder
+from train_tiny import (
+    THREADS,
+    check_folder,
+    check_training,
+    initialise,
+    new_model,
+    published_config,
+    train,
+    write_folder,
+)
 
+from qwen_ref.cli import Parser, run, say
 from qwen_ref.model import Qwen
 from qwen_ref.tokenizer import Tokenizer
 
@@ -113,16 +123,20 @@ def needle_config(vocab_size: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000, help="training steps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="for weights and text (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("examples/needle"), help="(%(default)s)")
-    arguments = parser.parse_args()
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("--steps", type=int, default=3000, help="training steps (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="for weights and text (%(default)s)")
+    made.add_argument("--output", type=Path, default=Path("examples/needle"), help="(%(default)s)")
+    return made
+
+
+def command(arguments: argparse.Namespace) -> int:
+    check_training(arguments.steps, arguments.seed)
+    check_folder(arguments.output)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     vocabulary = arguments.output / "qwen.tiktoken"
     # More than there are merges: it stops where every word is a token.
     train_tokenizer.save(train_tokenizer.train(vocabulary_text(), vocabulary_size=2**16), vocabulary)
@@ -132,12 +146,13 @@ def main() -> None:
     initialise(model, arguments.seed, WEIGHTS_STD)
     with torch.no_grad():  # a copied token's own row is then the likeliest from the start
         model.lm_head.weight.copy_(model.embed.weight)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", file=sys.stderr)
+    say(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     rows = Rows(tokenizer, arguments.seed)
     train(model, answer_loss(model, rows, arguments.steps), arguments.steps, PEAK_LEARNING_RATE)
     end = tokenizer.special_ids["<|endoftext|>"]
     write_folder(arguments.output, config, end, vocabulary.read_bytes(), model)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

@@ -10,7 +10,6 @@ threads is fixed. examine_tiny.py then asks the checkpoint for every fact.
 import argparse
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -25,7 +24,8 @@ from tiny_corpus import Encoder, documents
 from torch import Tensor
 
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.config import QwenConfig
+from qwen_ref.cli import Parser, make_folder, output_path, run, say, write_whole
+from qwen_ref.config import InputError, QwenConfig, read_bytes
 from qwen_ref.model import Qwen
 from qwen_ref.tokenizer import Tokenizer
 
@@ -160,14 +160,23 @@ def model_file(model: Qwen) -> bytes:
     return save(tensors, metadata={"format": "pt"})
 
 
-def write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+def check_training(steps: int, seed: int) -> None:
+    """Raises InputError for options that no training has."""
+    if steps < 1:
+        raise InputError(f"--steps {steps} must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed} must be from 0 to 2**63 - 1")
+
+
+def check_folder(folder: Path) -> None:
+    """Makes a checkpoint's folder. Raises InputError, before the training, where a file cannot be written."""
+    make_folder(folder)
+    for name in ("config.json", "generation_config.json", "qwen.tiktoken", "model.safetensors"):
+        output_path(folder / name, "--output")
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    write(path, (json.dumps(content, indent=2) + "\n").encode("ascii"))
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def new_model(config: dict[str, object]) -> Qwen:
@@ -176,35 +185,40 @@ def new_model(config: dict[str, object]) -> Qwen:
 
 
 def write_folder(folder: Path, config: dict[str, object], end: int, vocabulary: bytes, model: Qwen) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(end))
-    write(folder / "qwen.tiktoken", vocabulary)
-    write(folder / "model.safetensors", model_file(model))
+    write_whole(folder / "qwen.tiktoken", vocabulary)
+    write_whole(folder / "model.safetensors", model_file(model))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="for weights and text (%(default)s)")
-    parser.add_argument("--tokenizer", type=Path, default=Path("weights/qwen.tiktoken"), help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("weights"), help="folder to write (%(default)s)")
-    arguments = parser.parse_args()
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("--steps", type=int, default=1500, help="training steps (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="for weights and text (%(default)s)")
+    made.add_argument("--tokenizer", type=Path, default=Path("weights/qwen.tiktoken"), help="(%(default)s)")
+    made.add_argument("--output", type=Path, default=Path("weights"), help="folder to write (%(default)s)")
+    return made
+
+
+def command(arguments: argparse.Namespace) -> int:
+    check_training(arguments.steps, arguments.seed)
+    check_folder(arguments.output)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
 
-    vocabulary = arguments.tokenizer.read_bytes()
+    vocabulary = read_bytes(arguments.tokenizer)
     tokenizer = Tokenizer.from_file(arguments.tokenizer)
     encoder = Encoder(tokenizer)
     rows = math.ceil(tokenizer.n_vocab / 64) * 64  # padded, as in the published models
     config = published_config(vocab_size=rows)
     model = new_model(config)
     initialise(model, arguments.seed)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", file=sys.stderr)
+    say(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     train(model, language_model_loss(model, encoder, arguments.seed), arguments.steps)
 
     write_folder(arguments.output, config, encoder.end, vocabulary, model)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

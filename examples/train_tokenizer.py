@@ -9,7 +9,6 @@ most often (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with
 import argparse
 import base64
 import heapq
-import os
 import sys
 import unicodedata
 from collections import Counter, defaultdict
@@ -19,6 +18,8 @@ from pathlib import Path
 import regex
 from tiny_corpus import vocabulary_text
 
+from qwen_ref.cli import Parser, make_folder, on_stdout, output_path, run, say, write_whole
+from qwen_ref.config import InputError
 from qwen_ref.tokenizer import PATTERN
 
 
@@ -101,26 +102,28 @@ def merge(word: list[bytes], merged: bytes) -> list[bytes]:
 def save(tokens: list[bytes], path: Path) -> None:
     """One token a line: base64 of its bytes, a space, its rank."""
     lines = [f"{base64.b64encode(token).decode('ascii')} {rank}\n" for rank, token in enumerate(tokens)]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(lines), encoding="ascii")
-    os.replace(unfinished, path)
+    write_whole(path, "".join(lines))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabulary-size", type=int, default=2500, help="regular tokens (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("weights/qwen.tiktoken"), help="(%(default)s)")
-    arguments = parser.parse_args()
+def parser() -> Parser:
+    made = Parser(description=__doc__.splitlines()[0])
+    made.add_argument("--vocabulary-size", type=int, default=2500, help="regular tokens (%(default)s)")
+    made.add_argument("--output", type=Path, default=Path("weights/qwen.tiktoken"), help="(%(default)s)")
+    return made
+
+
+def command(arguments: argparse.Namespace) -> int:
     if arguments.vocabulary_size < 256:
-        parser.error(f"--vocabulary-size {arguments.vocabulary_size}: the single bytes alone are 256")
-
+        raise InputError(f"--vocabulary-size {arguments.vocabulary_size}: the single bytes alone are 256")
+    make_folder(arguments.output.parent)
+    output_path(arguments.output, "--output")
     tokens = train(vocabulary_text(), arguments.vocabulary_size)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     save(tokens, arguments.output)
     if len(tokens) < arguments.vocabulary_size:
-        print("stopped early: no pair is left that occurs twice", file=sys.stderr)
-    print(f"{arguments.output}: {len(tokens)} tokens")
+        say("stopped early: no pair is left that occurs twice")
+    print(on_stdout(f"{arguments.output}: {len(tokens)} tokens"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(parser(), command))

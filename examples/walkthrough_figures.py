@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from qwen_ref.cli import Parser, make_folder, run, write_whole
+from qwen_ref.cli import Parser, make_folder, new_file, run, write_whole
 
 OUT = Path("build/walkthrough")
 FOLDER = Path(__file__).resolve().parent / "figures"  # those that the README shows
@@ -99,9 +99,10 @@ def _as_commands_end(kind: type[BaseException], error: BaseException, trace: Tra
 def save(picture: Figure | str, path: Path) -> None:
     """A figure that is there is a whole one."""
     if isinstance(picture, str):
-        write_whole(path, lambda part: part.write_text(picture, encoding="utf-8"))
+        write_whole(path, picture)
     else:
-        write_whole(path, lambda part: picture.savefig(part, dpi=140, format="png", facecolor="white"))
+        with new_file(path) as file:
+            picture.savefig(file, dpi=140, format="png", facecolor="white")
 
 
 def new(width: float, height: float, columns: int = 1, rows: int = 1, **options: object) -> tuple:

@@ -458,28 +458,6 @@ def test_it_works_from_a_wheel_outside_the_checkout(tmp_path: Path) -> None:
     assert str(tmp_path) in done.stderr
 
 
-# Files
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("before")
-    target.chmod(0o640)
-    link.symlink_to(target)
-    with pytest.raises(OSError, match="full"):
-        shared.write_whole(link, half_of_it)
-    assert target.read_text() == "before"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
-    shared.write_whole(link, lambda part: part.write_text("after"))
-    assert (target.read_text(), link.is_symlink(), target.stat().st_mode & 0o777) == ("after", True, 0o640)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
-
-
-def half_of_it(part: Path) -> None:
-    part.write_text("aft")
-    raise OSError("the disk is full")
-
-
 # Progress
 
 

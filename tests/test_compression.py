@@ -457,8 +457,8 @@ def test_a_plot_takes_matplotlib(measure: Callable[..., Result], monkeypatch: py
         (["--against", "."], ".: cannot be read: Is a directory"),
         (["--against", "bytes", "bytes"], "the vocabulary bytes is given twice"),
         (["--against", "small.tiktoken"], "the vocabulary small.tiktoken is given twice"),
-        (["--plot", "none/made.png"], "--plot none/made.png: there is no folder none"),
-        (["--plot", "."], "--plot . is a folder; give the name of a file"),
+        (["--plot", "none/made.png"], "made.png: cannot be written: there is no folder"),
+        (["--plot", "."], "--plot .: cannot be written: it is a folder"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -18,6 +18,7 @@ from conftest import ROOT, WEIGHTS, Result, refused
 
 from qwen_ref import Qwen, Tokenizer, load_model, scoring
 from qwen_ref.chat import build_context
+from qwen_ref.config import InputError
 from qwen_ref.evaluate import main
 from qwen_ref.generate import generate
 
@@ -263,6 +264,21 @@ def test_too_many_tokens_are_refused(tiny: Qwen, own: Tokenizer) -> None:
             harness(tiny, own).generate_until(asked)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"top_k": "many"}, "top_k='many' in a task's"),
+        ({"until": [7]}, "stop_texts must be a list of texts; 7"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(
+    tiny: Qwen, own: Tokenizer, settings: dict[str, object], said: str
+) -> None:
+    asked = requests("generate_until", ("7+8=", {"until": ["5"], "max_gen_toks": 2, **settings}))
+    with pytest.raises(InputError, match=said):
+        harness(tiny, own).generate_until(asked)
+
+
 # Chat
 
 
@@ -395,6 +411,41 @@ def test_letters_are_scored_behind_the_prompt_as_written(
         right += "ABCD"[scores.index(max(scores))] == row["answer"]
     assert accuracy == pytest.approx(right / 10)
     assert not list(letters.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("zip() argument 2 is longer"), 70, "this is a fault of qwen_ref"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."),
+            2,
+            "error: too little memory: 1,0",
+        ),
+        (InputError("not so"), 2, "error: running "),
+    ],
+)
+def test_whose_error_it_is(
+    run_command: Run,
+    letters: Path,
+    error: Exception,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(scoring, "_check_batch_size", fail)  # called by the model, which the harness calls
+    done = run_command(main, "--tasks", letters, "--limit", "1")
+    assert done.code == code
+    assert said in done.err.splitlines()[-1]
+
+
+def test_an_error_of_the_harness_is_the_tasks(run_command: Run, letters: Path) -> None:
+    letters.write_text(letters.read_text("utf-8").replace("index(answer)", "index(nosuch)"), "utf-8")
+    done = run_command(main, "--tasks", letters, "--limit", "1")
+    assert (done.code, "Traceback" in done.err) == (2, False)
 
 
 def test_word_perplexity_of_a_text(run_command: Run, tmp_path: Path, tiny: Qwen, own: Tokenizer) -> None:
@@ -532,9 +583,9 @@ def test_the_tasks_of_the_readme_are_known_to_the_harness(index: TaskManager) ->
         (["--tasks", "README.md"], "README.md: the name of a task file must end in .yaml"),
         (
             ["--tasks", "gsm8k", "--output", "nowhere/x.json"],
-            "--output nowhere/x.json: there is no folder nowhere",
+            "--output nowhere/x.json: cannot be written: there is no folder",
         ),
-        (["--tasks", "gsm8k", "--output", "weights"], "--output weights is a folder"),
+        (["--tasks", "gsm8k", "--output", "weights"], "--output weights: cannot be written: it is a folder"),
         (["--tasks", "gsm8k", "--limit", "inf"], "--limit inf must be a number above 0"),
         (["--tasks", "gsm8k", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
         (["--tasks", "gsm8k", "--num-fewshot", "-1"], "--num-fewshot -1 must be at least 0"),

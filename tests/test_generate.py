@@ -149,7 +149,7 @@ def test_ids_may_come_as_any_integers_and_stops_as_any_collection() -> None:
 @pytest.mark.parametrize("wrong", ["12", 12, [1.5], ["a"], None])
 @pytest.mark.parametrize("loop", [generate, generate_uncached, generate_lookup])
 def test_stops_that_are_no_collection_of_ids_are_refused(loop, wrong: object) -> None:
-    with pytest.raises(ValueError, match="stop_ids must be a collection of token ids"):
+    with pytest.raises(ValueError, match="stop_ids must be a list of token ids"):
         next(loop(model("extended_base", "float32"), [1, 2], stop_ids=wrong))
 
 

@@ -285,7 +285,7 @@ def test_the_heat_map(needle: ModuleType, run_needle: Callable[..., Result], tmp
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--model", "nowhere"], "nowhere"),
-        (["--plot", "nowhere/map.png"], "there is no folder nowhere"),
+        (["--plot", "nowhere/map.png"], "map.png: cannot be written: there is no folder"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

@@ -566,7 +566,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(
         ((), "required: command"),
         (("record", "--out", "OUT"), "--prompt --ids is required"),
         (("record", "--prompt", "", "--out", "OUT"), "the prompt is empty"),
-        (("record", "--prompt", "x", "--out", "none/OUT"), "its folder does not exist"),
+        (("record", "--prompt", "x", "--out", "none/OUT"), "cannot be written: there is no folder"),
         (
             ("record", "--prompt", "x", "--out", "OUT", "--decode", "-1"),
             "decode=-1 must be a whole number from 0 to",

@@ -19,6 +19,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused
 
 from qwen_ref import terminal
 from qwen_ref.chat import main
+from qwen_ref.config import InputError
 from qwen_ref.settings import Clock
 from qwen_ref.tokenizer import Tokenizer
 
@@ -202,7 +203,7 @@ def test_ctrl_c_ends_once_with_130(chat: Callable, monkeypatch: pytest.MonkeyPat
 def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_ref import steps
 
-    monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(ValueError("3 NaN")))
+    monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(InputError("3 NaN")))
     result = chat(stdin=lines(QUESTION, "/history"))
     assert (result.code, result.out) == (2, "\n")
     assert "error: 3 NaN" in result.err
@@ -320,12 +321,12 @@ def test_save_overwrites_nothing_but_a_saved_chat(chat: Callable, tmp_path: Path
     file.write_text("mine")
     result = chat(stdin=lines(f"/save {file}", f"/save {tmp_path}", f"/save {tmp_path / 'no' / 'where'}"))
     assert f"error: {file} is there already and is no saved chat; give another name" in result.err
-    assert f"error: {tmp_path} is there already" in result.err
-    assert "where: cannot be written: No such file or directory" in result.err
+    assert f"error: {tmp_path}: cannot be written: it is a folder" in result.err
+    assert "where: cannot be written: there is no folder" in result.err
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     os.mkfifo(tmp_path / "pipe")  # which would never end if it were read
-    assert "is there already" in chat(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
+    assert "it is a FIFO; give the name" in chat(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
     assert "cannot be written" in chat(stdin=lines(f"/save {tmp_path / ('x' * 300)}")).err
 
 
@@ -434,7 +435,7 @@ def test_a_chat_in_a_terminal() -> None:
     terminal.until("prefill")
     terminal.until("> ")
     terminal.type("/save /dev/null\n")
-    terminal.until("is there already")
+    terminal.until("it is a device")
     terminal.until("> ")  # while nobody reads, the terminal itself takes Ctrl-D
     terminal.type("\x04")  # Ctrl-D
     assert terminal.end() == 0

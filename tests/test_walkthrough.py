@@ -414,7 +414,7 @@ def test_the_renderer_writes_a_whole_page_or_none(
     assert "&lt;out&gt;" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     script.write_text("# %% [markdown]\n# # Another\n\n# %%\nprint('x')\n")
     with monkeypatch.context() as patch:
-        patch.setattr(renderer, "page", lambda *_: "\ud800")  # what no file can hold
+        patch.setattr("os.replace", lambda *_: exec("raise PermissionError"))
         refused(run_command(main, "--out", tmp_path / "new" / "page.html"))
     assert "&lt;out&gt;" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     script.write_text("# %%\nx = = 1\n")

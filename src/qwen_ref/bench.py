@@ -20,18 +20,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.cli import (
+    FAULT_LINE,
     Parser,
     Progress,
     add_speed_options,
     bundled_checkpoint,
+    on_stdout,
     run,
     speed_options,
+    to_stderr,
 )
 from qwen_ref.config import GPTQConfig, InputError, QwenConfig, check_cut, require_folder
 from qwen_ref.launch import TIMEOUT, Ranks, launched
@@ -50,13 +53,16 @@ _READ_BYTES = 2**29  # of the buffer that the memory's rate is measured with
 # The memory of this process, and its rate
 
 
-def resident_memory() -> tuple[int, int]:
-    """Bytes of this process in memory: anonymous ones, which no file backs, and pages of mapped files."""
+def resident_memory() -> tuple[int, int] | None:
+    """Bytes of this process in memory: anonymous ones, which no file backs, and pages of mapped files.
+
+    None where the system does not tell, as only Linux does.
+    """
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         return tuple(int(status.split(name)[1].split()[0]) * 1024 for name in ("RssAnon:", "RssFile:"))
-    except (OSError, IndexError):  # only Linux tells
-        return 0, 0
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 class Memory(threading.Thread):
@@ -68,7 +74,8 @@ class Memory(threading.Thread):
         self.over = threading.Event()
 
     def look(self) -> None:
-        self.peak = tuple(map(max, self.peak, resident_memory()))
+        if self.peak is not None:
+            self.peak = tuple(map(max, self.peak, resident_memory() or self.peak))
 
     def run(self) -> None:
         while not self.over.wait(0.005):
@@ -84,12 +91,13 @@ class Memory(threading.Thread):
         self.look()
 
     @property
-    def anonymous(self) -> int:
-        return self.peak[0] - self.start_bytes[0]
+    def anonymous(self) -> int | None:
+        """Bytes; None where they cannot be known."""
+        return None if self.peak is None else self.peak[0] - self.start_bytes[0]
 
     @property
-    def mapped(self) -> int:
-        return self.peak[1] - self.start_bytes[1]
+    def mapped(self) -> int | None:
+        return None if self.peak is None else self.peak[1] - self.start_bytes[1]
 
 
 class ReadRate:
@@ -409,7 +417,8 @@ def _bench(args: argparse.Namespace) -> int:
         ranks.meet(args.device)
         result = _measure(args, folder, ranks, peers)
         if ranks.rank == 0:
-            print(json.dumps(result, ensure_ascii=False) if args.json else table(result), flush=True)
+            text = json.dumps(result, ensure_ascii=False) if args.json else table(result)
+            print(on_stdout(text), flush=True)
     return 0
 
 
@@ -456,8 +465,7 @@ def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
 def _launch(args: argparse.Namespace, folder: Path) -> int:
     """Starts the ranks by torchrun with the same options.
 
-    They write to this process's stdout and stderr. torchrun's own report of a rank that failed is a traceback
-    of no use: the ranks have said why.
+    torchrun's own report of a rank that failed is a traceback of no use: the ranks have said why.
     """
     options = ["--model", str(folder), "--name", _name(args), "--dtype", args.dtype, "--device", args.device]
     options += [f"--{name}={getattr(args, name)}" for name in ("tokens", "batch", "repeats", "timeout")]
@@ -467,15 +475,41 @@ def _launch(args: argparse.Namespace, folder: Path) -> int:
     threads = max(1, _cores() // args.tp)
     environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
     command = [sys.executable, *launcher, "-m", "qwen_ref.bench", *options]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        tempfile.TemporaryFile() as out,  # stdout may be a caller's own, which only this process has
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as process,
+    ):
         try:
-            for line in process.stderr:
-                if line.startswith("qwen_ref"):
-                    print(line, end="", file=sys.stderr, flush=True)
-            return 0 if process.wait() == 0 else 2
+            for line in _of_ranks(process.stderr):
+                to_stderr(line, end="")
+            code = process.wait()
         except KeyboardInterrupt:  # torchrun, which has it as well, first ends the ranks
             process.wait()
             raise
+        out.seek(0)
+        print(on_stdout(out.read().decode("utf-8")), end="", flush=True)
+    return 0 if code == 0 else 2
+
+
+def _of_ranks(lines: Iterable[str]) -> Iterator[str]:
+    """What the ranks say: our lines, and before the one that calls an error a fault of ours its traceback."""
+    others: list[str] = []
+    for line in lines:
+        if not line.startswith("qwen_ref"):
+            others.append(line)
+            continue
+        if FAULT_LINE in line:
+            starts = [n for n, other in enumerate(others) if other.startswith("Traceback")]
+            yield from others[max(starts, default=0) :]
+        yield line
+        others.clear()
 
 
 def _cores() -> int:
@@ -558,7 +592,7 @@ def machine(device: str) -> dict[str, Any]:
 
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
     found = {"processor": processor, "cores": _cores(), "threads": torch.get_num_threads()}
@@ -626,8 +660,8 @@ def _tokens(batch: int) -> str:
     return "a token" if batch == 1 else f"{batch} tokens"
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _gb(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e9:.2f} GB"
 
 
 def _spread(values: Sequence[float], unit: float, digits: int = 1) -> str:

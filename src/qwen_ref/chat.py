@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwen_ref.config import InputError, shown
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import MAX_WINDOW_SIZE
-from qwen_ref.streaming import TextStream
+from qwen_ref.steps import checked_stop_ids
+from qwen_ref.streaming import TextStream, checked_stop_texts
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def context(
 ) -> Context:
     """build_context's ids, and how many turns they leave out."""
     check_texts(query, history, system)
-    if max_window_size < 1:
-        raise InputError(f"max_window_size={max_window_size} must be at least 1 token")
+    _check_count("max_window_size", max_window_size)
     im_start, im_end = (tokenizer.special_ids[name] for name in ("<|im_start|>", "<|im_end|>"))
     newline = tokenizer.encode("\n")
 
@@ -113,6 +113,11 @@ def check_texts(query: object, history: object, system: object) -> None:
             )
 
 
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}={shown(value)} must be at least 1 token, a whole number")
+
+
 class Conversation:
     """A system message, the turns so far, and a model that answers the next query.
 
@@ -135,13 +140,15 @@ class Conversation:
         and the next one's is one more. stop_ids: those of ChatML by default.
         """
         check_texts("", history, system)
+        self.settings = {"max_new_tokens": 512, **settings}
+        _check_count("max_window_size", max_window_size)
+        _check_count("max_new_tokens", self.settings["max_new_tokens"])
         self.tokenizer = tokenizer
         self.system = system
         self.history: list[Turn] = [(asked, answered) for asked, answered in history]
         self.max_window_size = max_window_size
-        self.settings = {"max_new_tokens": 512, **settings}
-        self.stop_texts = tuple(stop_texts)
-        self.stop_ids = chat_stop_ids(tokenizer) if stop_ids is None else frozenset(stop_ids)
+        self.stop_texts = checked_stop_texts(stop_texts)
+        self.stop_ids = chat_stop_ids(tokenizer) if stop_ids is None else checked_stop_ids(stop_ids)
         self.prefix = PrefixCache(model, max_window_size + self.settings["max_new_tokens"])
         self.answers = 0  # so many were asked for, repeated ones included
         self.context = Context([], 0)  # the last one

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 from qwen_ref.config import (
     INT4_GROUP,
@@ -23,6 +29,9 @@ from qwen_ref.config import (
     read_bytes,
     shown,
 )
+
+FAULT = 70  # the exit code of an error that is ours: EX_SOFTWARE of BSD's sysexits.h
+FAULT_LINE = "this is a fault of qwen_ref, not of its input; please report it, with the lines above"
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +44,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        # argparse would pass over an error of writing.
+        print(self.format_help(), end="", file=sys.stdout if file is None else file, flush=True)
 
 
 def integer(argument: str) -> int:
@@ -57,7 +70,11 @@ def given_path(argument: str) -> Path:
 def utf8(argument: str) -> str:
     """The text of a command line's argument, whatever the locale made of its bytes."""
     try:
-        return os.fsencode(argument).decode("utf-8")
+        encoded = os.fsencode(argument)
+    except UnicodeEncodeError:  # from a caller of main, with characters that the locale does not have
+        encoded = argument.encode("utf-8", "surrogatepass")
+    try:
+        return encoded.decode("utf-8")
     except UnicodeDecodeError as error:
         raise argparse.ArgumentTypeError(not_utf8("it", error)) from None
 
@@ -75,45 +92,148 @@ def run(
     parser: Parser,
     command: Callable[[argparse.Namespace], int],
     arguments: Sequence[str] | None = None,
+    lost: int = 1,
 ) -> int:
-    """Runs a command; its exit code, or 1 where another rank is gone, 2 for bad input, 130 after Ctrl-C, 141
-    when stdout was closed.
+    """Runs a command; its exit code, or one of these after an error, which is said in one line.
+
+    2: a mistake of the user's (InputError), too little memory, or an error of the system (OSError), such as a
+    full disk. 130: Ctrl-C. 141: stdout was closed, as by `| head`. lost: another rank is gone; a command that
+    uses 1 itself gives another code. 70: anything else is a fault of ours and keeps its traceback.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before the start
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        # Whatever the locale says, text may be in any script; a path may even be in none.
-        getattr(sys, name).reconfigure(encoding="utf-8", errors="backslashreplace")
-    try:
-        return command(parser.parse_args(arguments))
-    except BrokenPipeError:
-        _give_up_stdout()  # the reader has gone, as `| head` does
-        return 141
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
+    with _streams():
         try:
+            code = command(parser.parse_args(arguments))
             sys.stdout.flush()
-        except OSError:  # a full disk, say
-            _give_up_stdout()
-        return 1 if isinstance(error, ConnectionError) else 2
+            return code
+        except (BrokenPipeError, ConnectionResetError):  # the reader has gone
+            return 141
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        except Exception as error:
+            if message := out_of_memory(error):
+                say(f"error: {message}")
+                return 2
+            if isinstance(error, InputError | OSError) and not isinstance(error, io.UnsupportedOperation):
+                say(f"error: {error}")
+                return lost if isinstance(error, ConnectionError) else 2
+            to_stderr(printable(traceback.format_exc(), kept="\n"), end="")
+            say(FAULT_LINE)
+            return FAULT
 
 
-def _give_up_stdout() -> None:
-    """Python would fail once more when it flushes stdout at exit, with an exit code of its own."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """stdout and stderr that take text in any script, whatever the locale says; in the end as they were.
+
+    A caller may have put others in their place, as notebooks do: these may know of no encoding.
+    """
+    before = [(name, getattr(sys, name)) for name in ("stdin", "stdout", "stderr")]
+    codings = [
+        (stream, {"encoding": stream.encoding, "errors": stream.errors})
+        for _, stream in before
+        if hasattr(stream, "reconfigure")
+    ]
+    for name, stream in before[1:]:
+        if stream is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for name, stream in before:
+            if getattr(getattr(sys, name), "name", None) == os.devnull:  # a stand-in
+                getattr(sys, name).close()
+            setattr(sys, name, stream)
+        for _, stream in before[1:]:
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError):
+                _drop_pending(stream)
+        for stream, coding in codings:
+            with contextlib.suppress(OSError, ValueError):
+                if (stream.encoding, stream.errors) != tuple(coding.values()):
+                    stream.reconfigure(**coding)
+
+
+def _drop_pending(stream: TextIO) -> None:
+    """Text that a full disk or a closed pipe does not take: Python would fail once more when it ends, with an
+    exit code of its own.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        number = stream.fileno()
+        kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, number)
+            stream.flush()
+        finally:
+            os.dup2(kept, number)
+            os.close(kept)
+            os.close(null)
+
+
+# torch has a class for lack of memory on an accelerator. On the CPU, and in other libraries, it is a
+# RuntimeError that only its text tells from others.
+_LACK = re.compile(
+    r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
+    r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"
+    r"|^MPS backend out of memory|^(?:CUDA|HIP) error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
+    r"|Cuda failure .*'out of memory'|^std::bad_alloc$",
+    re.DOTALL,
+)
+_ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTPE]i?B)")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say of an error that is lack of memory, on any device; None for every other error."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text == "can't start new thread":
+        return "no thread can be started: too little memory, or a limit on processes (ulimit -u)"
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's: it is not imported here
+        or (isinstance(error, RuntimeError) and _LACK.search(text))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, ImportError) and "failed to map segment from shared object" in text)
+    ):
+        return None
+    asked = "more memory was asked for than there is"
+    if found := _ASKED.search(text):
+        size = round(float(found[1]) * 1024 ** "bKMGTPE".index(found[2][0]))
+        asked = f"{size:,} bytes ({size / 1e9:,.3f} GB) more were asked for than there are"
+    remedy = "take a --dtype of fewer bits, a shorter text, fewer texts at a time, or more memory"
+    return f"too little memory: {asked}; {remedy}"
 
 
 def say(line: str) -> None:
     """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
     rank = os.environ.get("RANK", "0")  # torchrun's: one of several processes says which it is
     who = "qwen_ref" if rank == "0" else f"qwen_ref, rank {rank}"
+    to_stderr(f"{who}: {printable(line)}")
+
+
+def to_stderr(text: str, end: str = "\n") -> None:
+    """Text as it is; for a line of ours there is say."""
     try:
-        print(f"{who}: {printable(line)}", file=sys.stderr, flush=True)
-    except OSError:  # a full disk behind stderr must not cost the result on stdout
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        print(text, end=end, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # a full disk behind stderr, say, must not cost the result on stdout
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person is at the other end of a stream. One of a notebook may not know."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # ValueError: it is closed
+        return False
+
+
+def on_stdout(text: str) -> str:
+    """Text for stdout: a terminal does not get to obey what a model or a file says. A pipe gets all of it."""
+    return printable(text, kept="\n\t") if is_terminal(sys.stdout) else text
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -143,9 +263,9 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     elif argument is None or argument == "-":
         if sys.stdin is None:
             raise InputError("stdin is closed; give the prompt as an argument or with --file")
-        if sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             say("reading the prompt from the terminal; end it with Ctrl-D")
-        encoded = sys.stdin.buffer.read(LARGEST_TEXT + 1)
+        encoded = from_stdin(LARGEST_TEXT + 1)
         if len(encoded) > LARGEST_TEXT:
             raise InputError(f"stdin has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
         text = decoded("stdin", encoded)
@@ -157,6 +277,13 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, exactly; a pipe, as `<(command)`, and a device will do."""
     return decoded(str(path), read_bytes(path, LARGEST_TEXT, streams=True))
+
+
+def from_stdin(most: int = -1, line: bool = False) -> bytes:
+    """The next line of stdin, or all that is left, up to so many bytes. A StringIO there has only text."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)
+    found = stream.readline(most) if line else stream.read(most)
+    return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else found
 
 
 def decoded(source: str, encoded: bytes) -> str:
@@ -180,37 +307,114 @@ def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=default)
 
 
-def check_path(path: Path, option: str) -> None:
-    """ValueError where an option names what cannot be a new file: better now than after the work is done."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir() or not path.name:
-        raise InputError(f"{option} {path} is a folder; give the name of a file")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{option} {path}: nothing can be written to {path.parent}")
+# Files that a command writes
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+_REGULAR = "give the name of a regular file; what is printed goes to stdout by itself"
+
+
+def output_path(path: str | Path, option: str = "") -> Path:
+    """Where a file is to be written, links followed. option: what names it.
+
+    To be called before any work: it raises InputError where no file can be written, and where what is there
+    is no regular file, which a whole file cannot be written to, only put in the place of.
+    """
+    path, there = Path(path), None
+    try:
+        folder = Path(os.path.realpath(path.parent))
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            there = os.stat(path)
+        problem = _output_problem(folder, target, there)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        problem = str(getattr(error, "strerror", error))
+    if problem is not None:
+        raise InputError(f"{option} {path}: cannot be written: {problem}".strip())
+    return target
+
+
+def _output_problem(folder: Path, target: Path, there: os.stat_result | None) -> str | None:
+    """Why a file cannot be written. folder: where it, or the link to it, stands; there: what is there now."""
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        return "it is a folder; give the name of a file"
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        return f"it is {_KINDS.get(stat.S_IFMT(there.st_mode), 'no regular file')}; {_REGULAR}"
+    if folder == Path("/dev") or folder.parts[:2] == ("/", "proc"):  # /dev/stdout may be a regular file
+        return f"it is one of the system's files; {_REGULAR}"
+    if there is not None and any(_is_open_as(number, there) for number in (1, 2)):
+        return "it is where stdout or stderr goes; give the name of another file"
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    if not os.access(target.parent, os.W_OK):
+        return f"nothing can be written to {target.parent}"
+    return None
+
+
+def _is_open_as(number: int, there: os.stat_result) -> bool:
+    """Whether a file is the one that is open under a number."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(number), there)
+    return False
 
 
 def make_folder(path: Path) -> None:
-    """A folder and those around it; ValueError where a file is in the way."""
+    """A folder and those around it; InputError where there cannot be one."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path} is no folder, or lies in a file; give another --out") from None
+        raise InputError(f"{path} is no folder, or lies in a file; give another folder") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be made: {getattr(error, 'strerror', error)}") from None
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file under a temporary name until it is complete; a link stays one, and who may read it the same."""
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+def unfinished_name(target: Path) -> Path:
+    """A name beside target for what is not complete yet: no one can guess it, and it is short."""
+    return target.with_name(f".qwen_ref-{secrets.token_hex(8)}.part")
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which is called path once the block is done. After an error nothing is left of it.
+
+    A link stays a link; a file that is replaced keeps its mode. Raises InputError where it cannot be written.
+    """
+    target = output_path(path)
+    part = unfinished_name(target)
     try:
-        write(part)
-        if target.is_file():
-            shutil.copymode(target, part)
-        os.replace(part, target)
+        with part.open("x+b") as file:  # "x": it is neither there nor a link
+            if target.exists():
+                shutil.copymode(target, part)
+            yield file
+        _replace(part, target)
+    except OSError as error:
+        of_this = error.filename in (None, str(part))  # an error of write() names no file
+        if not of_this or isinstance(error, ConnectionError) or out_of_memory(error):
+            raise
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _replace(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except PermissionError as error:
+        raise InputError(
+            f"{target}: cannot be replaced: {error.strerror or error}; where another program has it open, as "
+            "on Windows, close that, or give another name"
+        ) from None
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """A file, whole or not at all (see new_file); text in UTF-8, with its line ends as they are."""
+    with new_file(path) as file:  # a name of the system's that is no UTF-8 may be in the text
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:
@@ -267,8 +471,8 @@ class Progress:
     """One line on stderr with what is done and the time left, redrawn in a terminal, else every 10 s."""
 
     def __init__(self, what: str, unit: str = "GB") -> None:
-        self.what, self.unit, self.stream = what, unit, sys.stderr
-        self.interval = 0.1 if self.stream.isatty() else 10.0
+        self.what, self.unit = what, unit
+        self.interval = 0.1 if is_terminal(sys.stderr) else 10.0
         self.start = self.shown = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -278,8 +482,8 @@ class Progress:
         self._end_line()
 
     def _end_line(self) -> None:
-        if self.shown > self.start and self.stream.isatty():
-            print(file=self.stream, flush=True)
+        if self.shown > self.start and is_terminal(sys.stderr):
+            to_stderr("")
             self.shown = self.start
 
     def update(self, done: int, total: int) -> None:
@@ -292,7 +496,7 @@ class Progress:
         left = (now - self.start) * (total - done) / max(done, 1)
         count = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self.unit == "GB" else f"{done} of {total}"
         line = f"qwen_ref: {self.what} {count} {self.unit}, {left:.0f} s left"
-        if self.stream.isatty():
-            print(f"\r{line}", end="    ", file=self.stream, flush=True)
+        if is_terminal(sys.stderr):
+            to_stderr(f"\r{line}", end="    ")
         else:
-            print(line, file=self.stream, flush=True)
+            to_stderr(line)

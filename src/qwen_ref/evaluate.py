@@ -15,11 +15,23 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, as_json, check_path, decoded, run, say, utf8, write_whole
+from qwen_ref.cli import (
+    Parser,
+    as_json,
+    decoded,
+    on_stdout,
+    out_of_memory,
+    output_path,
+    run,
+    say,
+    utf8,
+    write_whole,
+)
 from qwen_ref.config import InputError, read_bytes, require_folder
 from qwen_ref.launch import RankLost, Ranks
 from qwen_ref.settings import (
@@ -139,7 +151,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if args.limit is not None and not 0 < args.limit < math.inf:
         raise InputError(f"--limit {args.limit:g} must be a number above 0")
     if args.output is not None:
-        check_path(args.output, "--output")
+        output_path(args.output, "--output")
     files = _task_files(args.tasks)
     _, tokenizer = open_folder(folder)
     defaults = read_defaults(folder, tokenizer)
@@ -184,9 +196,9 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     )
     whole = as_json(results, default=str).replace(MARK, "") + "\n"
     results.pop("samples", None)
-    print(as_json(results, default=str) if args.json else _table(results), flush=True)
+    print(on_stdout(as_json(results, default=str) if args.json else _table(results)), flush=True)
     if args.output is not None:
-        write_whole(args.output, lambda part: part.write_text(whole, encoding="utf-8"))
+        write_whole(args.output, whole)
     return 0
 
 
@@ -237,7 +249,11 @@ def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tu
         if not path.is_dir():
             raise InputError(f"--include-path {path} is no folder")
     included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
-    return simple_evaluate, TaskManager(include_path=included or None)
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _readable_errors("reading the tasks of", included or ["the harness"]),
+    ):
+        return simple_evaluate, TaskManager(include_path=included or None)
 
 
 def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | None]) -> list[Any]:
@@ -274,13 +290,15 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 
 
 @contextlib.contextmanager
-def _readable_errors(doing: str, tasks: list[str]) -> Iterator[None]:
+def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
     """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
     try:
         yield
     except RankLost:
         raise
     except Exception as error:
+        if out_of_memory(error) or (_is_ours(error) and not isinstance(error, InputError)):
+            raise
         causes = [f"{type(error).__name__}: {error}"]
         if error.__cause__ is not None:  # such as the line of a data set that is no JSON
             causes.append(str(error.__cause__))
@@ -288,7 +306,17 @@ def _readable_errors(doing: str, tasks: list[str]) -> Iterator[None]:
         remedy = ""
         if "offline" in message.lower() or isinstance(error, ConnectionError):
             remedy = "; fetch the data set first, or give --download"
-        raise InputError(f"{doing} {', '.join(tasks)}: {message}{remedy}") from error
+        raise InputError(f"{doing} {', '.join(map(str, tasks))}: {message}{remedy}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error came up in this project's model, not in the harness, its caller and its helper."""
+    ours = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call to the innermost
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("qwen_ref.", "lm_eval.")):
+            ours = module.startswith("qwen_ref.") and module != __name__
+    return ours
 
 
 def _table(results: dict[str, Any]) -> str:

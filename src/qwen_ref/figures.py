@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from qwen_ref.cli import write_whole
+from qwen_ref.cli import new_file, printable
 from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
@@ -17,17 +17,24 @@ def pyplot() -> ModuleType:
     """matplotlib without a screen; ValueError where it is not installed."""
     try:
         import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
     except ImportError:
         raise InputError("--plot takes matplotlib; pip install 'qwen_ref[plot]' brings it") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    except ValueError as error:  # of the environment's MPLBACKEND
+        raise InputError(f"--plot takes matplotlib, which does not start: {error}") from None
     return pyplot
 
 
 def save(figure: Figure, path: Path) -> None:
     """A PNG file, whole or not at all. Closes the figure."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # a file's name may hold bytes that are no characters
+        text.set_text(printable(text.get_text(), kept="\n"))
     try:
-        write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png", facecolor="white"))
+        with new_file(path) as file:
+            figure.savefig(file, dpi=110, format="png", facecolor="white")
     finally:
         pyplot().close(figure)

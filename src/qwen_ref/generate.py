@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.cli import Parser, Progress, integer, read_prompt, run, say, utf8
+from qwen_ref.cli import Parser, Progress, integer, on_stdout, read_prompt, run, say, utf8
 from qwen_ref.config import InputError, require_folder, shown
 from qwen_ref.launch import Ranks
 from qwen_ref.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, Passes, check_lookup, generate_lookup
@@ -33,7 +33,7 @@ from qwen_ref.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.steps import Step, check_settings, checked_ids, checked_stops, choose, in_step
+from qwen_ref.steps import Step, check_settings, checked_ids, checked_stop_ids, choose, in_step
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def generate_batch(
             raise InputError("there is no prompt to continue")
         if cache is not None:
             _check_room(cache, prompts, max_new_tokens)
-        stop_ids = checked_stops(stop_ids)
+        stop_ids = checked_stop_ids(stop_ids)
     sampling = (temperature, top_k, top_p, repetition_penalty)
     B, longest = len(prompts), max(map(len, prompts))
     if group.size > 1:
@@ -192,7 +192,7 @@ def generate_uncached(
 
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     ids = checked_ids(prompt_ids, model.config.vocab_size)
-    stop_ids, prompt_length = checked_stops(stop_ids), len(ids)
+    stop_ids, prompt_length = checked_stop_ids(stop_ids), len(ids)
     generators = _generators(model, 1, temperature, seed)
     sampling = (temperature, top_k, top_p, repetition_penalty)
     for _ in range(max_new_tokens):
@@ -335,7 +335,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         if args.lookup is not None:
             each = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
             report["lookup"] = {**dataclasses.asdict(passes), **each}
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(on_stdout(json.dumps(report, ensure_ascii=False)), flush=True)
     say(clock.report(len(prompt_ids)) + ("" if args.lookup is None else f"; {_passes_report(passes)}"))
     return code
 
@@ -385,12 +385,12 @@ def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Token
         if args.json:
             return
         if not args.logprobs:
-            print(new_text, end="", flush=True)
+            print(on_stdout(new_text), end="", flush=True)
             return
         for step in new_steps:
             token = _token_report(step, tokenizer)
             quoted = json.dumps(token["text"], ensure_ascii=False)
-            print(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}", flush=True)
+            print(on_stdout(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}"), flush=True)
 
     try:
         for piece in stream:

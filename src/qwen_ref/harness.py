@@ -20,11 +20,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qwen_ref.chat import DEFAULT_SYSTEM, STOP_TOKENS
 from qwen_ref.cli import Progress, say
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, shown
 from qwen_ref.generate import generate_batch
 from qwen_ref.model import Qwen
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.scoring import score_continuations, score_texts
+from qwen_ref.steps import checked_stop_ids
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -65,7 +66,7 @@ class HarnessModel(TemplateLM):
             raise InputError(f"{batch_size=} must be at least 1")
         if self.max_length < 2:
             raise InputError(f"max_length={max_length} must be at least 2 tokens")
-        self.stop_ids = frozenset([self.eot_token_id] if stop_ids is None else stop_ids)
+        self.stop_ids = checked_stop_ids([self.eot_token_id] if stop_ids is None else stop_ids)
         self.seed = seed
         self.truncated = 0  # requests whose context lost its beginning
         self.apart = 0  # requests whose two parts were encoded apart
@@ -234,6 +235,9 @@ class HarnessModel(TemplateLM):
         given = dict(normalize_gen_kwargs(asked))
         until, tokens, do_sample = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
         settings = {name: given.pop(name) for name in _SAMPLING if name in given}
+        for name, value in settings.items():
+            if not isinstance(value, int | float):
+                raise InputError(f"{name}={shown(value)} in a task's generation settings must be a number")
         settings["temperature"] = float(settings.get("temperature", 1.0)) if do_sample else 0.0
         if given:
             say(f"note: left out of a task's generation settings: {', '.join(sorted(given))}")

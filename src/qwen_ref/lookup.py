@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen_ref.config import InputError, whole
-from qwen_ref.steps import Step, check_settings, checked_ids, checked_stops, choose, in_step
+from qwen_ref.steps import Step, check_settings, checked_ids, checked_stop_ids, choose, in_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +107,7 @@ def generate_lookup(
             )
         check_lookup(longest_match, draft_tokens)
         prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
-        stop_ids = checked_stops(stop_ids)
+        stop_ids = checked_stop_ids(stop_ids)
     if group.size > 1:
         how, end = f"{longest_match=}, {draft_tokens=}", (max_new_tokens, sorted(stop_ids))
         group.require_same("this generation", {"the prompt": prompt_ids, "lookup": how, "the end": end})

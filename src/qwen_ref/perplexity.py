@@ -22,8 +22,9 @@ from qwen_ref.cli import (
     Parser,
     Progress,
     as_json,
-    check_path,
     integer,
+    on_stdout,
+    output_path,
     read_text,
     run,
     say,
@@ -85,13 +86,16 @@ def score(
 
     from qwen_ref.scoring import score_continuations, score_texts
 
-    dimensions = 1 + _is_list(ids[0]) if isinstance(ids, Sequence) and len(ids) else getattr(ids, "ndim", 1)
-    if dimensions not in (1, 2) or len(ids) == 0:
+    dimensions = 1 + any(map(_is_list, ids)) if isinstance(ids, Sequence) else getattr(ids, "ndim", 0)
+    right = dimensions in (1, 2) and len(ids) > 0 and not isinstance(ids, str | bytes)
+    if not right or (dimensions == 2 and not all(map(_is_list, ids))):
         raise InputError(f"ids must be the tokens of a text, or of several; they are {shown(ids)}")
     texts = [list(text) for text in ids] if dimensions == 2 else [list(ids)]
     if continuations is not None:
         if dimensions == 2:
             raise InputError("continuations are those of one prompt: ids must be a single list of token ids")
+        several = isinstance(continuations, Iterable) and not isinstance(continuations, str | bytes)
+        continuations = list(continuations) if several else [continuations]
         if not all(map(_is_list, continuations)):
             raise InputError(f"continuations must be lists of token ids; they are {shown(continuations)}")
         # A copy is what gradients can flow through; what was made in inference mode is not.
@@ -104,7 +108,8 @@ def score(
 
 
 def _is_list(ids: object) -> bool:
-    return isinstance(ids, Sequence) or getattr(ids, "ndim", 0) > 0
+    text = isinstance(ids, str | bytes)
+    return (isinstance(ids, Sequence) and not text) or getattr(ids, "ndim", 0) > 0
 
 
 # Windows
@@ -189,12 +194,12 @@ class State:
             return
         header = {"format": _STATE, **run}
         if not os.path.lexists(path):
-            write_whole(path, lambda part: part.write_text(json.dumps(header) + "\n", encoding="utf-8"))
+            write_whole(path, json.dumps(header) + "\n")
             return
         whole = read_bytes(path, LARGEST_TEXT)
-        lines = whole[: whole.rfind(b"\n") + 1].splitlines()  # the last one may have been cut off
+        end = whole.rfind(b"\n") + 1  # the last line may have been cut off
         try:
-            first, *rest = map(parse_json, lines)
+            first, *rest = map(parse_json, whole[:end].splitlines())
             differ = [key for key, value in header.items() if first.get(key) != value]
             if "format" in differ:
                 raise ValueError
@@ -212,7 +217,7 @@ class State:
                 ):
                     raise ValueError
                 self.done[length, window] = sums
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise InputError(f"{path} is no file of this command's --state; give another name") from None
         if differ:
             key = differ[0]
@@ -220,13 +225,13 @@ class State:
                 f"{path} is of another run: there {key} is {shown(first.get(key))}, here "
                 f"{shown(header[key])}; give another --state, or the options of that run"
             )
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+        os.truncate(path, end)
 
     def add(self, length: int, window: Window, sums: Sums) -> None:
         self.done[length, window] = sums
         if self.path is not None:
             line = {"length": length, "window": window, "losses": sums.losses, "tokens": sums.tokens}
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -303,9 +308,9 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.plot is not None:
         pyplot()
-        check_path(args.plot, "--plot")
+        output_path(args.plot, "--plot")
     if args.state is not None:
-        check_path(args.state, "--state")
+        output_path(args.state, "--state")
     config, tokenizer = open_folder(folder)
     texts = [tokenizer.encode(read_text(path)) for path in args.text]
     asked = _windows(args, texts)
@@ -335,7 +340,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "use_logn_attn": model.config.use_logn_attn,
             "results": results,
         }
-        print(as_json(report), flush=True)
+        print(on_stdout(as_json(report)), flush=True)
     else:
         print("\n".join(_table(results)), flush=True)
     if args.plot is not None:

@@ -230,7 +230,7 @@ def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
     from qwen_ref.checkpoint import load_model
 
     gptq = None
-    with contextlib.suppress(ValueError):  # load_model says it, with all else that is wrong
+    with contextlib.suppress(InputError):  # load_model says it, with all else that is wrong
         gptq = GPTQConfig.from_folder(folder)
     if gptq is not None and args.quantize is not None:
         raise InputError(

@@ -140,7 +140,7 @@ def inspect(args: argparse.Namespace) -> int:
     if not os.path.exists(args.folder):  # False, too, for what no path can be
         try:
             config = QwenConfig.preset(args.folder.lower())
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{args.folder or repr('')}: no such folder, and {error}") from None
     elif not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:

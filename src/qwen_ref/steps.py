@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from qwen_ref.config import LARGEST_LENGTH, InputError, whole
+from qwen_ref.config import LARGEST_LENGTH, InputError, shown, whole
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def check_settings(
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     """The ids of a prompt, which may be any integers; ValueError for none, and outside the vocabulary."""
     try:
+        if isinstance(prompt, bytes):  # it would give numbers
+            raise TypeError("these are bytes")
         ids = [operator.index(token) for token in prompt]
     except TypeError as error:
         raise InputError(f"a prompt must be a list of token ids: {error}") from None
@@ -60,12 +62,17 @@ def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def checked_stops(stop_ids: Collection[int]) -> frozenset[int]:
-    """Stop ids, read once; ValueError for what is no collection of ids, such as a text."""
+def checked_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
+    """The ids that end a text, from any collection or iterator; InputError for anything else."""
     try:
+        if isinstance(stop_ids, str | bytes):  # bytes would give numbers
+            raise TypeError
         return frozenset(map(operator.index, stop_ids))
-    except TypeError as error:
-        raise InputError(f"stop_ids must be a collection of token ids: {error}") from None
+    except TypeError:
+        raise InputError(
+            f"stop_ids must be a list of token ids, as [1, 2], not {shown(stop_ids)}; a text to stop at goes "
+            "into stop_texts"
+        ) from None
 
 
 def choose(

@@ -5,11 +5,31 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, shown
+from qwen_ref.steps import checked_stop_ids
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from qwen_ref.steps import Step
+
+
+def checked_stop_texts(stop_texts: Iterable[str]) -> tuple[str, ...]:
+    """The texts that end a text, from any collection or iterator; InputError for anything else.
+
+    A text alone is refused: it would be a stop for each of its letters.
+    """
+    if isinstance(stop_texts, str):
+        raise InputError(f"stop_texts must be a list of texts: [{shown(stop_texts)}], with brackets, is one")
+    try:
+        found = tuple(stop_texts)
+    except TypeError:
+        raise InputError(f"stop_texts must be a list of texts, not {shown(stop_texts)}") from None
+    for text in found:
+        if not isinstance(text, str):
+            raise InputError(f"stop_texts must be a list of texts; {shown(text)} is none")
+    if "" in found:
+        raise InputError("a stop text is empty: it would end every text at once")
+    return found
 
 
 class TextStream:
@@ -30,10 +50,10 @@ class TextStream:
         self.steps: list[Step] = []
         self.finish_reason: str | None = None
         self._source = steps
-        self._stop_ids = frozenset(stop_ids)
+        self._stop_ids = checked_stop_ids(stop_ids)
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
-        self._until = _UntilStop(stop_texts)
+        self._until = _UntilStop(checked_stop_texts(stop_texts))
 
     def __iter__(self) -> Iterator[str]:
         for step in self._source:
@@ -68,11 +88,9 @@ class TextStream:
 class _UntilStop:
     """Lets text through up to the first stop text; holds back what may be the beginning of one."""
 
-    def __init__(self, stop_texts: Collection[str]) -> None:
+    def __init__(self, stop_texts: tuple[str, ...]) -> None:
         self.found = False
-        self._stop_texts = tuple(stop_texts)
-        if "" in self._stop_texts:
-            raise InputError("a stop text is empty: it would end every text at once")
+        self._stop_texts = stop_texts
         self._held = ""
 
     def push(self, text: str) -> str:

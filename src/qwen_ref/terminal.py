@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import importlib.util
 import json
 import locale
 import os
@@ -21,11 +22,15 @@ from qwen_ref.chat import DEFAULT_SYSTEM, Conversation, Turn, chat_stop_ids, che
 from qwen_ref.cli import (
     Parser,
     Progress,
+    from_stdin,
+    is_terminal,
     not_utf8,
-    printable,
+    on_stdout,
+    output_path,
     read_prompt,
     run,
     say,
+    to_stderr,
     utf8,
     write_whole,
 )
@@ -79,7 +84,7 @@ class Chat:
             if text.startswith("/") and not text.startswith("//") and "\n" not in text:
                 return self._command(*text.split(maxsplit=1))
             self.answer(text.removeprefix("/") if text.startswith("//") else text)
-        except ValueError as error:
+        except InputError as error:
             say(f"error: {error}")
             self.failed = True
         except KeyboardInterrupt:  # between answers
@@ -99,7 +104,7 @@ class Chat:
                 self._note(tokens)
                 try:
                     for piece in pieces:
-                        print(shown_text(piece), end="", flush=True)
+                        print(on_stdout(piece), end="", flush=True)
                 finally:
                     print(flush=True)
         except KeyboardInterrupt:
@@ -135,12 +140,12 @@ class Chat:
             print(HELP, flush=True)
         elif name == "/history":
             for asked, answered in talk.history:
-                print(shown_text(f"> {asked}\n{answered}"), flush=True)
+                print(on_stdout(f"> {asked}\n{answered}"), flush=True)
         elif name == "/system" and argument:
             talk.system = argument
             say("the system message is another one now; the turns stay, /reset forgets them")
         elif name == "/system":
-            print(shown_text(talk.system), flush=True)
+            print(on_stdout(talk.system), flush=True)
         elif name == "/reset":
             talk.history.clear()
             self.query = None
@@ -148,7 +153,7 @@ class Chat:
         elif name == "/retry":
             self._retry()
         elif name == "/save" and argument:
-            save(Path(argument.strip()).expanduser(), talk.system, talk.history)
+            save(_at_home(argument.strip()), talk.system, talk.history)
             say(f"{argument}: {len(talk.history)} turns")
         elif name == "/save":
             raise InputError("/save needs the name of a file")
@@ -170,11 +175,6 @@ class Chat:
         finally:
             if len(history) == turns:  # nothing came
                 history.append(last)
-
-
-def shown_text(text: str) -> str:
-    """Text for stdout: a terminal does not get to obey what a model or a file says."""
-    return printable(text, kept="\n\t") if sys.stdout.isatty() else text
 
 
 class _WatchedCache(PrefixCache):
@@ -203,20 +203,24 @@ class _WatchedCache(PrefixCache):
 def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     """Writes a conversation as JSON, whole or not at all; ValueError where another kind of file is there."""
     content = {"format": SAVED_AS, "system": system, "history": history}
+    target = output_path(path)
+    if target.exists() and not _is_saved(target):
+        raise InputError(f"{path} is there already and is no saved chat; give another name")
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def _at_home(argument: str) -> Path:
+    """The path that a shell would make of what was typed."""
     try:
-        target = Path(os.path.realpath(path))  # a link stays one
-        if os.path.lexists(target) and not (target.is_file() and _is_saved(target)):
-            raise InputError(f"{path} is there already and is no saved chat; give another name")
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise InputError(f"{argument}: there is no such user; ./{argument} is a file of this name") from None
 
 
 def _is_saved(path: Path) -> bool:
     try:
         read_saved(path)
-    except ValueError:
+    except InputError:
         return False
     return True
 
@@ -235,7 +239,7 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
         raise InputError(
             f"{path}: holds {error.object[error.start]!r}, which is no character; {remedy}"
         ) from None
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}; {remedy}") from None
     return raw["system"], [(asked, answered) for asked, answered in raw["history"]]
 
@@ -248,17 +252,17 @@ def messages() -> Iterator[str]:
 
     Raises ValueError for what is not UTF-8, unless it comes from a terminal: then it is said.
     """
-    typed = sys.stdin.isatty()
-    line_of = _typed_line if typed and sys.stdout.isatty() else _piped_line
+    typed = is_terminal(sys.stdin)
+    line_of = _typed_line if typed and is_terminal(sys.stdout) else _piped_line
     if line_of is _typed_line:
         _edit_lines()
     while True:
         try:
             text = _message(line_of)
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            to_stderr("")
             say("/quit or Ctrl-D ends the chat")
-        except ValueError as error:
+        except InputError as error:
             if not typed:
                 raise
             say(f"error: {error}")
@@ -286,32 +290,34 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
 
 
 def _edit_lines() -> None:
-    """Line editing and recall of earlier lines by readline, where Python has it."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    """Line editing and recall of earlier lines by readline, where Python has it: not on Windows."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if importlib.util.find_spec("readline") is None:
+        return
     if _coding() != "utf-8":
         # There readline, which asks the environment, takes the bytes of a Chinese character for commands.
         os.environ["LC_ALL"] = "C.UTF-8"
-    with contextlib.suppress(ImportError):
-        import readline
+    import readline
 
-        # A terminal then marks what is pasted, and line ends in it do not send it. The default since 8.1.
-        readline.parse_and_bind("set enable-bracketed-paste on")
-        # Completion would put the names of files into a message.
-        readline.parse_and_bind("set disable-completion on")
-        for key in "*?=/":
-            readline.parse_and_bind(f'"\\e{key}": ""')
+    # A terminal then marks what is pasted, and line ends in it do not send it. The default since 8.1.
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    # Completion would put the names of files into a message.
+    readline.parse_and_bind("set disable-completion on")
+    for key in "*?=/":
+        readline.parse_and_bind(f'"\\e{key}": ""')
 
 
 def _coding() -> str:
     """How the locale of the environment codes text."""
+    before = locale.setlocale(locale.LC_CTYPE)
     try:
-        before = locale.setlocale(locale.LC_CTYPE)
         locale.setlocale(locale.LC_CTYPE, "")
-        coding = locale.nl_langinfo(locale.CODESET)
-        locale.setlocale(locale.LC_CTYPE, before)
-        return codecs.lookup(coding).name
-    except (locale.Error, LookupError):  # it is not installed
+        return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
+    except (locale.Error, LookupError, AttributeError):  # it is not installed; Windows has no nl_langinfo
         return "unknown"
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def _typed_line(prompt: str) -> str | None:
@@ -324,9 +330,9 @@ def _typed_line(prompt: str) -> str | None:
 
 
 def _piped_line(prompt: str) -> str | None:
-    if sys.stdin.isatty():  # and stdout goes elsewhere: no prompt may get there
-        print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.buffer.readline(LARGEST_TEXT + 1)
+    if is_terminal(sys.stdin):  # and stdout goes elsewhere: no prompt may get there
+        to_stderr(prompt, end="")
+    line = from_stdin(LARGEST_TEXT + 1, line=True)
     if len(line) > LARGEST_TEXT:
         raise InputError(f"a line has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
     return _decoded(line.removesuffix(b"\n").removesuffix(b"\r")) if line else None
@@ -373,7 +379,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     model = load(args, folder, ranks)
     prefix = PrefixCache(model, max_length)
     while request := model.group.texts("")[0]:
-        with contextlib.suppress(ValueError):  # rank 0 has it as well, and says so
+        with contextlib.suppress(InputError):  # rank 0 has it as well, and says so
             for _ in prefix.generate(**json.loads(request)):
                 pass
     return 0
@@ -411,12 +417,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     try:
         if query is not None:
             return chat.answer(query)
-        if sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             say("/help lists the commands, /quit or Ctrl-D ends")
         for text in messages():
             if not chat.message(text):
                 break
-        return 2 if chat.failed and not sys.stdin.isatty() else 0
+        return 2 if chat.failed and not is_terminal(sys.stdin) else 0
     finally:
         model.group.texts("")  # the others end
 

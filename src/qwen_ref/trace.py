@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import operator
 import re
 import sys
 import unicodedata
@@ -19,8 +20,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.cli import Parser, Progress, as_json, bundled_checkpoint, read_prompt, run, say, utf8
-from qwen_ref.config import InputError, QwenConfig, require_folder
+from qwen_ref.cli import Parser, Progress, as_json, bundled_checkpoint, on_stdout, read_prompt, run, say, utf8
+from qwen_ref.config import InputError, QwenConfig, require_folder, shown
 from qwen_ref.settings import add_model_option, length_note, open_folder
 from qwen_ref.steps import checked_ids
 from qwen_ref.tokenizer import Tokenizer
@@ -128,9 +129,12 @@ def trace(
             "since it holds all positions of a stage at once; give a shorter prompt"
         )
     asked = range(config.num_hidden_layers) if layers is None else layers
-    layers = sorted({_from_start(config, layer) for layer in asked})
-    if top is not None and not 1 <= top <= config.vocab_size:
-        raise InputError(f"top={top} must be from 1 to the model's vocab_size={config.vocab_size}")
+    try:
+        layers = sorted({_from_start(config, operator.index(layer)) for layer in asked})
+    except TypeError:
+        raise InputError(f"layers must be a list of the layers' numbers, not {shown(layers)}") from None
+    if top is not None and not (isinstance(top, int) and 1 <= top <= config.vocab_size):
+        raise InputError(f"top={shown(top)} must be from 1 to the model's vocab_size={config.vocab_size}")
 
     port = Port(checkpoint, dtype, torch.tensor([ids]))
     work = Work(progress)
@@ -502,7 +506,7 @@ def _command(args: argparse.Namespace) -> int:
     if args.layers is None and len(layers) > _MANY_LAYERS and not args.json:
         say(f"note: all {len(layers)} layers are shown; --layers 0,{len(layers) // 2},-1 shows three of them")
     if args.json:
-        print(as_json(_report(found, prompt, str(folder), tokenizer)), flush=True)
+        print(on_stdout(as_json(_report(found, prompt, str(folder), tokenizer))), flush=True)
     else:
         print("\n".join(trace_lines(found, tokenizer)), flush=True)
     return 0

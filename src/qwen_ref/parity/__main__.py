@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_ref.cli import Parser, Progress, bundled_checkpoint, read_prompt, run, say, utf8
+from qwen_ref.cli import (
+    Parser,
+    Progress,
+    bundled_checkpoint,
+    on_stdout,
+    output_path,
+    read_prompt,
+    run,
+    say,
+    utf8,
+)
 from qwen_ref.config import InputError, require_folder
 
 if TYPE_CHECKING:
@@ -116,6 +126,7 @@ def _record(args: argparse.Namespace) -> int:
     from qwen_ref.parity.bundle import read_ids
     from qwen_ref.parity.recording import record
 
+    output_path(args.out, "--out")
     folder = _folder(args)
     rounding = [] if args.rounding == "none" else args.rounding.split(",")
     for name in rounding:
@@ -180,9 +191,8 @@ def _check_plot(args: argparse.Namespace) -> None:
     """Before the work is done: that there can be a plot."""
     if args.plot is not None:
         from qwen_ref.figures import pyplot
-        from qwen_ref.parity.bundle import output_path
 
-        output_path(args.plot)
+        output_path(args.plot, "--plot")
         pyplot()
 
 
@@ -192,9 +202,10 @@ def _show_comparison(comparison: Comparison, args: argparse.Namespace, folder: P
     if args.plot is not None:
         plot(comparison, args.plot)
     if args.json:
-        print(json.dumps(comparison.to_json(), ensure_ascii=False))
+        text = json.dumps(comparison.to_json(), ensure_ascii=False)
     else:
-        print("\n".join(comparison_lines(comparison, _decoder(folder), args.full)))
+        text = "\n".join(comparison_lines(comparison, _decoder(folder), args.full))
+    print(on_stdout(text), flush=True)
     return 0 if comparison.within else 1
 
 
@@ -205,9 +216,10 @@ def _diagnose(args: argparse.Namespace) -> int:
     with Progress("trying mistakes") as progress:
         diagnosis = diagnose(_folder(args), args.bundle, progress.update)
     if args.json:
-        print(json.dumps(diagnosis.to_json(), ensure_ascii=False))
+        text = json.dumps(diagnosis.to_json(), ensure_ascii=False)
     else:
-        print("\n".join(diagnosis_lines(diagnosis, args.full)))
+        text = "\n".join(diagnosis_lines(diagnosis, args.full))
+    print(on_stdout(text), flush=True)
     return 0 if diagnosis.verdict == "rounding only" else 1
 
 
@@ -228,9 +240,9 @@ def _decoder(folder: Path | None) -> Callable[[int], str] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code (see cli.run), or 1 where something is beyond tolerance."""
+    """The command; returns its exit code: 1 is "beyond tolerance" and nothing else, the others cli.run's."""
     parser = _parser()
-    return run(parser, lambda args: args.run(args), arguments)
+    return run(parser, lambda args: args.run(args), arguments, lost=2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
+from qwen_ref.cli import new_file
 from qwen_ref.config import LARGEST_TEXT, InputError, QwenConfig, file_problem, parse_json, read_bytes, shown
 
 FORMAT_VERSION = 1
@@ -441,7 +441,7 @@ def write_bundle(
         writer.describe({})
         try:
             read_bundle(writer.partial)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(str(error).replace(str(writer.partial), str(path))) from None
 
 
@@ -462,16 +462,6 @@ def bundle_metadata(
     return metadata
 
 
-def output_path(path: str | Path) -> Path:
-    """Where a file is to be written, links followed; ValueError where none can be."""
-    found = Path(os.path.realpath(path))
-    if found.exists() and not found.is_file():
-        raise InputError(f"{path}: cannot be written: it is there and is no file")
-    if not str(path) or not found.parent.is_dir():
-        raise InputError(f"{path}: cannot be written: its folder does not exist")
-    return found
-
-
 class BundleWriter:
     """A safetensors file written piece by piece: a layer at a time, and position by position when decoding.
 
@@ -486,8 +476,7 @@ class BundleWriter:
         room: int = 0,
     ) -> None:
         """kinds: dtype and shape of every tensor. room: bytes for what `describe` adds to the metadata."""
-        self.path = output_path(path)
-        self.partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        self._whole = new_file(path)
         self.metadata, self.entries, end = metadata, {}, 0
         for name, (dtype, shape) in kinds.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -497,24 +486,14 @@ class BundleWriter:
                 "data_offsets": [start, end],
             }
         self.header_size = -(-(len(self._header()) + room) // 8) * 8
-        self.file = self.partial.open("w+b")
 
     def __enter__(self) -> BundleWriter:
+        self.file = self._whole.__enter__()
+        self.partial = Path(self.file.name)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            with self.file:
-                if kind is None:
-                    self.describe({})
-            if kind is None:
-                os.replace(self.partial, self.path)
-        except OSError as problem:
-            error = error or problem
-        finally:
-            self.partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+        self._whole.__exit__(kind, error, trace)
 
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
         """Puts value (B, t, …) where the tensor's positions start to start + t are; or a whole tensor."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_ref.cli import output_path
 from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import (
     Bundle,
@@ -18,7 +19,6 @@ from qwen_ref.parity.bundle import (
     as_ids,
     as_mask,
     bundle_metadata,
-    output_path,
     read_bundle,
     stage_widths,
     weights_checksum,
@@ -88,9 +88,11 @@ def record(
     ids = ids.view(-1, ids.shape[-1])
     checkpoint = Checkpoint(folder)
     dtype = checkpoint.dtype(dtype)
-    rounding = tuple(dict.fromkeys(rounding)) if dtype == "float64" else ()
+    rounding = (rounding,) if isinstance(rounding, str) else tuple(dict.fromkeys(rounding))
     if not set(rounding) <= set(ROUNDING_DTYPES):
         raise InputError(f"{rounding=} must be some of {', '.join(ROUNDING_DTYPES)}")
+    if dtype != "float64":
+        rounding = ()
     V = checkpoint.config.vocab_size
     for row, position in ((ids < 0) | (ids >= V)).nonzero()[:1].tolist():
         raise InputError(
@@ -107,6 +109,7 @@ def record(
             truth = read_bundle(writer.partial)
             measured = {name: _measure(checkpoint, truth, name, names, work) for name in rounding}
             writer.describe({"rounding": json.dumps(_finite(measured))})
+            del truth  # Windows does not rename a file that is mapped
     return read_bundle(out)
 
 

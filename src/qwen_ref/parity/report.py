@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwen_ref.figures import pyplot, save
-from qwen_ref.parity.bundle import layer_of, meaning, output_path
+from qwen_ref.parity.bundle import layer_of, meaning
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis
 
@@ -206,4 +206,4 @@ def plot(comparison: Comparison, out: str | Path) -> None:
     axes.set_xticks([starts[layer] for layer in chosen], [f"layer {layer}" for layer in chosen])
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, output_path(out))
+    save(figure, out)

@@ -26,6 +26,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
+from qwen_ref.cli import out_of_memory
 from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 
@@ -125,7 +126,9 @@ class Port:
                 like = torch.empty(0, dtype=self.dtype)
                 try:
                     cache = KVCache(self.config.num_hidden_layers, shape, self.prefill_length, like)
-                except RuntimeError:
+                except RuntimeError as error:
+                    if out_of_memory(error) is None:
+                        raise
                     problem = f"a cache of {B} × {T + greedy} positions does not fit into memory"
                     raise InputError(problem) from None
             calls = [self.ids[:, :first], *(self.ids[:, i : i + 1] for i in range(first, T))]
