@@ -124,14 +124,57 @@ def test_int4_in_groups_larger_than_torch_knows_has_the_scale_of_each(rows: int)
     assert relative_rms(found, x.double() @ meant.T) < 0.5 * torch.finfo(torch.bfloat16).eps
 
 
-def test_int4_that_is_packed_otherwise_leaves_all_rows_to_torch() -> None:
-    weight, x = torch.randn(700, 352).bfloat16(), torch.randn(100, 352).bfloat16()
-    matrix, meant = form("int4", weight, wide=False)
-    matrix.known = False
-    few, called = matrix.few, []
-    matrix.few = lambda rows: called.append(len(rows)) or few(rows)
-    assert relative_rms(matrix(x), x.double() @ meant.T) < 0.5 * torch.finfo(torch.bfloat16).eps
-    assert called == [100]
+def test_int4_that_is_packed_in_an_unknown_way_takes_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Linear(352, 96, bias=False).bfloat16().requires_grad_(False)
+    assert isinstance(FastLinear(layer, Group(0, 1), "int4", 32).matrix, Int4Matrix)
+    monkeypatch.setattr(qwen_ref.fast, "int4_layout", lambda: None)
+    assert isinstance(FastLinear(layer, Group(0, 1), "int4", 32).matrix, Int8Table)
+
+
+@pytest.mark.parametrize("strip", [64, 32, 16])
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_int4_is_unpacked_as_any_processor_packs_it(
+    strip: int, neighbours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch does it: strips of 64 with AVX-512, of 32 with AVX2; pairs of neighbours without either."""
+
+    def pack(q: Tensor, _: int) -> Tensor:
+        outputs, inputs = q.shape
+        packed = torch.zeros(outputs // strip, inputs, strip // 2, dtype=torch.uint8)
+        for n in range(outputs):
+            place = n % strip
+            byte, half = divmod(place, 2) if neighbours else (place % (strip // 2), place // (strip // 2))
+            packed[n // strip, :, byte] |= q[n].to(torch.uint8) << (4 * half)
+        return packed.view(outputs, -1)
+
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", pack)
+    qwen_ref.fast.int4_layout.cache_clear()
+    try:
+        assert qwen_ref.fast.int4_layout() == (strip, neighbours)
+        weight, x = torch.randn(200, 352).bfloat16(), torch.randn(100, 352).bfloat16()
+        matrix, meant = form("int4", weight, wide=False)
+        matrix.product_dtype = torch.float32
+        assert relative_rms(matrix(x), x.double() @ meant.T) < 2e-6
+    finally:
+        qwen_ref.fast.int4_layout.cache_clear()
+
+
+def test_index_numbers_are_not_kept_for_every_number_of_rows() -> None:
+    qwen_ref.fast._counted.cache_clear()
+    matrix = Table(torch.randn(64, 32), wide=False)
+    for rows in range(1, FEW_ROWS + 1):
+        matrix(torch.randn(rows, 32))
+    assert qwen_ref.fast._counted.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_rows_may_lie_anywhere(name: str | None, rows: int) -> None:
+    weight, x = torch.randn(96, 352).bfloat16(), torch.randn(352, rows).bfloat16().t()
+    matrix, _ = form(name, weight, wide=False)
+    found = matrix(x)
+    assert found.shape == (rows, 96)
+    assert torch.equal(found, matrix(x.contiguous()))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])

@@ -62,6 +62,20 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
             quantize(w)
 
 
+def test_weights_that_have_no_finite_scale_are_refused() -> None:
+    """Their sum or difference is infinite though they are not."""
+    far = torch.tensor([[3e38, -3e38] * 16])
+    with pytest.raises(ValueError, match=r"from -3e\+38 to 3e\+38 are too far apart for scales in .*float32"):
+        quantize_int4(far, 32)
+    with pytest.raises(ValueError, match="too far apart for scales in torch.float16"):
+        quantize_int4(far * 1e-32, 32, torch.float16)
+    q, scale = quantize_int8(far)
+    assert torch.allclose(q * scale, far)
+    for quantize in (quantize_int8, lambda w: quantize_int4(w, 32)):
+        with pytest.raises(ValueError, match="infinite"):
+            quantize(far.double() * 10)
+
+
 @pytest.mark.parametrize(
     ("inputs", "group_size", "remedy"),
     [(96, 64, "use 32"), (256, 48, "use 32 or 64 or 128 or 256"), (100, 32, "no size does; use int8")],

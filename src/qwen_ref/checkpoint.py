@@ -1,8 +1,8 @@
 """From a published checkpoint folder to a model: the table of its tensors, their checks, the mapped weights.
 
 A folder holds config.json and either one model.safetensors or several shards with
-model.safetensors.index.json. Everything that can be wrong with it is found from the files' headers, before a
-weight is read, and reported at once.
+model.safetensors.index.json. Everything that can be wrong with it is found before a weight is read, and
+reported at once: from the files' headers, and in a GPTQ checkpoint from what belongs to the packed weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qwen_ref.config import (
 )
 from qwen_ref.gptq import PackedWeight, StoredPacked, is_packed, keep_packed, module_of, packed_shapes
 from qwen_ref.model import Qwen
-from qwen_ref.parallel import group_size, join, own_device
+from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -149,6 +149,7 @@ def load_model(
             raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
         marks = fingerprint(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
+    check_packed(folder, stored, ranks)
 
     table = tensor_table(config)
     total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
@@ -260,9 +261,26 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     if config is not None and files:
         _compare(tensor_table(config), gptq, found, problems, complete=not unread)
     if problems or config is None:
-        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise InputError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
+        raise _refusal(folder, problems)
     return config, found if gptq is None else _with_packed(tensor_table(config), gptq, found)
+
+
+def check_packed(folder: str | Path, stored: dict[str, Stored], ranks: Group = ONE_RANK) -> None:
+    """Raises ValueError with all that is wrong with scales, zero points, groups and zero biases.
+
+    They are a twentieth of a GPTQ checkpoint. Each rank reads a part of them, and all hear of everything.
+    """
+    packed = [tensor for tensor in stored.values() if isinstance(tensor, StoredPacked)]
+    with ranks.together():
+        own = "\n".join(line for tensor in packed[ranks.rank :: ranks.size] for line in tensor.problems())
+    problems = [line for text in ranks.texts(own) for line in text.splitlines()]
+    if problems:
+        raise _refusal(folder, problems)
+
+
+def _refusal(folder: str | Path, problems: list[str]) -> InputError:
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    return InputError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
 
 
 def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:

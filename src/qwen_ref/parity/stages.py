@@ -21,6 +21,7 @@ import qwen_ref.model
 from qwen_ref.checkpoint import (
     DTYPES,
     NoInitialisation,
+    check_packed,
     compute_dtype,
     open_checkpoint,
     tensor_table,
@@ -40,6 +41,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config, self.stored = open_checkpoint(folder)
+        check_packed(folder, self.stored)
         self._published = {spec.name: spec.published for spec in tensor_table(self.config)}
         self.bytes = sum(tensor.nbytes for stored in self.stored.values() for tensor in stored.tensors)
 
