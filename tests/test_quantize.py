@@ -67,7 +67,7 @@ def test_weights_that_have_no_finite_scale_are_refused() -> None:
     far = torch.tensor([[3e38, -3e38] * 16])
     with pytest.raises(ValueError, match=r"from -3e\+38 to 3e\+38 are too far apart for scales in .*float32"):
         quantize_int4(far, 32)
-    with pytest.raises(ValueError, match="too far apart for scales in torch.float16"):
+    with pytest.raises(ValueError, match="too far apart for scales in torch"):
         quantize_int4(far * 1e-32, 32, torch.float16)
     q, scale = quantize_int8(far)
     assert torch.allclose(q * scale, far)

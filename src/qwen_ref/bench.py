@@ -99,7 +99,7 @@ class ReadRate:
         import torch
 
         self._sync = _sync(device)
-        self._buffer = torch.ones(_READ_BYTES // 4, device=device)
+        self._buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
         self.measure()
 
     def measure(self) -> float:
@@ -258,7 +258,7 @@ def write_checkpoint(
     if gptq is not None:
         published["quantization_config"] = dataclasses.asdict(gptq)
     (folder / "config.json").write_text(json.dumps(published))
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.02
     noise = noise.to(torch.bfloat16 if gptq is None else torch.float16)
 
     def packed(part: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -308,11 +308,12 @@ class Int8Table(Matrix):
         self.groups = inputs // few_bits.group_size
         self.middle = 1 << (few_bits.bits - 1)
         table = torch.zeros(self.blocks, inputs, self.width + 8, dtype=torch.uint8)
-        scales, offsets = torch.zeros(2, self.blocks, self.groups, self.width)
+        scales, offsets = torch.zeros(2, self.blocks, self.groups, self.width, dtype=torch.float32)
+        behind = torch.tensor([1.0, -self.middle], dtype=torch.float32).view(torch.uint8)
         for n, block in enumerate(table):
             q, scale, offset = few_bits.rows(slice(n * self.width, (n + 1) * self.width))
             block[:, : len(q)] = q.t()
-            block[:, self.width :] = torch.tensor([1.0, -self.middle]).view(torch.uint8)
+            block[:, self.width :] = behind
             scales[n, :, : len(q)], offsets[n, :, : len(q)] = scale.t(), offset.t()
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
         self.register_buffer("scale", scales[:, None])  # (blocks, 1, groups, width)

@@ -93,7 +93,7 @@ class Port:
     @property
     def padding(self) -> Tensor:
         """How many columns of each row are padding → (B,)."""
-        return torch.zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
+        return self.ids.new_zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
 
     def read(self, name: str) -> Tensor:
         """A weight, and word of it."""
