@@ -21,8 +21,6 @@ from qwen_ref.quantize import dequantize_gptq, quantize_int4, quantize_int8
 from qwen_ref.scoring import score_continuations
 from qwen_ref.trace import trace
 
-# Model construction is not here: as any nn.Module, Qwen(config) has parameters of the default dtype. Loading
-# gives them that of the weights.
 LOADED = {
     "plain": lambda packed, dtype: load_model(WEIGHTS, dtype),
     "NTK and LogN": lambda packed, dtype: load_model(GOLDEN / "ntk_logn", dtype),
@@ -103,11 +101,10 @@ def texts(model: Qwen) -> list:
     ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", LOADED)
-def test_models(name: str, dtype: str, packed: Path, same: Callable) -> None:
+def test_models_in_bfloat16(name: str, packed: Path, same: Callable) -> None:
     def compute() -> list:
-        model = LOADED[name](packed, dtype)
+        model = LOADED[name](packed, "bfloat16")
         with torch.inference_mode():
             weights = [*model.parameters(), *model.buffers()]
             return [[weight.data for weight in weights], passes(model), texts(model)]
@@ -115,16 +112,27 @@ def test_models(name: str, dtype: str, packed: Path, same: Callable) -> None:
     same(compute)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_models_in_other_dtypes(dtype: str, packed: Path, same: Callable) -> None:
+    names = ["GPTQ", "NTK and LogN"] + ["int8", "int4"] * (dtype != "float64")
+
     def compute() -> list:
-        models = [load_model(packed, dtype), load_model(GOLDEN / "ntk_logn", dtype)]
-        if dtype == "float16":
-            models.append(fasten(load_model(WEIGHTS, dtype), "int4", 32))
         with torch.inference_mode():
-            return [passes(model) + texts(model) for model in models]
+            return [passes(LOADED[name](packed, dtype)) for name in names]
 
     same(compute)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_model_that_is_constructed_has_the_default_dtype_and_computes_in_it(
+    dtype: torch.dtype, same: Callable
+) -> None:
+    loaded = load_model(GOLDEN / "ntk_logn", str(dtype).removeprefix("torch."))
+    torch.set_default_dtype(dtype)  # which `same` sets back
+    model = Qwen(loaded.config).requires_grad_(False)
+    model.load_state_dict(loaded.state_dict())
+    assert model.lm_head.weight.dtype == dtype
+    assert_same(model(IDS), loaded(IDS))
 
 
 def test_weights_in_few_bits(same: Callable, packed: Path) -> None:
