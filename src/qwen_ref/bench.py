@@ -300,8 +300,10 @@ def synthetic(size: str, layers: int | None = None, gptq: GPTQConfig | None = No
     try:
         free = shutil.disk_usage(folder).free
         from qwen_ref.checkpoint import tensor_table
+        from qwen_ref.sizes import expected, kinds, weight_bytes
 
-        needed = 2 * sum(math.prod(spec.shape) for spec in tensor_table(config))
+        table = tensor_table(config)
+        needed = sum(weight_bytes(row) for row in kinds(table, expected(table, gptq)))
         if needed > free:
             raise InputError(
                 f"the {size} takes {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "

@@ -34,7 +34,15 @@ from qwen_ref.config import (
     require_folder,
     shown,
 )
-from qwen_ref.gptq import PackedWeight, StoredPacked, is_packed, keep_packed, module_of, packed_shapes
+from qwen_ref.gptq import (
+    PackedWeight,
+    StoredPacked,
+    is_packed,
+    keep_packed,
+    module_of,
+    packed_shapes,
+    unpackable,
+)
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
 
@@ -205,7 +213,7 @@ class NoInitialisation(TorchFunctionMode):
 class StoredTensor(NamedTuple):
     """A tensor of a checkpoint by its file's header: nothing of its data is read before `read`."""
 
-    file: safe_open
+    file: safe_open | None  # None: no file is there, only what it should hold
     published: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
@@ -262,7 +270,7 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
         _compare(tensor_table(config), gptq, found, problems, complete=not unread)
     if problems or config is None:
         raise _refusal(folder, problems)
-    return config, found if gptq is None else _with_packed(tensor_table(config), gptq, found)
+    return config, found if gptq is None else with_packed(tensor_table(config), gptq, found)
 
 
 def check_packed(folder: str | Path, stored: dict[str, Stored], ranks: Group = ONE_RANK) -> None:
@@ -392,15 +400,9 @@ def _compare(
             f"here are {len(plain)} that are not{mixed}: {_some(plain)}"
         )
         return
-    if gptq is not None:
-        word = 32 // gptq.bits
-        uneven = sorted({size for spec in matrices for size in spec.shape if size % word})
-        if uneven:
-            problems.append(
-                f"{', '.join(map(str, uneven))} inputs or outputs do not fill words of {word} weights: they "
-                f"cannot be packed in {gptq.bits} bits"
-            )
-            return
+    if gptq is not None and (problem := unpackable(table, gptq)) is not None:
+        problems.append(problem)
+        return
     expected: dict[str, tuple[tuple[int, ...], Collection[str]]] = {}
     optional = set()
     for spec in table:
@@ -436,7 +438,7 @@ def _compare(
             problems.append(f"{what} must be {', '.join(names)}: {_some(typed)}")
 
 
-def _with_packed(
+def with_packed(
     table: list[TensorSpec], gptq: GPTQConfig, found: dict[str, StoredTensor]
 ) -> dict[str, Stored]:
     """The tensors by the table's names: four packed ones stand for a weight."""

@@ -12,7 +12,7 @@ fasten makes faster layers of those.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -49,6 +49,18 @@ def packed_shapes(spec: TensorSpec, gptq: GPTQConfig) -> dict[str, tuple[int, ..
         (inputs,),
     )
     return {f"{module_of(spec)}.{part}": shape for part, shape in zip(PARTS, shapes, strict=True)}
+
+
+def unpackable(table: Iterable[TensorSpec], gptq: GPTQConfig) -> str | None:
+    """What is wrong where a weight's inputs or outputs do not fill words."""
+    word = 32 // gptq.bits
+    uneven = sorted({size for spec in table if is_packed(spec) for size in spec.shape if size % word})
+    if not uneven:
+        return None
+    return (
+        f"{', '.join(map(str, uneven))} inputs or outputs do not fill words of {word} weights: they cannot "
+        f"be packed in {gptq.bits} bits"
+    )
 
 
 class PackedWeight(NamedTuple):
