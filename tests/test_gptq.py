@@ -331,10 +331,13 @@ def test_its_own_bits_compute_what_dequantised_weights_do(made: Callable, settin
     one = relative_rms(load_model(plain, dtype)(IDS), truth)
     model = fasten(load_model(packed, dtype, packed=True))
     singly = decoded(model, [1] * 70)
-    # In bfloat16 and 4 bits scales are rounded to bfloat16 as well. Measured: at most 1.6, and in float32,
-    # where the sums of a bag are added in another order than a product's, 1.8.
-    assert relative_rms(singly, truth) < 2 * one
-    assert relative_rms(model(IDS), truth) < 2 * one
+    # In bfloat16 and 4 bits scales are rounded to bfloat16 as well. In float32 a bag is one sum of n products,
+    # whose rounding grows as √n. A product of matrices has several sums, as many as the processor's kernel
+    # likes: with 8 or 16 lanes its rounding is up to √8 or √16 times less, and other rounding is alike.
+    # Measured with torch's AVX-512, AVX2 and oldest kernels: at most 1.34 in bfloat16, 1.93 in float32.
+    limit = 3 * one if dtype == "float32" else 2 * one
+    assert relative_rms(singly, truth) < limit
+    assert relative_rms(model(IDS), truth) < limit
     if dtype == "float32":
         assert torch.equal(decoded(model, [1, *[FEW_ROWS] * 7, 6]), singly)
 
