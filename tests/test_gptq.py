@@ -331,7 +331,7 @@ def test_its_own_bits_compute_what_dequantised_weights_do(made: Callable, settin
     one = relative_rms(load_model(plain, dtype)(IDS), truth)
     model = fasten(load_model(packed, dtype, packed=True))
     singly = decoded(model, [1] * 70)
-    # In bfloat16 and 4 bits scales are rounded to bfloat16 as well. In float32 a bag is one sum of n products,
+    # In bfloat16 and 4 bits scales are rounded to bfloat16 too. In float32 a bag is one sum of n products,
     # whose rounding grows as √n. A product of matrices has several sums, as many as the processor's kernel
     # likes: with 8 or 16 lanes its rounding is up to √8 or √16 times less, and other rounding is alike.
     # Measured with torch's AVX-512, AVX2 and oldest kernels: at most 1.34 in bfloat16, 1.93 in float32.
