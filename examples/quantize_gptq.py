@@ -90,7 +90,7 @@ def steps(group: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor]:
     low, high = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
     if config.sym:
         low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-    else:  # a zero point is stored less 1, as an unsigned number: it cannot be 0, so a step is below 0
+    else:  # many readers take a zero point of 0 for 2^bits: none is written, so a step is below 0
         low = torch.minimum(low, -high / (top - 1))
     scale = ((high - low) / top).to(torch.float16)
     if not torch.isfinite(scale).all():

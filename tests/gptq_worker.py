@@ -1,6 +1,7 @@
 """What every rank of a cut GPTQ model computes, for tests/test_gptq.py: `torchrun … gptq_worker.py FOLDER`.
 
-FOLDER holds packed checkpoints, `*-packed`; each rank writes its results beside them, to gptq-N.safetensors.
+FOLDER holds packed checkpoints, `*-packed`; each rank writes its results beside them, to gptq-N.safetensors,
+and what it is told of the damaged one, `spoiled`, to gptq-N.txt.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_ref import load_model
+from qwen_ref import InputError, load_model
 from qwen_ref.fast import fasten
 
 IDS = torch.arange(3, 43)[None]
@@ -35,4 +36,9 @@ def logits(folder: Path, group: str | None) -> dict[str, Tensor]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found = logits(folder, "world")
-    save_file(found, folder / f"gptq-{torch.distributed.get_rank()}.safetensors")
+    name = f"gptq-{torch.distributed.get_rank()}"
+    save_file(found, folder / f"{name}.safetensors")
+    try:
+        load_model(folder / "spoiled", group="world")
+    except InputError as error:
+        (folder / f"{name}.txt").write_text(str(error))

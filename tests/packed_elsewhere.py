@@ -55,8 +55,8 @@ def quantise(
     scale[scale == 0] = 1  # a group of zeros
     if sym:
         zero = np.full(scale.shape, 2 ** (bits - 1))
-    else:  # a zero of 0 could not be stored as zero - 1
-        zero = np.clip(np.rint(-low / scale.astype(np.float32)), 1, top).astype(np.int64)
+    else:
+        zero = np.clip(np.rint(-low / scale.astype(np.float32)), 0, top).astype(np.int64)
 
     levels = np.rint(columns / scale.astype(np.float32)[g_idx]).astype(np.int64) + zero[g_idx]
     return {"q": np.clip(levels, 0, top), "zero": zero, "scale": scale, "g_idx": g_idx}
@@ -65,10 +65,14 @@ def quantise(
 def tensors_of(
     module: str, quantised: dict[str, np.ndarray], bits: int, zero_offset: int = 1
 ) -> dict[str, np.ndarray]:
-    """The four packed tensors of a module, under their published names; qzeros holds zero - zero_offset."""
+    """The four packed tensors of a module, under their published names.
+
+    qzeros holds zero - zero_offset in every place, subtracted from the whole word: a zero of 0 borrows.
+    """
+    offsets = np.uint32(sum(zero_offset << place for place in range(0, WORD, bits)))
     return {
         f"{module}.qweight": pack(quantised["q"], bits, axis=0),
-        f"{module}.qzeros": pack(quantised["zero"] - zero_offset, bits, axis=1),
+        f"{module}.qzeros": (pack(quantised["zero"], bits, axis=1).view(np.uint32) - offsets).view(np.int32),
         f"{module}.scales": quantised["scale"],
         f"{module}.g_idx": quantised["g_idx"].astype(np.int32),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from qwen_ref import Qwen, QwenConfig, checkpoint, load_model, parity
 from qwen_ref.chat import main
 from qwen_ref.config import GPTQConfig, check_cut
 from qwen_ref.fast import FEW_ROWS, Int4Matrix, Int8Table, fasten
-from qwen_ref.quantize import dequantize_gptq, unpack
+from qwen_ref.gptq import PackedWeight
+from qwen_ref.quantize import dequantize_gptq, unpack, zero_points
 from qwen_ref.sizes import resident_bytes
 
 CASES = json.loads((GOLDEN / "gptq" / "gptq_v1.json").read_text())
@@ -119,6 +121,31 @@ def test_the_largest_scale_and_difference_are_exact() -> None:
     layer[0].fill_(-1)  # q is 255 everywhere, the zero point 1
     layer[2].fill_(65504)
     assert torch.equal(dequantize_gptq(*layer), torch.full((32, 64), 65504.0 * 254))
+    layer[1].fill_(0xFEFEFEFF - 2**32)  # 0x00000000 - 0x01010101: every zero point is 0
+    assert torch.equal(dequantize_gptq(*layer), torch.full((32, 64), 65504.0 * 255))
+
+
+def test_a_zero_point_of_0_borrows_from_its_neighbour() -> None:
+    layer = layer_of(inputs=8, outputs=8, groups=1)
+    layer[0].fill_(0x33333333)
+    layer[1].fill_(0x7777776F)
+    layer[2].fill_(1)
+    rows = dequantize_gptq(*layer)
+    assert torch.equal(rows, torch.tensor([3.0, *[-5.0] * 7])[:, None].expand(8, 8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_are_what_a_writer_had(bits: int) -> None:
+    """All zero points of 0, none, and any; 2^32 - 1 and 0 are words like others."""
+    per_word, ones = 32 // bits, 0x11111111 if bits == 4 else 0x01010101
+    zeros = torch.randint(2**bits, (40, 5 * per_word)) * torch.randint(2, (40, 5 * per_word))
+    zeros[0], zeros[1], zeros[2] = 0, 1, 2**bits - 1
+    stored = packed_elsewhere.pack(zeros.numpy(), bits, 1).astype("int64") - ones
+    words = torch.from_numpy((stored % 2**32).astype("uint32").view("int32"))
+    assert (words[1] == 0).all()
+    assert torch.equal(zero_points(words, bits).long(), zeros)
+    all_ones = zero_points(torch.full((1, 1), -1, dtype=torch.int32), bits)
+    assert all_ones.tolist() == [[0] + [1] * (per_word - 1)]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +162,10 @@ def test_the_largest_scale_and_difference_are_exact() -> None:
         (3, torch.full((64,), -1), "g_idx names group -1; there are 2, from 0 on"),
         (4, 3, "bits=3 is not supported: GPTQ weights are read in 4 and in 8 bits"),
         (4, True, "bits=True is not supported"),
-        (0, torch.zeros(8, 32), r"qweight must be integers of 2 dimensions, not torch\.float32 \(8, 32\)"),
+        (0, torch.zeros(8, 32), r"qweight must be int32 of 2 dimensions, not torch\.float32 \(8, 32\)"),
+        (0, torch.zeros(8, 32, dtype=torch.uint8), r"qweight must be int32 .* not torch\.uint8"),
+        (1, torch.zeros(2, 4, dtype=torch.int64), r"qzeros must be int32 .* not torch\.int64"),
+        (3, torch.zeros(64, dtype=torch.bool), r"g_idx must be integers .* not torch\.bool"),
         (2, torch.ones(2, 32).int(), "scales must be floating-point numbers of 2 dimensions"),
         (3, torch.zeros(2, 32, dtype=torch.int32), "g_idx must be integers of 1 dimensions"),
         (3, torch.zeros(0, dtype=torch.int32), "g_idx must be integers"),
@@ -175,6 +205,25 @@ def test_a_packed_checkpoint_is_the_plain_one_to_the_bit(made: Callable, setting
             weights = [model.blocks[1].get_submodule(layer).weight for model in (found, want)]
             assert torch.equal(*weights), layer
         assert torch.equal(found(IDS), want(IDS))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_are_all_positive_have_zero_points_of_0(bits: int, tmp_path: Path) -> None:
+    source = shutil.copytree(WEIGHTS, tmp_path / "source")
+    weights = load((source / "model.safetensors").read_bytes())
+    for name, tensor in weights.items():
+        if name.endswith(("mlp.w1.weight", "c_attn.weight")):
+            tensor[::3] = tensor[::3].abs()
+    save_file(weights, source / "model.safetensors")
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    packed_elsewhere.make_packed(source, packed, plain, bits=bits, sym=False)
+    zeros = load_file(packed / "model.safetensors")["transformer.h.1.mlp.w1.qzeros"]
+    assert (zero_points(zeros, bits) == 0).any()
+    want = load_model(plain)(IDS)
+    assert torch.equal(load_model(packed)(IDS), want)
+    fast = fasten(load_model(packed, packed=True))
+    assert relative_rms(fast(IDS), want) < 1e-5
+    assert relative_rms(decoded(fast, [1] * 70), want) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
@@ -282,10 +331,13 @@ def test_its_own_bits_compute_what_dequantised_weights_do(made: Callable, settin
     one = relative_rms(load_model(plain, dtype)(IDS), truth)
     model = fasten(load_model(packed, dtype, packed=True))
     singly = decoded(model, [1] * 70)
-    # In bfloat16 and 4 bits scales are rounded to bfloat16 as well. Measured: at most 1.6, and in float32,
-    # where the sums of a bag are added in another order than a product's, 1.8.
-    assert relative_rms(singly, truth) < 2 * one
-    assert relative_rms(model(IDS), truth) < 2 * one
+    # In bfloat16 and 4 bits scales are rounded to bfloat16 too. In float32 a bag is one sum of n products,
+    # whose rounding grows as √n. A product of matrices has several sums, as many as the processor's kernel
+    # likes: with 8 or 16 lanes its rounding is up to √8 or √16 times less, and other rounding is alike.
+    # Measured with torch's AVX-512, AVX2 and oldest kernels: at most 1.34 in bfloat16, 1.93 in float32.
+    limit = 3 * one if dtype == "float32" else 2 * one
+    assert relative_rms(singly, truth) < limit
+    assert relative_rms(model(IDS), truth) < limit
     if dtype == "float32":
         assert torch.equal(decoded(model, [1, *[FEW_ROWS] * 7, 6]), singly)
 
@@ -317,6 +369,21 @@ def test_groups_of_unequal_size_are_not_for_faster_layers(made: Callable) -> Non
 
 # Ranks
 
+SPOILED = (
+    "transformer.h.0.mlp.w1: scales are NaN or infinite; fetch the file again",
+    "transformer.h.1.attn.c_proj: g_idx names group 9; there are 4, from 0 on",
+    "transformer.h.1.attn.c_proj.bias is not zero: only the q, k, v projection may have a bias",
+    "transformer.h.3.mlp.c_proj: zero points are 1 to 1, but where sym is true they are all 8; the file is "
+    "damaged, or sym is wrong",
+)
+
+
+def spoil_three(tensors: dict[str, Tensor]) -> None:
+    tensors["transformer.h.0.mlp.w1.scales"][0, 0] = torch.nan
+    tensors["transformer.h.1.attn.c_proj.g_idx"][5] = 9
+    tensors["transformer.h.1.attn.c_proj.bias"] = torch.ones(128).half()
+    tensors["transformer.h.3.mlp.c_proj.qzeros"].zero_()
+
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     for number, settings in enumerate(
@@ -325,10 +392,17 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
         packed_elsewhere.make_packed(
             WEIGHTS, tmp_path / f"{number}-packed", tmp_path / f"{number}-plain", sym=False, **settings
         )
+    packed_elsewhere.make_packed(WEIGHTS, tmp_path / "spoiled", tmp_path / "plain")
+    change_tensors(tmp_path / "spoiled", spoil_three)
     worker = Path(__file__).with_name("gptq_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, worker, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    said, same = ((tmp_path / f"gptq-{rank}.txt").read_text() for rank in (0, 1))
+    assert said == same
+    # Each rank checks every other module: between them, all is found.
+    assert "spoiled: 4 problems: " in said
+    assert all(problem in said for problem in SPOILED)
     first, second = (load_file(tmp_path / f"gptq-{rank}.safetensors") for rank in (0, 1))
     alone = gptq_worker.logits(tmp_path, None)
     assert alone.keys() - first.keys() == {"1-packed fast"}  # act-order: a cut leaves unequal groups
@@ -434,10 +508,20 @@ def plain_module(tensors: dict[str, Tensor]) -> None:
             "scales must be BF16, F16, F32: transformer.h.2.mlp.w1.scales is I32",
         ),
         (replaced("scales", lambda t: t * torch.nan), "mlp.w1: scales are NaN or infinite"),
+        (replaced("scales", lambda t: t / 0), "mlp.w1: scales are NaN or infinite"),
         (replaced("g_idx", lambda t: t + 1), "mlp.w1: g_idx names group 4; there are 4"),
+        (replaced("g_idx", lambda t: t - 1), "mlp.w1: g_idx names group -1; there are 4"),
+        (
+            replaced("g_idx", lambda t: t * 0),
+            "mlp.w1: g_idx puts 128 of 128 inputs into group 0",
+        ),
+        (
+            replaced("g_idx", lambda t: t.long()),
+            "packed tensors must be I32: transformer.h.2.mlp.w1.g_idx is I64",
+        ),
         (
             replaced("qzeros", lambda t: t + 1),
-            "mlp.w1: zero points are stored as 7 to 8, but where sym is true",
+            "mlp.w1: zero points are 8 to 9, but where sym is true they are all 8",
         ),
         (
             lambda tensors: tensors.update({"transformer.h.1.mlp.w2.bias": torch.ones(512).half()}),
@@ -451,6 +535,23 @@ def test_spoiled_files_are_named(spoiled: Path, change: Callable, message: str) 
     with pytest.raises(ValueError, match="transformer") as caught:
         load_model(spoiled)
     assert message in str(caught.value)
+
+
+def test_all_that_is_wrong_with_packed_weights_is_said_at_once_before_one_is_used(
+    spoiled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    change_tensors(spoiled, spoil_three)
+    monkeypatch.setattr(PackedWeight, "dequantized", lambda self: pytest.fail("a weight was used"))
+    wanted = f"{spoiled}: 4 problems: " + "; ".join(SPOILED)
+    for use in (
+        lambda: load_model(spoiled),
+        lambda: load_model(spoiled, packed=True),
+        lambda: parity.record(spoiled, IDS, out=tmp_path / "bundle.safetensors"),
+    ):
+        with pytest.raises(ValueError, match="4 problems") as caught:
+            use()
+        assert str(caught.value) == wanted
+    assert checkpoint.main(["inspect", str(spoiled)]) == 0  # reads nothing but headers
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen_ref.config import INT4_GROUPS
+from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
 
 
@@ -24,6 +25,22 @@ def test_int8_is_off_by_half_a_step_at_most() -> None:
     assert torch.equal(q.abs().amax(dim=1), torch.where(w.abs().amax(dim=1) > 0, 127, 0).to(torch.int8))
     # 1e-5: scale and quotient are float32.
     assert ((q * scale - w).abs() <= 0.5 * scale * (1 + 1e-5) + 1e-30).all()
+
+
+def test_so_does_a_head_in_an_int8_cache() -> None:
+    """190 / 127 of the smallest float32 rounds to 1 of them: 190 steps, of which int8 has 127."""
+    x = torch.tensor([190.0, -190.0, 1.0, 0.0]).view(1, 1, 1, 4) * 2.0**-149
+    cache = Int8Cache(1, (1, 1, 2, 4), None, like=x)
+    keys, _ = cache.append(0, x, x)
+    assert torch.equal(cache.keys[0][0, 0, 0], torch.tensor([127, -127, 1, 0], dtype=torch.int8))
+    assert torch.equal(keys.sign(), x.sign())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_in_an_int8_cache(value: float) -> None:
+    x = torch.tensor([1.0, value, -2.0, 0.0]).view(1, 1, 1, 4)
+    keys, _ = Int8Cache(1, (1, 1, 2, 4), None, like=x).append(0, x, x)
+    assert not keys.isfinite().any()
 
 
 @pytest.mark.parametrize("group_size", INT4_GROUPS)
@@ -61,6 +78,20 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     for quantize in (quantize_int8, lambda w: quantize_int4(w, 32)):
         with pytest.raises(ValueError, match=r"NaN or infinite.*check the checkpoint"):
             quantize(w)
+
+
+def test_weights_that_have_no_finite_scale_are_refused() -> None:
+    """Their sum or difference is infinite though they are not."""
+    far = torch.tensor([[3e38, -3e38] * 16])
+    with pytest.raises(ValueError, match=r"from -3e\+38 to 3e\+38 are too far apart for scales in .*float32"):
+        quantize_int4(far, 32)
+    with pytest.raises(ValueError, match="too far apart for scales in torch"):
+        quantize_int4(far * 1e-32, 32, torch.float16)
+    q, scale = quantize_int8(far)
+    assert torch.allclose(q * scale, far)
+    for quantize in (quantize_int8, lambda w: quantize_int4(w, 32)):
+        with pytest.raises(ValueError, match="infinite"):
+            quantize(far.double() * 10)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import packed_elsewhere
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS
 from safetensors.torch import load_file, save_file
 
-from qwen_ref import load_model
+from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import INDEX_NAME, main
 from qwen_ref.sizes import cache_bytes
 
@@ -74,6 +76,63 @@ def test_a_configuration_alone_is_enough(inspect: Callable, tmp_path: Path) -> N
     assert len(texts) == 1
     stored = inspect(GOLDEN / "long", "--tp", "2")
     assert texts == {f"from the configuration alone: weights as they should be, in bfloat16\n{stored}"}
+
+
+@pytest.mark.parametrize(
+    ("size", "gptq", "wanted", "biases"),
+    [
+        ("7b", {"bits": 4, "group_size": 128}, 5_858_631_680, 1_933_312),  # as published
+        ("7b", {"bits": 8, "group_size": 128}, 9_121_931_264, 1_933_312),
+        ("1.8b", {"bits": 4, "group_size": -1, "desc_act": True}, 1_854_870_528, 724_992),
+    ],
+    ids=str,
+)
+def test_a_gptq_configuration_alone_is_counted_packed(
+    inspect: Callable, tmp_path: Path, size: str, gptq: dict, wanted: int, biases: int
+) -> None:
+    config = {"model_type": "qwen", **vars(QwenConfig.preset(size)), "quantization_config": gptq}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = inspect(tmp_path)
+    assert inspect(tmp_path / "config.json") == text
+    form = f"int{gptq['bits']}, {'one group' if gptq['group_size'] == -1 else 'groups of 128'}"
+    first = f"from the configuration alone: weights as they should be, in float16 and {form}"
+    assert text.splitlines()[0] == first
+    assert bytes_of("weights", text) == [wanted]
+    assert bytes_of("not counted", text) == [biases]
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("zero_biases", [False, True])
+@pytest.mark.parametrize(
+    "gptq",
+    [{}, {"bits": 8, "group_size": 64}, {"group_size": 64, "act_order": True}, {"group_size": -1}],
+    ids=str,
+)
+def test_a_gptq_folder_and_its_configuration_alone_agree(
+    inspect: Callable, tmp_path: Path, gptq: dict, ranks: str, zero_biases: bool
+) -> None:
+    stored, alone = tmp_path / "stored", tmp_path / "alone"
+    packed_elsewhere.make_packed(WEIGHTS, stored, tmp_path / "plain", zero_biases=zero_biases, **gptq)
+    alone.mkdir()
+    shutil.copy(stored / "config.json", alone)
+    (_, *of_alone), of_stored = (inspect(folder, "--tp", ranks).splitlines() for folder in (alone, stored))
+    assert of_alone[:-1] == (of_stored[:-1] if zero_biases else of_stored)
+    total = sum(tensor.nbytes for tensor in load_file(stored / "model.safetensors").values())
+    biases = bytes_of("not counted", of_alone[-1])[0]
+    assert bytes_of("weights", "\n".join(of_stored))[0] == total - (biases if zero_biases else 0)
+
+
+def test_a_gptq_configuration_that_cannot_be_packed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = vars(QwenConfig.preset("1.8b")) | {"intermediate_size": 2 * 5500}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    for place in (tmp_path, tmp_path / "config.json"):
+        assert main(["inspect", str(place)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "5500 inputs or outputs do not fill words of 8 weights" in printed.err
 
 
 def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None:

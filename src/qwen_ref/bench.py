@@ -107,7 +107,7 @@ class ReadRate:
         import torch
 
         self._sync = _sync(device)
-        self._buffer = torch.ones(_READ_BYTES // 4, device=device)
+        self._buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
         self.measure()
 
     def measure(self) -> float:
@@ -266,7 +266,7 @@ def write_checkpoint(
     if gptq is not None:
         published["quantization_config"] = dataclasses.asdict(gptq)
     (folder / "config.json").write_text(json.dumps(published))
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.02
     noise = noise.to(torch.bfloat16 if gptq is None else torch.float16)
 
     def packed(part: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -308,8 +308,10 @@ def synthetic(size: str, layers: int | None = None, gptq: GPTQConfig | None = No
     try:
         free = shutil.disk_usage(folder).free
         from qwen_ref.checkpoint import tensor_table
+        from qwen_ref.sizes import expected, kinds, weight_bytes
 
-        needed = 2 * sum(math.prod(spec.shape) for spec in tensor_table(config))
+        table = tensor_table(config)
+        needed = sum(weight_bytes(row) for row in kinds(table, expected(table, gptq)))
         if needed > free:
             raise InputError(
                 f"the {size} takes {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "

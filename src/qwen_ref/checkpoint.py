@@ -1,8 +1,8 @@
 """From a published checkpoint folder to a model: the table of its tensors, their checks, the mapped weights.
 
 A folder holds config.json and either one model.safetensors or several shards with
-model.safetensors.index.json. Everything that can be wrong with it is found from the files' headers, before a
-weight is read, and reported at once.
+model.safetensors.index.json. Everything that can be wrong with it is found before a weight is read, and
+reported at once: from the files' headers, and in a GPTQ checkpoint from what belongs to the packed weights.
 """
 
 from __future__ import annotations
@@ -33,9 +33,17 @@ from qwen_ref.config import (
     require_folder,
     shown,
 )
-from qwen_ref.gptq import PackedWeight, StoredPacked, is_packed, keep_packed, module_of, packed_shapes
+from qwen_ref.gptq import (
+    PackedWeight,
+    StoredPacked,
+    is_packed,
+    keep_packed,
+    module_of,
+    packed_shapes,
+    unpackable,
+)
 from qwen_ref.model import Qwen
-from qwen_ref.parallel import group_size, join, own_device
+from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -148,6 +156,7 @@ def load_model(
             raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
         marks = fingerprint(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
+    check_packed(folder, stored, ranks)
 
     table = tensor_table(config)
     total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
@@ -203,7 +212,7 @@ class NoInitialisation(TorchFunctionMode):
 class StoredTensor(NamedTuple):
     """A tensor of a checkpoint by its file's header: nothing of its data is read before `read`."""
 
-    file: safe_open
+    file: safe_open | None  # None: no file is there, only what it should hold
     published: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
@@ -259,9 +268,26 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     if config is not None and files:
         _compare(tensor_table(config), gptq, found, problems, complete=not unread)
     if problems or config is None:
-        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        raise InputError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
-    return config, found if gptq is None else _with_packed(tensor_table(config), gptq, found)
+        raise _refusal(folder, problems)
+    return config, found if gptq is None else with_packed(tensor_table(config), gptq, found)
+
+
+def check_packed(folder: str | Path, stored: dict[str, Stored], ranks: Group = ONE_RANK) -> None:
+    """Raises ValueError with all that is wrong with scales, zero points, groups and zero biases.
+
+    They are a twentieth of a GPTQ checkpoint. Each rank reads a part of them, and all hear of everything.
+    """
+    packed = [tensor for tensor in stored.values() if isinstance(tensor, StoredPacked)]
+    with ranks.together():
+        own = "\n".join(line for tensor in packed[ranks.rank :: ranks.size] for line in tensor.problems())
+    problems = [line for text in ranks.texts(own) for line in text.splitlines()]
+    if problems:
+        raise _refusal(folder, problems)
+
+
+def _refusal(folder: str | Path, problems: list[str]) -> InputError:
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    return InputError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
 
 
 def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -373,15 +399,9 @@ def _compare(
             f"here are {len(plain)} that are not{mixed}: {_some(plain)}"
         )
         return
-    if gptq is not None:
-        word = 32 // gptq.bits
-        uneven = sorted({size for spec in matrices for size in spec.shape if size % word})
-        if uneven:
-            problems.append(
-                f"{', '.join(map(str, uneven))} inputs or outputs do not fill words of {word} weights: they "
-                f"cannot be packed in {gptq.bits} bits"
-            )
-            return
+    if gptq is not None and (problem := unpackable(table, gptq)) is not None:
+        problems.append(problem)
+        return
     expected: dict[str, tuple[tuple[int, ...], Collection[str]]] = {}
     optional = set()
     for spec in table:
@@ -417,7 +437,7 @@ def _compare(
             problems.append(f"{what} must be {', '.join(names)}: {_some(typed)}")
 
 
-def _with_packed(
+def with_packed(
     table: list[TensorSpec], gptq: GPTQConfig, found: dict[str, StoredTensor]
 ) -> dict[str, Stored]:
     """The tensors by the table's names: four packed ones stand for a weight."""

@@ -210,12 +210,17 @@ class GPTQConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> GPTQConfig | None:
-        """From config.json's quantization_config or from quantize_config.json; None: it is not quantised.
+        """Of a checkpoint folder: see from_json."""
+        return cls.from_json(Path(folder) / "config.json")
+
+    @classmethod
+    def from_json(cls, config: Path) -> GPTQConfig | None:
+        """A config.json's quantization_config, or the quantize_config.json beside it; None: not quantised.
 
         Raises ValueError, naming the file, for other methods and formats, bits other than 4 and 8, values of
         the wrong type, and two files that disagree.
         """
-        config, own = Path(folder) / "config.json", Path(folder) / "quantize_config.json"
+        own = config.with_name("quantize_config.json")
         found = {}
         settings = read_json_object(config).get("quantization_config")
         if settings is not None:

@@ -206,7 +206,7 @@ def _matrix(layer: nn.Linear, wide: bool, quantize: str | None, group_size: int)
         in_4_bits = quantize == "int4" and dtype == torch.bfloat16 and not wide
         few_bits = rounded(weight, quantize, group_size, torch.bfloat16 if in_4_bits else torch.float32)
     fits = few_bits.bits == 4 and kernel_group(few_bits.group_size) is not None
-    if fits and dtype == torch.bfloat16 and not wide:
+    if fits and dtype == torch.bfloat16 and not wide and int4_layout() is not None:
         return Int4Matrix(few_bits)
     return Int8Table(few_bits, dtype, wide)
 
@@ -308,11 +308,12 @@ class Int8Table(Matrix):
         self.groups = inputs // few_bits.group_size
         self.middle = 1 << (few_bits.bits - 1)
         table = torch.zeros(self.blocks, inputs, self.width + 8, dtype=torch.uint8)
-        scales, offsets = torch.zeros(2, self.blocks, self.groups, self.width)
+        scales, offsets = torch.zeros(2, self.blocks, self.groups, self.width, dtype=torch.float32)
+        behind = torch.tensor([1.0, -self.middle], dtype=torch.float32).view(torch.uint8)
         for n, block in enumerate(table):
             q, scale, offset = few_bits.rows(slice(n * self.width, (n + 1) * self.width))
             block[:, : len(q)] = q.t()
-            block[:, self.width :] = torch.tensor([1.0, -self.middle]).view(torch.uint8)
+            block[:, self.width :] = behind
             scales[n, :, : len(q)], offsets[n, :, : len(q)] = scale.t(), offset.t()
         self.register_buffer("table", table.flatten(0, 1))  # (blocks · in, width + 8)
         self.register_buffer("scale", scales[:, None])  # (blocks, 1, groups, width)
@@ -354,8 +355,8 @@ class Int4Matrix(Matrix):
     """W in 4 bits, with a scale and an offset for each group of inputs, as torch's product takes them.
 
     That product is fast in bfloat16 alone: the same weights take 30 times as long in float32 and in float16.
-    torch packs 64 outputs at a time: byte n of row i of a block holds outputs n (low half) and n + 32 of
-    input i. Where it packs otherwise (without AVX-512), its product does whole prompts, too.
+    How torch packs them depends on the processor (see int4_layout). Many rows are multiplied as in every
+    other form, whichever it is.
     """
 
     def __init__(self, few_bits: FewBits) -> None:
@@ -365,28 +366,28 @@ class Int4Matrix(Matrix):
         copies = few_bits.group_size // self.group_size
         packed = torch.empty(self.blocks, inputs * 32, dtype=torch.uint8)
         scales = torch.empty(inputs // self.group_size, self.blocks, 64, 2, dtype=self.dtype)
-        for block in range(self.blocks):
-            parts = few_bits.rows(slice(64 * block, 64 * (block + 1)))
-            q, scale, zero = (F.pad(part, (0, 0, 0, 64 - len(part))) for part in parts)
-            packed[block] = torch._convert_weight_to_int4pack_for_cpu(q.int(), 2).flatten()
-            both = torch.stack((scale.t(), zero.t()), dim=2)
-            scales[:, block] = both.repeat_interleave(copies, dim=0)
-        self.known = torch.equal(_unpacked(packed[-1:].view(1, -1, 32))[0], q.t())
+        for block in range(0, self.blocks, 8):
+            parts = few_bits.rows(slice(64 * block, 64 * (block + 8)))
+            q, scale, zero = (F.pad(part, (0, 0, 0, -len(part) % 64)) for part in parts)
+            stop = block + len(q) // 64
+            packed[block:stop] = torch._convert_weight_to_int4pack_for_cpu(q.int(), 2).view(stop - block, -1)
+            both = torch.stack((scale.t(), zero.t()), dim=2).unflatten(1, (-1, 64))
+            scales[:, block:stop] = both.repeat_interleave(copies, dim=0)
         self.register_buffer("packed", packed.view(self.blocks * 64, -1))
         self.register_buffer("scales", scales.flatten(1, 2))
 
     def takes_few(self, rows: int) -> bool:
-        return rows < _MANY_ROWS or not self.known
+        return rows < _MANY_ROWS
 
     def few(self, rows: Tensor) -> Tensor:
-        x = rows.to(self.dtype)
+        x = rows.to(self.dtype).contiguous()
         return torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales)
 
     def columns(self, start: int, stop: int) -> Tensor:
         scales = self.scales.unflatten(1, (self.blocks, 64))[:, start:stop].to(self.product_dtype)
         scale, zero = scales.transpose(0, 1)[:, :, None].unbind(-1)  # (blocks, groups, 1, 64) each
-        packed = self.packed.view(self.blocks, self.inputs, 32)[start:stop]
-        values = _unpacked(packed).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
+        packed = self.packed.view(self.blocks, -1)[start:stop]
+        values = _unpacked(packed, *int4_layout()).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
         return (values.sub_(8) * scale + zero).flatten(1, 2)
 
 
@@ -405,9 +406,28 @@ def block_width(outputs: int, threads: int) -> int:
     return -(-outputs // (8 * blocks)) * 8
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """torch's blocks of 64 outputs, (blocks, in, 32) bytes → their values, (blocks, in, 64)."""
-    return torch.cat((packed & 15, packed >> 4), dim=2)
+@functools.cache
+@torch.inference_mode(False)
+def int4_layout() -> tuple[int, bool] | None:
+    """How torch packs int4 weights on this processor, found by packing some; None: in an unknown way.
+
+    The outputs of a strip stand together: bytes of a strip are (in, strip / 2). Byte n of an input holds
+    outputs n (low half) and n + strip / 2 of the strip; or, where neighbours share a byte, 2n and 2n + 1.
+    AVX-512 has strips of 64, AVX2 of 32. Without either, neighbours share a byte.
+    """
+    q = (torch.arange(64)[:, None] * 7 + torch.arange(32) * 5) // 3 % 16
+    packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 2).view(1, -1)
+    for strip in (64, 32, 16):
+        for neighbours in (False, True):
+            if torch.equal(_unpacked(packed, strip, neighbours)[0], q.t()):
+                return strip, neighbours
+    return None
+
+
+def _unpacked(packed: Tensor, strip: int, neighbours: bool) -> Tensor:
+    """torch's blocks of 64 outputs, (blocks, 32 · in) bytes → their values, (blocks, in, 64)."""
+    strips = packed.view(len(packed), 64 // strip, -1, strip // 2).transpose(1, 2)  # (blocks, in, …)
+    return torch.stack((strips & 15, strips >> 4), dim=-1 if neighbours else -2).flatten(2)
 
 
 def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
@@ -416,12 +436,20 @@ def _side_by_side(sums: Tensor, blocks: int) -> Tensor:
     return sums.view(blocks, rows, -1).transpose(0, 1).reshape(rows, -1)
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _bags(blocks: int, inputs: int, rows: int, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """For each block and each row of x a bag of the block's table rows, or one for each group of them."""
-    numbers = torch.arange(blocks * inputs, dtype=torch.int32).view(blocks, 1, groups, -1)
+    """For each block and each row of x a bag of the block's table rows, or one for each group of them.
+
+    Only the numbers of one row of x are kept. Those of every number of rows would take gigabytes at the
+    72B's widths; they are copied for each product, 4 bytes for a table row of some 700.
+    """
+    numbers = _counted(blocks * inputs).view(blocks, 1, groups, -1)
     return _numbered(numbers.expand(-1, rows, -1, -1))
+
+
+@functools.lru_cache(maxsize=8)  # a model's matrices have four or five sizes
+@torch.inference_mode(False)
+def _counted(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int32)
 
 
 _workspaces = threading.local()  # by dtype

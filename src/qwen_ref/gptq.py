@@ -12,7 +12,7 @@ fasten makes faster layers of those.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qwen_ref.config import GPTQConfig, InputError
-from qwen_ref.quantize import FewBits, check_groups, dequantize_gptq, unpack
+from qwen_ref.quantize import FewBits, check_groups, dequantize_gptq, unpack, zero_points
 
 if TYPE_CHECKING:
     from qwen_ref.checkpoint import StoredTensor, TensorSpec
@@ -49,6 +49,18 @@ def packed_shapes(spec: TensorSpec, gptq: GPTQConfig) -> dict[str, tuple[int, ..
         (inputs,),
     )
     return {f"{module_of(spec)}.{part}": shape for part, shape in zip(PARTS, shapes, strict=True)}
+
+
+def unpackable(table: Iterable[TensorSpec], gptq: GPTQConfig) -> str | None:
+    """What is wrong where a weight's inputs or outputs do not fill words."""
+    word = 32 // gptq.bits
+    uneven = sorted({size for spec in table if is_packed(spec) for size in spec.shape if size % word})
+    if not uneven:
+        return None
+    return (
+        f"{', '.join(map(str, uneven))} inputs or outputs do not fill words of {word} weights: they cannot "
+        f"be packed in {gptq.bits} bits"
+    )
 
 
 class PackedWeight(NamedTuple):
@@ -101,7 +113,7 @@ class PackedWeight(NamedTuple):
         order = None if in_order else self.g_idx.long().argsort(stable=True)
         scale = self.scales.t().float()  # (out, groups)
         middle = 1 << (self.bits - 1)
-        offset = (middle - 1 - unpack(self.qzeros, self.bits, dim=1).t()) * scale
+        offset = (middle - zero_points(self.qzeros, self.bits).t()) * scale
 
         def rows(outputs: slice) -> tuple[Tensor, Tensor, Tensor]:
             q = unpack(self.qweight[:, outputs], self.bits, dim=0).to(torch.uint8).t()
@@ -155,39 +167,59 @@ class StoredPacked(NamedTuple):
         return self._packed().part(spec.cut, rank, ranks)
 
     def _packed(self) -> PackedWeight:
-        """What the files hold; ValueError where that is not what such a file should."""
-        packed = PackedWeight(*(part.read() for part in self.parts), self.gptq.bits)
+        return PackedWeight(*(part.read() for part in self.parts), self.gptq.bits)
+
+    def problems(self) -> list[str]:
+        """What is wrong with scales, zero points, groups and bias. qweight is not read: any bits will do."""
+        qzeros, scales, g_idx = (part.read() for part in self.parts[1:])
+        found = [
+            _group_problem(g_idx, self.gptq),
+            None if torch.isfinite(scales).all() else "scales are NaN or infinite; fetch the file again",
+            _zero_problem(qzeros, self.gptq.bits) if self.gptq.sym else None,
+        ]
+        problems = [f"{self.module}: {problem}" for problem in found if problem is not None]
         if self.zero_bias is not None and self.zero_bias.read().any():
-            raise InputError(f"{self.module}.bias is not zero: only the q, k, v projection may have a bias")
-        try:
-            check_groups(packed.g_idx, len(packed.scales))
-            if not torch.isfinite(packed.scales).all():
-                raise InputError("scales are NaN or infinite; fetch the file again")
-            if self.gptq.sym:
-                _check_zeros(packed.qzeros, self.gptq.bits)
-        except ValueError as error:
-            raise InputError(f"{self.module}: {error}") from None
-        return packed
+            problems.append(f"{self.module}.bias is not zero: only the q, k, v projection may have a bias")
+        return problems
 
 
-def _check_zeros(qzeros: Tensor, bits: int) -> None:
-    """Where sym is set, every zero point is the middle of the range, and 1 less is what is stored.
+def _group_problem(g_idx: Tensor, gptq: GPTQConfig) -> str | None:
+    """Whatever the order of the inputs, each group has group_size of them, and the last one the rest."""
+    inputs, groups = len(g_idx), gptq.groups(len(g_idx))
+    try:
+        check_groups(g_idx, groups)
+    except ValueError as error:
+        return str(error)
+    size = inputs if gptq.group_size == -1 else gptq.group_size
+    for group, count in enumerate(g_idx.long().bincount(minlength=groups).tolist()):
+        wanted = min(size, inputs - group * size)
+        if count != wanted:
+            return (
+                f"g_idx puts {count} of {inputs} inputs into group {group}, should be {wanted} for "
+                f"{gptq.grouping}; the file is damaged, or group_size is wrong"
+            )
+    return None
+
+
+def _zero_problem(qzeros: Tensor, bits: int) -> str | None:
+    """Where sym is set, every zero point is the middle of the range.
 
     Read in the other format, every weight would be off by its scale: such models say "!!!!". Without sym the
     values say nothing of the format, only checkpoint_format in the settings does.
     """
     middle = 1 << (bits - 1)
-    zeros = unpack(qzeros, bits, dim=1)
-    if (zeros == middle - 1).all():
-        return
-    if (zeros == middle).all():
-        raise InputError(
+    zeros = zero_points(qzeros, bits)
+    low, high = int(zeros.min()), int(zeros.max())
+    if low == high == middle:
+        return None
+    if low == high == middle + 1:
+        return (
             f"zero points are stored as {middle}: this is GPTQ v2, in which they are not stored less 1; only "
             "v1 is read; export it again with checkpoint_format gptq"
         )
-    raise InputError(
-        f"zero points are stored as {int(zeros.min())} to {int(zeros.max())}, but where sym is true they are "
-        f"all {middle - 1}; the file is damaged, or sym is wrong"
+    return (
+        f"zero points are {low} to {high}, but where sym is true they are all {middle}; the file is damaged, "
+        "or sym is wrong"
     )
 
 

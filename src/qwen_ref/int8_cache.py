@@ -47,5 +47,6 @@ class Int8Cache(KVCache):
         new = slice(self.length, end)
         scale = x.abs().amax(dim=3, keepdim=True).to(scales.dtype) / 127
         scales[:, :, new] = scale
-        numbers[:, :, new] = (x / torch.where(scale == 0, 1, scale)).round()  # 0 / 0 would be NaN
+        # 0 / 0 would be NaN. A subnormal scale is rounded so much that x / scale can be 190.
+        numbers[:, :, new] = (x / torch.where(scale == 0, 1, scale)).round().clamp_(-127, 127)
         return (numbers[:, :, :end] * scales[:, :, :end]).to(x.dtype)

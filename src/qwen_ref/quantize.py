@@ -7,7 +7,7 @@ is needed. A weight is off by half a step of its row or group at most, and by wh
     int4    W[o, i] ≈ (q[o, i] - 8) · scale[o, i // G] + zero[o, i // G]        q from 0 to 15, groups of G
 
 GPTQ releases were rounded elsewhere, with calibration text, to q in 4 or 8 bits. An input's group is given by
-g_idx, and a zero point z, in the units of q, is stored as z - 1:
+g_idx. A zero point z has the units of q, and 1 less is stored (see zero_points):
 
     GPTQ    W[o, i] = (q[i, o] - z[g, o]) · scales[g, o],  g = g_idx[i]
 """
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from qwen_ref.config import INT4_GROUPS, InputError, check_bits
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class FewBits(NamedTuple):
@@ -61,7 +63,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for weights that are not finite.
     """
-    weight = _finite(weight).float()
+    weight = _finite(weight.float())
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     q = (weight / _nonzero(scale)).round_().clamp_(-127, 127)  # where scale is subnormal, q is not 127
     return q.to(torch.int8), scale
@@ -81,10 +83,13 @@ def quantize_int4(
     Raises ValueError for weights that are not finite and for a group that does not divide the inputs.
     """
     check_group(weight.shape[1], group_size)
-    groups = _finite(weight).float().unflatten(1, (-1, group_size))  # (out, in / G, G)
+    groups = _finite(weight.float()).unflatten(1, (-1, group_size))  # (out, in / G, G)
     low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
     scale = ((high - low) / 15).to(dtype)
     zero = (low + 8 * scale).to(dtype)
+    if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
+        reach = f"{low.min():g} to {high.max():g}"
+        raise InputError(f"weights from {reach} are too far apart for scales in {dtype}; use int8")
     q = ((groups - zero) / _nonzero(scale.float())).round_().add_(8).clamp_(0, 15)
     return q.flatten(1).to(torch.uint8), scale[..., 0], zero[..., 0]
 
@@ -99,10 +104,9 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
     """A packed layer of a GPTQ checkpoint (AutoGPTQ v1) → its weight, (out, in) float32.
 
     qweight: (in · bits / 32, out) int32, an output's q's along the inputs, the first in the lowest bits.
-    qzeros: (groups, out · bits / 32) int32, the zero points less 1, along the outputs.
+    qzeros: (groups, out · bits / 32) int32, the zero points less 1, along the outputs (see zero_points).
     scales: (groups, out), float16. g_idx: (in), the group of each input. bits: 4 or 8.
     Exactly: a float16 or bfloat16 scale times a difference of bytes has at most 20 bits, which float32 holds.
-    A zero point stored as all ones is 2^bits, by the same formula.
 
     >>> q = torch.tensor([[0x76543210]], dtype=torch.int32)  # q from 0 to 7
     >>> zeros = torch.tensor([[7]], dtype=torch.int32)  # of eight outputs; that of the first is 8
@@ -113,18 +117,14 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
     Raises ValueError for shapes that do not belong together, other bits, and a group that is not there.
     """
     check_bits(bits)
-    for name, tensor, dimensions in (
-        ("qweight", qweight, 2),
-        ("qzeros", qzeros, 2),
-        ("scales", scales, 2),
-        ("g_idx", g_idx, 1),
-    ):
-        if (
-            tensor.ndim != dimensions
-            or tensor.numel() == 0
-            or tensor.is_floating_point() != (name == "scales")
-        ):
-            kind = "floating-point numbers" if name == "scales" else "integers"
+    parts = (
+        ("qweight", qweight, 2, "int32", qweight.dtype == torch.int32),
+        ("qzeros", qzeros, 2, "int32", qzeros.dtype == torch.int32),
+        ("scales", scales, 2, "floating-point numbers", scales.is_floating_point()),
+        ("g_idx", g_idx, 1, "integers", g_idx.dtype in _INTEGERS),
+    )
+    for name, tensor, dimensions, kind, of_kind in parts:
+        if tensor.ndim != dimensions or tensor.numel() == 0 or not of_kind:
             raise InputError(
                 f"{name} must be {kind} of {dimensions} dimensions, not {tensor.dtype} {tuple(tensor.shape)}"
             )
@@ -146,8 +146,8 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
                 f"and {groups} groups in {bits} bits"
             )
     check_groups(g_idx, groups)
-    zeros, scales = (unpack(qzeros, bits, dim=1) + 1).float(), scales.float()  # (groups, out)
-    weight = torch.empty(outputs, inputs, device=qweight.device)
+    zeros, scales = zero_points(qzeros, bits).float(), scales.float()  # (groups, out)
+    weight = torch.empty(outputs, inputs, dtype=torch.float32, device=qweight.device)
     step = 128 * bits // 32  # words of 128 inputs: what is between stays in the processor's cache
     for words, g, columns in zip(
         qweight.split(step), g_idx.long().split(128), weight.split(128, 1), strict=True
@@ -162,6 +162,16 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
     shape[dim + 1] = 32 // bits
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device).view(shape)
     return (words.unsqueeze(dim + 1) >> shifts & (1 << bits) - 1).flatten(dim, dim + 1)
+
+
+def zero_points(qzeros: Tensor, bits: int) -> Tensor:
+    """The zero points of a GPTQ checkpoint, (groups, out): a word of them is stored less 1 in every place.
+
+    Writers subtract 0x11111111 (8 bits: 0x01010101) from the word, modulo 2^32. So a zero point of 0 borrows
+    from its neighbour: 0, 8, 8, … is stored as 0x7777776F.
+    """
+    ones = {4: 0x11111111, 8: 0x01010101}[bits]
+    return unpack(qzeros.long() + ones, bits, dim=1)  # in 64 bits, of which the upper ones are not looked at
 
 
 def check_groups(g_idx: Tensor, groups: int) -> None:
@@ -193,5 +203,7 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 def _finite(weight: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
-        raise InputError("a weight is NaN or infinite and cannot be quantised; check the checkpoint")
+        raise InputError(
+            "a weight is NaN or infinite (in float32) and cannot be quantised; check the checkpoint"
+        )
     return weight

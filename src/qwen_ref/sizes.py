@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +21,14 @@ from qwen_ref.checkpoint import (
     PICKLE_SUFFIXES,
     STORED_DTYPES,
     Stored,
+    StoredTensor,
     TensorSpec,
     open_checkpoint,
     tensor_table,
+    with_packed,
 )
 from qwen_ref.config import LARGEST_LENGTH, GPTQConfig, InputError, QwenConfig, require_folder
+from qwen_ref.gptq import StoredPacked, is_packed, module_of, packed_shapes, unpackable
 from qwen_ref.model import KVCache, Qwen
 
 
@@ -35,15 +39,33 @@ class Kind(NamedTuple):
     count: int
     spec: TensorSpec
     form: str  # the dtype, or how it is packed
-    stored: Stored | None  # the last of them; None: not there, as it would be in bfloat16
+    stored: Stored  # the last of them
 
 
-def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored] | None) -> list[Kind]:
-    """The table with one row a kind; without stored tensors, in bfloat16."""
+def expected(table: Sequence[TensorSpec], gptq: GPTQConfig | None) -> dict[str, Stored]:
+    """What the files of a configuration should hold: bfloat16; in a GPTQ release float16 and packed weights.
+
+    It has the zero biases that AutoGPTQ wrote.
+    """
+    found = {}
+    for spec in table:
+        if gptq is None or not is_packed(spec):
+            dtype = "BF16" if gptq is None else "F16"
+            found[spec.published] = StoredTensor(None, spec.published, spec.shape, dtype)
+            continue
+        for name, shape in packed_shapes(spec, gptq).items():
+            found[name] = StoredTensor(None, name, shape, "F16" if name.endswith(".scales") else "I32")
+        bias = f"{module_of(spec)}.bias"  # that of the heads comes later, and is in the table
+        found[bias] = StoredTensor(None, bias, spec.shape[:1], "F16")
+    return found if gptq is None else with_packed(table, gptq, found)
+
+
+def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored]) -> list[Kind]:
+    """The table with one row a kind."""
     found: dict[tuple, Kind] = {}
     for spec in table:
-        tensor = None if stored is None else stored[spec.published]
-        form = "bfloat16" if tensor is None else tensor.form
+        tensor = stored[spec.published]
+        form = tensor.form
         name = re.sub(r"\.\d+\.", ".*.", spec.published)
         count = found[name, form].count if (name, form) in found else 0
         found[name, form] = Kind(name, count + 1, spec, form, tensor)
@@ -52,9 +74,11 @@ def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored] | None) -> list
 
 def weight_bytes(kind: Kind, ranks: int = 1) -> int:
     """Bytes of all tensors of a kind, of each of so many ranks."""
-    if kind.stored is None:
-        return kind.count * math.prod(kind.spec.shape_of_rank(ranks)) * torch.bfloat16.itemsize
     return kind.count * kind.stored.bytes_of_rank(kind.spec, ranks)
+
+
+def packed_kinds(rows: Sequence[Kind]) -> list[Kind]:
+    return [row for row in rows if isinstance(row.stored, StoredPacked)]
 
 
 def resident_bytes(model: Qwen) -> int:
@@ -111,7 +135,8 @@ def report(
         ).rstrip()
     yield ""
     stored, own = (sum(weight_bytes(row, n) for row in rows) for n in (1, ranks))
-    columns = sum(weight_bytes(row, ranks) for row in rows if row.spec.cut == "columns")
+    packed = packed_kinds(rows)
+    copied = sum(weight_bytes(row, ranks) for row in packed or rows if packed or row.spec.cut == "columns")
     cache, own_cache = (cache_bytes(config, context, dtype, n) for n in (1, ranks))
     count = sum(row.count * math.prod(row.spec.shape) for row in rows)
     name = str(dtype).removeprefix("torch.")
@@ -120,7 +145,8 @@ def report(
     yield _total("together", stored + cache, own + own_cache, ranks)
     if ranks > 1:
         yield (
-            f"on the CPU each rank copies {_bytes(columns)}, its part of what is cut by columns; "
+            f"on the CPU each rank copies {_bytes(copied)}, its part of "
+            f"{'the packed weights' if packed else 'what is cut by columns'}; "
             "all other large weights stay in the mapped files"
         )
 
@@ -151,16 +177,30 @@ def inspect(args: argparse.Namespace) -> int:
     else:
         config, stored = open_checkpoint(path)
     config.check_ranks(args.tp)
-    if path.is_dir() and (gptq := GPTQConfig.from_folder(path)) is not None:
+    gptq = None
+    if path.exists():
+        gptq = GPTQConfig.from_json(path if path.is_file() else path / "config.json")
+    if gptq is not None:
         gptq.check_ranks(config, args.tp)
     context = config.seq_length if args.context is None else args.context
     if not 1 <= context <= LARGEST_LENGTH:
         raise InputError(f"--context {context} must be from 1 to {LARGEST_LENGTH}")
-    rows = kinds(tensor_table(config), stored)
+    table = tensor_table(config)
+    if gptq is not None and (problem := unpackable(table, gptq)) is not None:
+        raise InputError(f"{path}: {problem}")
+    rows = kinds(table, expected(table, gptq) if stored is None else stored)
     if stored is None:
-        print("from the configuration alone: weights as they should be, in bfloat16")
-    dtype = torch.bfloat16 if stored is None else STORED_DTYPES[rows[0].stored.dtype]
-    print("\n".join(report(config, rows, args.tp, context, dtype)), flush=True)
+        forms = " and ".join(sorted({row.form for row in rows}))
+        print(f"from the configuration alone: weights as they should be, in {forms}")
+    dtype = STORED_DTYPES[rows[0].stored.dtype]
+    print("\n".join(report(config, rows, args.tp, context, dtype)))
+    biases = sum(
+        row.count * row.stored.zero_bias.nbytes for row in packed_kinds(rows) if row.stored.zero_bias
+    )
+    if biases:
+        whose = "that such files often have" if stored is None else "of the files"
+        print(f"not counted: {biases:,} bytes of zero biases {whose}; none is kept in memory")
+    sys.stdout.flush()
     return 0
 
 

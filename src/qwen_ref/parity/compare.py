@@ -83,7 +83,7 @@ class Measure:
         best, other_best = truth.topk(count, dim=-1), value.topk(count, dim=-1)
         shared = (best.indices[..., :, None] == other_best.indices[..., None, :]).any(-1)
         first, other_first = best.indices[..., :1], other_best.indices[..., :1]
-        margin = best.values[..., 0] - best.values[..., 1] if count > 1 else torch.zeros(truth.shape[:2])
+        margin = best.values[..., 0] - best.values[..., 1] if count > 1 else truth.new_zeros(truth.shape[:2])
         found = {
             "kl": (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0),
             "top5": shared.double().mean(-1),

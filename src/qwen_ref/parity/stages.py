@@ -22,6 +22,7 @@ import qwen_ref.model
 from qwen_ref.checkpoint import (
     DTYPES,
     NoInitialisation,
+    check_packed,
     compute_dtype,
     open_checkpoint,
     tensor_table,
@@ -42,6 +43,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config, self.stored = open_checkpoint(folder)
+        check_packed(folder, self.stored)
         self._published = {spec.name: spec.published for spec in tensor_table(self.config)}
         self.bytes = sum(tensor.nbytes for stored in self.stored.values() for tensor in stored.tensors)
 
@@ -93,7 +95,7 @@ class Port:
     @property
     def padding(self) -> Tensor:
         """How many columns of each row are padding → (B,)."""
-        return torch.zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
+        return self.ids.new_zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
 
     def read(self, name: str) -> Tensor:
         """A weight, and word of it."""
