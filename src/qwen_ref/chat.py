@@ -142,7 +142,7 @@ class Conversation:
         self.settings = {"max_new_tokens": 512, **settings}
         self.stop_texts = tuple(stop_texts)
         self.stop_ids = chat_stop_ids(tokenizer) if stop_ids is None else frozenset(stop_ids)
-        self.prefix = PrefixCache(model, max_window_size + self.settings["max_new_tokens"])
+        self.prefix = PrefixCache(model)
         self.answers = 0  # so many were asked for, repeated ones included
         self.context = Context([], 0)  # the last one
         # Of the last answer: "stop" or "length"; None: it is still coming, or was given up.

@@ -135,10 +135,11 @@ def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) ->
 
 
 class KVCache:
-    """The keys and values of every position so far, allocated once for max_length, owned by the caller.
+    """The keys and values of every position so far, allocated for max_length, owned by the caller.
 
     It also keeps what belongs to its sequences and not to the model: their padding on the left, and the
     rotary frequencies that their prompts fixed. Generations with two caches cannot disturb each other.
+    Where max_length is raised later, memory grows as positions come, to twice as much each time.
     """
 
     def __init__(
@@ -155,9 +156,25 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's T new positions (B, H, T, K), returns all S; the model then moves `length`."""
         end = self.length + k.shape[2]
+        self.make_room(layer, end, self.keys, self.values)
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def make_room(self, layer: int, end: int, *lists: list[Tensor]) -> None:
+        """Widens a layer's tensors (B, H, positions, …) where they cannot take so many positions."""
+        room = lists[0][layer].shape[2]
+        if end > room:
+            for each in lists:
+                each[layer] = widened(each[layer], min(max(end, 2 * room), self.max_length))
+
+
+@torch.inference_mode(False)  # what is made in inference mode cannot be written to outside of it
+def widened(x: Tensor, size: int) -> Tensor:
+    """x (B, H, n, …) as the beginning of a tensor (B, H, size, …)."""
+    wide = x.new_empty(*x.shape[:2], size, *x.shape[3:])
+    wide[:, :, : x.shape[2]] = x
+    return wide
 
 
 # The layers
