@@ -18,16 +18,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from conftest import WEIGHTS
+from forked_ranks import Forked, command, free_port, variables
 
 from qwen_ref import load_model
 from qwen_ref.generate import main
 
-COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def generate_command(*arguments: str) -> int:
+    return command("qwen_ref.generate", *arguments)
+
+
+def late(*arguments: str) -> int:
+    """The rank that LATE names does not come in time."""
+    if os.environ["RANK"] == os.environ["LATE"]:
+        time.sleep(60)
+    return main(arguments)
 
 
 class Result(NamedTuple):
@@ -42,27 +54,24 @@ class Processes:
     def __init__(
         self,
         folder: Path,
-        command: list[str],
+        function: Callable[..., int],
         ranks: Sequence[list],
         environment: dict[str, str],
         leader_stdout: int | None,
-        leader_stdin: int,
+        leader_stdin: int | None,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(len(ranks))]
         self.ranks = []
         for rank, (arguments, (out, err)) in enumerate(zip(ranks, self.files, strict=True)):
-            variables = {"RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_RANK": rank, "MASTER_PORT": self.port}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, **environment}
             with out.open("wb") as stdout, err.open("wb") as stderr:
-                process = subprocess.Popen(
-                    [*command, *map(str, arguments)],
-                    env=os.environ | {name: str(value) for name, value in variables.items()},
-                    stdin=subprocess.DEVNULL if rank else leader_stdin,
-                    stdout=stdout if rank or leader_stdout is None else leader_stdout,
-                    stderr=stderr,
+                process = Forked(
+                    function,
+                    [str(argument) for argument in arguments],
+                    variables(rank, len(ranks), self.port) | environment,
+                    None if rank else leader_stdin,
+                    stdout.fileno() if rank or leader_stdout is None else leader_stdout,
+                    stderr.fileno(),
                 )
             self.ranks.append(process)
 
@@ -75,15 +84,15 @@ class Processes:
         ]
 
     def wait_until_met(self) -> None:
-        """Returns when every rank has its two connections to the store."""
+        """Returns when every rank has its three connections to the store."""
         met = 0
-        while met < 2 * len(self.ranks):
+        while met < 3 * len(self.ranks):
             assert all(process.poll() is None for process in self.ranks)
-            time.sleep(0.1)
+            time.sleep(0.02)
             tables = [Path(f"/proc/net/{kind}").read_text() for kind in ("tcp", "tcp6")]
             lines = [line.split() for line in "".join(tables).splitlines()]
             met = sum(line[2].endswith(f":{self.port:04X}") and line[3] == "01" for line in lines)
-        time.sleep(0.3)
+        time.sleep(0.3)  # the watch begins
 
     def wait_for_text(self) -> None:
         """Returns when rank 0 has printed something: it decodes now."""
@@ -99,12 +108,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
 
     def call(
         *ranks: list,
-        command: list[str] = COMMAND,
+        function: Callable[..., int] = generate_command,
         stdout: int | None = None,
-        stdin: int = subprocess.DEVNULL,
+        stdin: int | None = None,
         **environment: str,
     ) -> Processes:
-        started.append(Processes(tmp_path, command, ranks, environment, stdout, stdin))
+        started.append(Processes(tmp_path, function, ranks, environment, stdout, stdin))
         return started[-1]
 
     yield call
@@ -112,8 +121,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
         for process in processes.ranks:
             process.kill()
             process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+
+
+@pytest.fixture
+def silence() -> Iterator[int]:
+    """A stdin that says nothing and does not end."""
+    read, write = os.pipe()
+    yield read
+    os.close(read)
+    os.close(write)
 
 
 @pytest.fixture
@@ -188,27 +204,29 @@ def check_that_the_others_name(victim: int, results: list[Result]) -> None:
 def test_a_rank_lost_while_decoding_is_named_by_all_others(
     start: Callable, endless: list, victim: int, how: signal.Signals
 ) -> None:
-    processes = start(*[[*endless, "--timeout", "8"]] * 4)  # four import torch on two cores
+    processes = start(*[[*endless, "--timeout", "4"]] * 4)
     processes.wait_for_text()
     processes.ranks[victim].send_signal(how)
     lost = time.monotonic()
     others = [process for rank, process in enumerate(processes.ranks) if rank != victim]
     for process in others:
         process.wait(timeout=30)
-    assert time.monotonic() - lost < 8
+    assert time.monotonic() - lost < 4
     processes.ranks[victim].kill()
     check_that_the_others_name(victim, processes.results())
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how: signal.Signals) -> None:
-    processes = start(*[["--timeout", "6"]] * 2, stdin=subprocess.PIPE)
+def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(
+    start: Callable, how: signal.Signals, silence: int
+) -> None:
+    processes = start(*[["--timeout", "3"]] * 2, stdin=silence)
     processes.wait_until_met()
-    time.sleep(3.5)  # longer than half the timeout, which is no reason to give up
+    time.sleep(1.6)  # longer than half the timeout, which is no reason to give up
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(how)
-    processes.ranks[1].wait(timeout=6)
+    processes.ranks[1].wait(timeout=3)
     processes.ranks[0].kill()
     check_that_the_others_name(0, processes.results())
 
@@ -216,10 +234,10 @@ def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how
 @pytest.mark.alone
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_before_all_have_met_is_given_up_in_time(start: Callable, victim: int) -> None:
-    processes = start(*[[QUESTION, "--timeout", "5"]] * 2)
-    time.sleep(0.5)
+    processes = start(*[[QUESTION, "--timeout", "1.5"]] * 2, function=late, LATE=str(victim))
+    time.sleep(0.3)
     processes.ranks[victim].kill()
-    result = processes.results(timeout=7)[1 - victim]
+    result = processes.results(timeout=3)[1 - victim]
     assert result.code == 1
     assert "not all of 2 ranks came to 127.0.0.1" in result.err
     assert "Traceback" not in result.err
@@ -234,12 +252,12 @@ def held(pipe: int) -> int:
 def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    processes = start(*[[*endless, "--logprobs", "--timeout", "6"]] * 2, stdout=write)
+    processes = start(*[[*endless, "--logprobs", "--timeout", "3"]] * 2, stdout=write)
     os.close(write)
     while held(read) < size - 100:  # no line is as long as that
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
-    time.sleep(7)  # nobody reads for longer than the timeout
+    time.sleep(3.5)  # nobody reads for longer than the timeout
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(signal.SIGINT)
     with os.fdopen(read, "rb") as pipe:
@@ -253,7 +271,7 @@ def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: lis
 def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    shorter = [*endless, "--json", "--timeout", "6"]
+    shorter = [*endless, "--json", "--timeout", "4"]
     shorter[shorter.index("100000")] = "100"
     processes = start(shorter, shorter, stdout=write)
     os.close(write)
@@ -262,37 +280,33 @@ def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Call
         time.sleep(0.02)
     time.sleep(0.5)
     processes.ranks[0].kill()
-    check_that_the_others_name(0, processes.results(timeout=6))
+    check_that_the_others_name(0, processes.results(timeout=4))
     os.close(read)
 
 
-SLOW = """
-import sys, time
-from qwen_ref.checkpoint import StoredTensor
-from qwen_ref.generate import main
+def slow_reader(*arguments: str) -> int:
+    from qwen_ref.checkpoint import StoredTensor
 
-read = StoredTensor.read
+    read = StoredTensor.read
 
-def slow(tensor):
-    print("it reads", file=sys.stderr, flush=True)
-    time.sleep({seconds})
-    return read(tensor)
+    def slow(tensor: StoredTensor) -> torch.Tensor:
+        print("it reads", file=sys.stderr, flush=True)
+        time.sleep(float(os.environ["SECONDS"]))
+        return read(tensor)
 
-StoredTensor.read = slow
-sys.exit(main())
-"""
+    StoredTensor.read = slow
+    return main(arguments)
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("seconds", [0.1, 100], ids=["between two layers", "whatever the others are doing"])
 def test_a_rank_killed_while_loading_is_named_by_all_others(start: Callable, seconds: float) -> None:
-    slow = [sys.executable, "-c", SLOW.format(seconds=seconds)]
-    processes = start(*[[QUESTION, "--timeout", "6"]] * 2, command=slow)
+    processes = start(*[[QUESTION, "--timeout", "4"]] * 2, function=slow_reader, SECONDS=str(seconds))
     while not all("it reads" in err.read_text() for _, err in processes.files):
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
     processes.ranks[1].kill()
-    check_that_the_others_name(1, processes.results(timeout=6))
+    check_that_the_others_name(1, processes.results(timeout=4))
 
 
 def children(parent: int) -> list[int]:
@@ -371,8 +385,8 @@ def test_a_folder_that_one_machine_lacks_is_named_by_all(start: Callable) -> Non
         assert "error: rank 1: /nowhere: not a folder" in result.err
 
 
-def test_ctrl_c_before_the_prompt_ends_all(start: Callable) -> None:
-    processes = start([], [], stdin=subprocess.PIPE)
+def test_ctrl_c_before_the_prompt_ends_all(start: Callable, silence: int) -> None:
+    processes = start([], [], stdin=silence)
     processes.wait_until_met()
     processes.ranks[0].send_signal(signal.SIGINT)
     leader, follower = processes.results(timeout=10)
@@ -429,7 +443,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout: str, capsys: pytest.CaptureFi
 
 @pytest.mark.alone
 def test_ranks_that_never_come_are_given_up(start: Callable) -> None:
-    (result,) = start([QUESTION, "--timeout", "3"], WORLD_SIZE="2").results(timeout=20)
+    (result,) = start([QUESTION, "--timeout", "1"], WORLD_SIZE="2").results(timeout=20)
     assert result.code == 1
     assert "not all of 2 ranks came to 127.0.0.1:" in result.err
     assert "Traceback" not in result.err

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwen_ref.config import InputError, shown
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import MAX_WINDOW_SIZE
+from qwen_ref.steps import begun
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -162,14 +163,15 @@ class Conversation:
         if settings.get("seed") is not None:
             settings["seed"] = (settings["seed"] + self.answers) % 2**63
         self.finish_reason = None
-        self._answer = self._answered(query, self.prefix.generate(self.context.ids, **settings))
+        self._answer = begun(self._answered(query, self.prefix.generate(self.context.ids, **settings)))
         self.answers += 1
         return self._answer
 
-    def _answered(self, query: str, steps: Generator[Step]) -> Generator[str]:
+    def _answered(self, query: str, steps: Generator[Step]) -> Generator[str | None]:
         stream = TextStream(steps, self.tokenizer, self.stop_ids, self.stop_texts)
         response = ""
         try:
+            yield None  # see begun
             for piece in stream:
                 response += piece
                 yield piece

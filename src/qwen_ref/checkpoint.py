@@ -14,12 +14,11 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from qwen_ref.cli import Parser, run
@@ -37,6 +36,9 @@ from qwen_ref.config import (
 from qwen_ref.gptq import PackedWeight, StoredPacked, is_packed, keep_packed, module_of, packed_shapes
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import group_size, join, own_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

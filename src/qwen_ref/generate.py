@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,12 @@ from qwen_ref.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.steps import Step, check_settings, checked_ids, choose, in_step
+from qwen_ref.steps import Step, begun, check_settings, checked_ids, choose, in_step
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Generator
+    import torch
 
     from qwen_ref.model import KVCache, Qwen
 
@@ -70,7 +70,14 @@ def generate(
     """
     sampling = (temperature, top_k, top_p, repetition_penalty)
     rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids, cache, progress)
-    return (step for (step,) in rows if step is not None)
+
+    def single() -> Generator[Step | None]:
+        with contextlib.closing(rows):
+            yield None  # see begun
+            for (step,) in rows:
+                yield step
+
+    return begun(single())
 
 
 def generate_batch(
@@ -198,7 +205,7 @@ def generate_uncached(
             return
 
 
-def _generator(device: Any, seed: int | None) -> Generator:
+def _generator(device: Any, seed: int | None) -> torch.Generator:
     import torch
 
     generator = torch.Generator(device=device)

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.generate import generate
-from qwen_ref.steps import Step, checked_ids
+from qwen_ref.steps import Step, begun, checked_ids
 
 if TYPE_CHECKING:
     from qwen_ref.model import KVCache, Qwen
@@ -45,9 +45,10 @@ class PrefixCache:
         cache = self.rewind(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
 
-        def watched() -> Generator[Step]:
+        def watched() -> Generator[Step | None]:
             try:
                 with contextlib.closing(steps):
+                    yield None  # see begun
                     for step in steps:
                         self._ids.append(step.token)
                         yield step
@@ -55,7 +56,7 @@ class PrefixCache:
                 self._cache = None
                 raise
 
-        self._steps = watched()
+        self._steps = begun(watched())
         return self._steps
 
     def rewind(self, prompt_ids: list[int], length: int, prompt_length: int | None = None) -> KVCache:

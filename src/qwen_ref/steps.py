@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from qwen_ref.config import InputError
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    import torch
+    from torch import Tensor
 
     from qwen_ref.model import Qwen
     from qwen_ref.parallel import Group
@@ -65,7 +66,7 @@ def choose(
     logits: Tensor | None,
     previous_ids: Tensor,
     sampling: tuple[float, int, float, float],
-    generators: list[Generator],
+    generators: list[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B) and their log-probabilities (B): rank 0 draws them from its logits, every rank has them."""
     import torch
@@ -91,7 +92,7 @@ def _draw(
     logits: Tensor,
     previous_ids: Tensor,
     sampling: tuple[float, int, float, float],
-    generators: list[Generator],
+    generators: list[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B) drawn from logits (B, V), a generator a row, and their log-probabilities (B).
 
@@ -112,19 +113,35 @@ def _draw(
     return tokens, chosen - wide.logsumexp(dim=-1)
 
 
-def in_step(group: Group, steps: Iterable[tuple[T, bool]]) -> Iterator[T]:
-    """Yields the steps of a loop that all ranks run alike; each comes with whether it is the last.
+def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
+    """The steps of a loop that all ranks run alike; each comes with whether it is the last.
 
-    When one rank's caller wants no more, its iterator is closed and all end.
+    Before each, the ranks agree to go on. When one rank's caller wants no more, its iterator is closed, at
+    whatever step or before the first one, and all end.
     """
-    for step, last in steps:
+
+    def together() -> Generator[T | None]:
+        last = False
         try:
-            yield step
-        except GeneratorExit:  # this rank's caller wants no more: then the others, too, get no more
+            yield None  # see begun
+            while not last and not group.any(False):
+                step, last = next(steps)
+                yield step
+        except GeneratorExit:
             if not last:
                 # ValueError: where the whole process ends, its process group may have ended before.
                 with contextlib.suppress(RankLost, ValueError):
                     group.any(True)
             raise
-        if last or group.any(False):
-            return
+
+    return begun(together())
+
+
+def begun(generator: Generator[T | None]) -> Generator[T]:
+    """A generator that stands in its body, at a first `yield` which is for that alone.
+
+    Python never enters a generator that is closed before its first step: what its body has to do at the end
+    would not be done.
+    """
+    next(generator)
+    return generator

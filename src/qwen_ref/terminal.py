@@ -43,6 +43,7 @@ from qwen_ref.settings import (
     open_folder,
     read_defaults,
 )
+from qwen_ref.steps import begun
 
 if TYPE_CHECKING:
     from qwen_ref.model import Qwen
@@ -189,11 +190,12 @@ class _WatchedCache(PrefixCache):
         progress = Progress("prompt", unit="tokens")
         steps = super().generate(**request, progress=progress.update)
 
-        def watched() -> Iterator[Step]:
+        def watched() -> Iterator[Step | None]:
             with progress, contextlib.closing(steps):
+                yield None  # see begun
                 yield from self.clock.watch(self.ranks.until_interrupted(steps))
 
-        return watched()
+        return begun(watched())
 
 
 # A conversation in a file
