@@ -192,17 +192,22 @@ def generate_uncached(
 
     check_settings(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
-    ids = torch.tensor([prompt_ids], device=model.embed.weight.device)
-    generators, sampling = [_generator(ids.device, seed)], (temperature, top_k, top_p, repetition_penalty)
-    for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
-            logits = model(ids, cache=cache)[:, -1]
-            tokens, logprobs = choose(model, logits, ids, sampling, generators)
-            ids = torch.cat((ids, tokens[:, None]), dim=1)
-        yield Step(int(tokens), float(logprobs))
-        if int(tokens) in stop_ids:
-            return
+    sampling = (temperature, top_k, top_p, repetition_penalty)
+
+    def steps() -> Iterator[tuple[Step, bool]]:
+        ids = torch.tensor([prompt_ids], device=model.embed.weight.device)
+        generators = [_generator(ids.device, seed)]
+        last = False
+        while not last:
+            with torch.inference_mode():
+                cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt_ids))
+                logits = model(ids, cache=cache)[:, -1]
+                tokens, logprobs = choose(model, logits, ids, sampling, generators)
+                ids = torch.cat((ids, tokens[:, None]), dim=1)
+            last = int(tokens) in stop_ids or ids.shape[1] == len(prompt_ids) + max_new_tokens
+            yield Step(int(tokens), float(logprobs)), last
+
+    return in_step(model.group, steps())
 
 
 def _generator(device: Any, seed: int | None) -> torch.Generator:
