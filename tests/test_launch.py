@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import WEIGHTS
-from forked_ranks import Forked, command, free_port, variables
+from forked_ranks import Forked, command, free_port, run_ranks, variables
 
 from qwen_ref import load_model
 from qwen_ref.generate import main
+from qwen_ref.launch import Launch, Ranks, launched
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
@@ -142,14 +144,89 @@ def endless(tmp_path: Path) -> list[str | Path]:
     return ["--model", folder, QUESTION, "--max-new-tokens", "100000", "--temperature", "1", "--seed", "1"]
 
 
-def test_torchrun_prints_one_answer() -> None:
-    command = [*TORCHRUN, "2", "-m", "qwen_ref.generate", QUESTION, "--stop", "\n", "--dtype", "float32"]
-    done = subprocess.run(command, capture_output=True, timeout=60)
+TWICE = f"""
+from qwen_ref.generate import main
+arguments = [{QUESTION!r}, "--stop", "\\n", "--dtype", "float32"]
+assert [main(arguments), main(arguments)] == [0, 0]
+"""
+
+
+def test_under_torchrun_main_prints_one_answer_as_often_as_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
+    done = subprocess.run([*TORCHRUN, "2", tmp_path / "twice.py"], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == ANSWER + "\n"
+    assert done.stdout.decode() == f"{ANSWER}\n" * 2
     said = [line for line in done.stderr.decode().splitlines() if line.startswith("qwen_ref")]
-    assert said[0] == "qwen_ref: each of 2 ranks reads 0.002 GB of the checkpoint"
-    assert len(said) == 4
+    assert said[0] == said[4] == "qwen_ref: each of 2 ranks reads 0.002 GB of the checkpoint"
+    assert len(said) == 8
+
+
+def held() -> dict[str, object]:
+    """What a process has that a run may have left to it."""
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    return {
+        "threads": [thread.name for thread in threading.enumerate()],
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "wakeup": wakeup,
+        "files": len(os.listdir("/proc/self/fd")),
+        "excepthook": sys.excepthook,
+        "process group": torch.distributed.is_initialized(),
+    }
+
+
+def run_after_run() -> None:
+    """Commands one after another in this process, and what is left by each."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    signal.signal(signal.SIGTERM, handler)
+    with Ranks(launched(), 5) as ranks:
+        pass
+    before = held()  # torch keeps two files of the first store that a process serves
+    plain = [QUESTION, "--stop", "\n"]
+    for arguments in (plain, [*plain, "--lookup"], plain):
+        assert main(arguments) == 0
+        assert held() == before
+    with Ranks(launched(), 5) as ranks:
+        assert ranks.share(TEXT if ranks.rank == 0 else None) == TEXT
+    assert held() == before
+    torch.distributed.init_process_group("gloo")  # the caller's own stays
+    assert main(plain) == 0
+    assert torch.distributed.is_initialized()
+    torch.distributed.destroy_process_group()
+    os.close(read)
+    os.close(write)
+
+
+TEXT = "a name that is no UTF-8 \udcff, and no characters \ud800"
+
+
+def handler(*_: object) -> None:
+    pass
+
+
+def test_nothing_is_left_of_a_run_and_another_may_follow(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, run_after_run)
+    said = [line for line in (tmp_path / "said-by-0").read_text().splitlines() if "qwen_ref" not in line]
+    assert said == [ANSWER] * 4
+
+
+def test_several_ranks_need_the_main_thread() -> None:
+    def enter() -> None:
+        try:
+            with Ranks(Launch(0, 2, 0, "127.0.0.1", 1)):
+                pass
+        except ValueError as error:
+            found.append(str(error))
+
+    found: list[str] = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "must run in the main thread" in found[0]
+    with Ranks(None):
+        pass
 
 
 def test_other_ranks_are_silent_and_end_when_rank_0_has_its_stop_text(start: Callable) -> None:
@@ -243,7 +320,7 @@ def test_a_rank_killed_before_all_have_met_is_given_up_in_time(start: Callable, 
     assert "Traceback" not in result.err
 
 
-def held(pipe: int) -> int:
+def waiting(pipe: int) -> int:
     """Bytes in a pipe that nobody has read."""
     return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
@@ -254,7 +331,7 @@ def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: lis
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     processes = start(*[[*endless, "--logprobs", "--timeout", "3"]] * 2, stdout=write)
     os.close(write)
-    while held(read) < size - 100:  # no line is as long as that
+    while waiting(read) < size - 100:  # no line is as long as that
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
     time.sleep(3.5)  # nobody reads for longer than the timeout
@@ -275,7 +352,7 @@ def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Call
     shorter[shorter.index("100000")] = "100"
     processes = start(shorter, shorter, stdout=write)
     os.close(write)
-    while not held(read):  # all of it does not fit: rank 0 waits
+    while not waiting(read):  # all of it does not fit: rank 0 waits
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
     time.sleep(0.5)
