@@ -25,7 +25,7 @@ from forked_ranks import Forked, command, free_port, run_ranks, variables
 
 from qwen_ref import load_model
 from qwen_ref.generate import main
-from qwen_ref.launch import Launch, Ranks, launched
+from qwen_ref.launch import Launch, Ranks, _Watch, launched
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
@@ -177,12 +177,19 @@ def held() -> dict[str, object]:
 
 def run_after_run() -> None:
     """Commands one after another in this process, and what is left by each."""
+    listen = _Watch._listen
+
+    def slow(watch: _Watch, store: torch.distributed.Store) -> None:
+        listen(watch, store)
+        time.sleep(0.3)
+
+    _Watch._listen = slow  # a thread that nobody waits for is seen
+    with Ranks(launched(), 5):
+        pass
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
     signal.signal(signal.SIGTERM, handler)
-    with Ranks(launched(), 5) as ranks:
-        pass
     before = held()  # torch keeps two files of the first store that a process serves
     plain = [QUESTION, "--stop", "\n"]
     for arguments in (plain, [*plain, "--lookup"], plain):
@@ -384,6 +391,30 @@ def test_a_rank_killed_while_loading_is_named_by_all_others(start: Callable, sec
         time.sleep(0.02)
     processes.ranks[1].kill()
     check_that_the_others_name(1, processes.results(timeout=4))
+
+
+def starved(*arguments: str) -> int:
+    """Rank 1 finds too little memory in the third pass, while rank 0 waits for it in a collective."""
+    from qwen_ref import Qwen
+
+    compute, passes = Qwen.hidden_states, []
+
+    def hidden_states(model: Qwen, *inputs: torch.Tensor) -> torch.Tensor:
+        passes.append(inputs)
+        if model.group.rank == 1 and len(passes) == 3:
+            torch.empty(2**60, dtype=torch.uint8)
+        return compute(model, *inputs)
+
+    Qwen.hidden_states = hidden_states
+    return main(arguments)
+
+
+def test_too_little_memory_for_one_rank_ends_the_others_with_code_2(start: Callable, endless: list) -> None:
+    leader, _ = start(endless, endless, function=starved).results()
+    assert leader.code == 2
+    (line,) = [line for line in leader.err.splitlines() if "error: " in line]
+    assert "rank 1 failed: " in line
+    assert f"tried to allocate {2**60} bytes" in line
 
 
 def children(parent: int) -> list[int]:

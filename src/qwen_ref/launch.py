@@ -87,6 +87,17 @@ def is_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is lack of memory, for which torch has a class on accelerators only."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (
+            type(error).__name__ == "OutOfMemoryError"
+            or any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
+        )
+    )
+
+
 @contextlib.contextmanager
 def lost_ranks_named(message: str) -> Iterator[None]:
     """Raises RankLost with the message for the error of a connection; any other error stays what it is."""
@@ -133,7 +144,8 @@ class Ranks:
 
     Threads of each rank write heartbeats into the store and read the others'. Where a rank falls silent, or
     has left word why it failed, every other one ends with exit code 1 and a line that says so, whatever its
-    main thread is waiting for. With one rank, all of this is nothing.
+    main thread is waiting for; with exit code 2 where memory was too little for that rank. With one rank, all
+    of this is nothing.
 
     A process may do this several times, one after another, as all ranks do. At the end nothing is left of it.
     """
@@ -174,6 +186,9 @@ class Ranks:
             return
         if not isinstance(error, RankLost):
             try:
+                if error is not None and out_of_memory(error):
+                    with _store_errors_named():
+                        self._store.set("too little memory", "")
                 self._leave(None if kind is None else str(error) or kind.__name__)
             except RankLost as lost:
                 error = lost
@@ -379,7 +394,8 @@ class _Watch(threading.Thread):
             try:
                 store.add(f"heartbeats of {me}", 1)
                 if store.check(["fault"]):
-                    self._end(store.get("fault").decode())
+                    code = 2 if store.check(["too little memory"]) else 1
+                    self._end(store.get("fault").decode(), code)
                 for rank, (beats, _) in heard.items():
                     if (now_beats := store.add(f"heartbeats of {rank}", 0)) != beats:
                         heard[rank] = now_beats, time.monotonic()
@@ -403,7 +419,7 @@ class _Watch(threading.Thread):
                     self._end(f"{fault}: {first_line(error)}")
             self._over.wait(self.interval)
 
-    def _end(self, message: str) -> None:
+    def _end(self, message: str, code: int = 1) -> None:
         """Says why, and ends the process: the main thread may wait in a place that nothing else reaches."""
         self._ended.acquire()  # never released: two threads may come here
         speaker = threading.Thread(target=cli.say, args=(f"error: {message}",), daemon=True)
@@ -411,4 +427,4 @@ class _Watch(threading.Thread):
         speaker.join(1)  # stderr may be a pipe that nobody reads
         if self.launch.rank == 0:  # it may keep the store: let the others read what it has written there
             time.sleep(2 * self.interval)
-        os._exit(1)
+        os._exit(code)

@@ -42,6 +42,7 @@ from qwen_ref.launch import (
     RankLost,
     launched,
     lost_ranks_named,
+    out_of_memory,
     require_distributed,
     start_process_group,
 )
@@ -125,7 +126,7 @@ class Group:
             raise
         except Exception as error:
             cause, text = error, str(error) or type(error).__name__
-            for_the_user = isinstance(error, InputError | OSError) or _out_of_memory(error)
+            for_the_user = isinstance(error, InputError | OSError) or out_of_memory(error)
             problem = json.dumps((for_the_user, text if for_the_user else f"{type(error).__name__}: {text}"))
         found = [(rank, *json.loads(text)) for rank, text in enumerate(self.texts(problem)) if text]
         if not found:
@@ -161,14 +162,6 @@ class Group:
 def _digest(value: object) -> str:
     """What tells values apart also where they are too long to be shown."""
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch has a class for it on accelerators only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
-    )
 
 
 class RankFailed(RuntimeError):
