@@ -125,24 +125,32 @@ def free_port() -> int:
 
 
 def run_ranks(
-    ranks: int, folder: Path, function: Callable[..., None], *arguments: Any, timeout: float = 120
-) -> None:
-    """Calls function(*arguments) on so many ranks; their outputs go to files in the folder."""
+    ranks: int,
+    folder: Path,
+    function: Callable[..., int | None],
+    *arguments: Any,
+    stdin: bytes = b"",
+    timeout: float = 120,
+) -> tuple[str, str]:
+    """Calls function(*arguments) on so many ranks; stdout and stderr of rank 0, which reads stdin."""
     port, started = free_port(), []
-    files = [folder / f"said-by-{rank}" for rank in range(ranks)]
+    files = [(folder / f"stdout-{rank}", folder / f"stderr-{rank}") for rank in range(ranks)]
+    (folder / "stdin").write_bytes(stdin)
     try:
-        for rank, file in enumerate(files):
-            with file.open("wb") as out:
-                environment = variables(rank, ranks, port)
-                started.append(Forked(function, arguments, environment, None, out.fileno(), out.fileno()))
+        for rank, (out, err) in enumerate(files):
+            with (folder / "stdin").open() as file, out.open("wb") as stdout, err.open("wb") as stderr:
+                streams = (None if rank else file.fileno(), stdout.fileno(), stderr.fileno())
+                started.append(Forked(function, arguments, variables(rank, ranks, port), *streams))
         end = time.monotonic() + timeout
         while any(process.poll() is None for process in started) and time.monotonic() < end:
             if any(process.poll() for process in started):  # the others would wait for it
                 break
             time.sleep(0.01)
         codes = [process.poll() for process in started]
-        assert codes == [0] * ranks, (codes, [file.read_text() for file in files])
+        assert codes == [0] * ranks, (codes, [err.read_text(encoding="utf-8") for _, err in files])
     finally:
         for process in started:
             process.kill()
             process.wait()
+    out, err = files[0]
+    return out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")

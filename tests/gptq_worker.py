@@ -1,11 +1,11 @@
-"""What every rank of a cut GPTQ model computes, for tests/test_gptq.py: `torchrun … gptq_worker.py FOLDER`.
+"""What every rank of a cut GPTQ model computes, for tests/test_gptq.py.
 
-FOLDER holds packed checkpoints, `*-packed`; each rank writes its results beside them, to gptq-N.safetensors.
+A folder holds packed checkpoints, `*-packed`; each rank writes its results beside them, to
+gptq-N.safetensors.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ def logits(folder: Path, group: str | None) -> dict[str, Tensor]:
     return found
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     found = logits(folder, "world")
     save_file(found, folder / f"gptq-{torch.distributed.get_rank()}.safetensors")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -16,6 +14,7 @@ import packed_elsewhere
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from forked_ranks import run_ranks
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
@@ -325,10 +324,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
         packed_elsewhere.make_packed(
             WEIGHTS, tmp_path / f"{number}-packed", tmp_path / f"{number}-plain", sym=False, **settings
         )
-    worker = Path(__file__).with_name("gptq_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, worker, tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, tmp_path, gptq_worker.main, tmp_path)
     first, second = (load_file(tmp_path / f"gptq-{rank}.safetensors") for rank in (0, 1))
     alone = gptq_worker.logits(tmp_path, None)
     assert alone.keys() - first.keys() == {"1-packed fast"}  # act-order: a cut leaves unequal groups

@@ -214,9 +214,7 @@ def handler(*_: object) -> None:
 
 
 def test_nothing_is_left_of_a_run_and_another_may_follow(tmp_path: Path) -> None:
-    run_ranks(2, tmp_path, run_after_run)
-    said = [line for line in (tmp_path / "said-by-0").read_text().splitlines() if "qwen_ref" not in line]
-    assert said == [ANSWER] * 4
+    assert run_ranks(2, tmp_path, run_after_run)[0] == f"{ANSWER}\n" * 4
 
 
 def test_several_ranks_need_the_main_thread() -> None:
