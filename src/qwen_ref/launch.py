@@ -165,7 +165,6 @@ class Ranks:
                 raise InputError("several ranks must run in the main thread of their processes, for signals")
             # torch, which reads this when it is imported, reports a lost connection with stacks of C++.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            require_distributed()
             self._excepthook = sys.excepthook  # a process group replaces it
             self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             if self.rank > 0:  # Ctrl-C reaches every process of a terminal; rank 0 decides what it means
@@ -341,6 +340,7 @@ class _Watch(threading.Thread):
         """Meets the others, and starts to listen; the store that they meet at, for the main thread and for
         the process group.
         """
+        require_distributed()
         import torch.distributed as dist
 
         run = next(_RUNS)  # the store may still hold what an earlier one left
