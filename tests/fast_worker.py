@@ -1,11 +1,10 @@
-"""What every rank of a cut fast model computes, for tests/test_fast.py: `torchrun … FOLDER`.
+"""What every rank of a cut fast model computes, for tests/test_fast.py.
 
 Each rank writes its results into FOLDER, to fast-N.safetensors.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ def logits(group: str | None) -> dict[str, Tensor]:
     return found
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
     found = logits("world")
-    rank = torch.distributed.get_rank()
-    save_file(found, Path(sys.argv[1]) / f"fast-{rank}.safetensors")
+    save_file(found, folder / f"fast-{torch.distributed.get_rank()}.safetensors")

@@ -1,12 +1,11 @@
-"""What every rank of a cut GPTQ model computes, for tests/test_gptq.py: `torchrun … gptq_worker.py FOLDER`.
+"""What every rank of a cut GPTQ model computes, for tests/test_gptq.py.
 
-FOLDER holds packed checkpoints, `*-packed`; each rank writes its results beside them, to gptq-N.safetensors,
-and what it is told of the damaged one, `spoiled`, to gptq-N.txt.
+A folder holds packed checkpoints, `*-packed`; each rank writes its results beside them, to
+gptq-N.safetensors, and what it is told of the damaged one, `spoiled`, to gptq-N.txt.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -33,8 +32,7 @@ def logits(folder: Path, group: str | None) -> dict[str, Tensor]:
     return found
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     found = logits(folder, "world")
     name = f"gptq-{torch.distributed.get_rank()}"
     save_file(found, folder / f"{name}.safetensors")

@@ -1,4 +1,4 @@
-"""What every rank of a cut model generates by lookup, for tests/test_lookup.py: `torchrun … FOLDER`.
+"""What every rank of a cut model generates by lookup, for tests/test_lookup.py.
 
 Each rank writes its results into FOLDER, to lookup-N.json.
 """
@@ -6,7 +6,6 @@ Each rank writes its results into FOLDER, to lookup-N.json.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from qwen_ref.lookup import Passes, generate_lookup
 PROMPT = list(range(3, 15)) * 4
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     found: dict[str, object] = {}
     for dtype in ("float64", "bfloat16"):
         qwen = load_model(GOLDEN / "extended_base", dtype, group="world")
@@ -49,8 +48,4 @@ def main() -> None:
     if rank == 1:
         qwen.lm_head.weight[5] = torch.nan
     found["not finite"] = message(lambda: generate_lookup(qwen, PROMPT))
-    (Path(sys.argv[1]) / f"lookup-{rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    (folder / f"lookup-{rank}.json").write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""What every rank of a cut model computes, for tests/test_parallel.py: `torchrun … rank_worker.py FOLDER`.
+"""What every rank of a cut model computes, for tests/test_parallel.py.
 
 Each rank writes its results into FOLDER: tensors to N.safetensors, and texts to N.json.
 """
@@ -6,24 +6,39 @@ Each rank writes its results into FOLDER: tensors to N.safetensors, and texts to
 from __future__ import annotations
 
 import json
-import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import GOLDEN
+from conftest import GOLDEN, WEIGHTS
 from golden_cases import FOLDERS, cases, logits, recorded_dtypes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen_ref import Qwen, load_model
+from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.chat import Conversation
 from qwen_ref.checkpoint import StoredTensor, TensorSpec
+from qwen_ref.config import InputError
 from qwen_ref.generate import generate, generate_batch, generate_uncached
 from qwen_ref.launch import launched
+from qwen_ref.lookup import generate_lookup
+from qwen_ref.parallel import Group
+from qwen_ref.prefix import PrefixCache
 
 SAMPLED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "a mistake": lambda: InputError("wrong \ud800"),
+    "a disk": lambda: OSError("Input/output error"),
+    "memory": lambda: MemoryError(),
+    "memory of torch": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    "memory of a device": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes"),
+    "memory on Windows": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: 8 bytes"),
+    "a fault": lambda: ValueError("zip() argument 2 is shorter than argument 1"),
+    "a shape": lambda: RuntimeError("shape mismatch"),
+}
 PROMPTS = [list(range(3, 20)), list(range(100, 105))]
 
 
@@ -113,8 +128,44 @@ def message(call: Callable) -> str:
     return "no error"
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+def failure(group: Group, error: Exception | None) -> dict[str, object]:
+    """What together raises where one rank has an error."""
+    try:
+        with group.together():
+            if error is not None:
+                raise error
+    except Exception as raised:
+        kinds = {"for the user": isinstance(raised, InputError), "its own": raised is error}
+        traced = traceback.extract_tb(raised.__traceback__)[-1].line
+        return {**kinds, "type": type(raised).__name__, "text": str(raised), "raised at": traced}
+    return {}
+
+
+def closed_at_once(qwen: Qwen, rank: int, leaver: int) -> dict[str, int]:
+    """How many steps each kind of iterator yields where one rank closes its own before the first."""
+    kept = PrefixCache(qwen)
+    tokenizer = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
+    talk = Conversation(qwen, tokenizer, stop_ids=(), max_new_tokens=5)
+    makers: dict[str, Callable[[], Iterator]] = {
+        "generate": lambda: generate(qwen, PROMPTS[0], max_new_tokens=5),
+        "generate_batch": lambda: generate_batch(qwen, PROMPTS, max_new_tokens=5),
+        "generate_uncached": lambda: generate_uncached(qwen, PROMPTS[0], max_new_tokens=5),
+        "generate_lookup": lambda: generate_lookup(qwen, PROMPTS[0], max_new_tokens=5),
+        "prefix": lambda: kept.generate(PROMPTS[0], max_new_tokens=5),
+        "conversation": lambda: talk.ask("?"),
+    }
+    found = {}
+    for name, make in makers.items():
+        steps = make()
+        if rank == leaver:
+            steps.close()  # and is kept
+        found[name] = len(list(steps))
+        if name.startswith("generate"):  # the others keep their iterators themselves
+            found[f"{name}, dropped"] = 0 if rank == leaver and make() else len(list(make()))
+    return found
+
+
+def main(out: Path) -> None:
     tensors: dict[str, Tensor] = {}
     texts: dict[str, object] = {}
 
@@ -135,7 +186,7 @@ def main() -> None:
                 tensors[f"mistake.{name}"] = logits(
                     load("extended_base", "float32"), "extended_base", "prefill_17"
                 )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             texts[f"mistake.{name}"] = str(error)
 
     qwen = load("ntk_logn", "bfloat16")
@@ -153,6 +204,18 @@ def main() -> None:
             if rank == leaver and len(steps) == 4:
                 break
         texts[f"rank {leaver} leaves"] = steps
+
+    talker = load_model(WEIGHTS, "float32", group="world")
+    for leaver in (0, size - 1):
+        texts[f"rank {leaver} closes at once"] = closed_at_once(talker, rank, leaver)
+
+    own = f"rank {rank}: \ud800 é \udcff\U0001f600" * (rank + 1)  # no characters, a name that is no UTF-8
+    texts["every str"] = [text.encode("utf-8", "surrogatepass").hex() for text in qwen.group.texts(own)]
+    texts["failures"] = {
+        error: failure(qwen.group, make() if rank == 1 else None) for error, make in ERRORS.items()
+    }
+    both = ValueError("ours") if rank == 1 else InputError("the user's")
+    texts["failures"]["one of ours among others"] = failure(qwen.group, both)
 
     texts["seeds differ"] = message(lambda: generate(qwen, PROMPTS[0], seed=rank // (size - 1), **SAMPLED))
     prompt = PROMPTS[rank > 0]
@@ -182,7 +245,3 @@ def main() -> None:
 
     save_file({name: value.contiguous() for name, value in tensors.items()}, out / f"{rank}.safetensors")
     (out / f"{rank}.json").write_text(json.dumps(texts))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,8 +12,12 @@ from conftest import GOLDEN, WEIGHTS, read_jsonl
 import qwen_ref
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.chat import Conversation, build_context, context, reply
+from qwen_ref.fast import fasten
 from qwen_ref.generate import generate
+from qwen_ref.int8_cache import Int8Cache
+from qwen_ref.model import KVCache
 from qwen_ref.prefix import PrefixCache
+from qwen_ref.sizes import cache_bytes, held_bytes
 
 ICELAND = ("冰岛的首都是哪里？", "雷克雅未克（Reykjavik）")
 NORWAY = ("What is the capital of Norway?", "Oslo.")
@@ -202,7 +206,7 @@ def from_scratch(model: Qwen, ids: list[int], **settings: object) -> Iterator:
 @pytest.mark.parametrize("folder", [WEIGHTS, GOLDEN / "ntk_logn"], ids=["tiny", "ntk_logn"])
 def test_what_is_kept_changes_neither_tokens_nor_log_probabilities(folder: object, dtype: str) -> None:
     model = load_model(folder, dtype)
-    kept = PrefixCache(model, 300)
+    kept = PrefixCache(model)
     generator = torch.Generator().manual_seed(4)
     # Longer and longer, as a chat's; ntk_logn was trained on 32 positions: its base changes at 33, 65, 129.
     text = torch.randint(0, 256, (200,), generator=generator).tolist()
@@ -239,11 +243,69 @@ def test_a_turn_prefills_only_what_is_new(tiny: Qwen, tiny_tokenizer: Tokenizer)
         hook.remove()
 
 
-def test_a_text_that_outgrows_the_cache_gets_a_larger_one(tiny: Qwen) -> None:
-    kept = PrefixCache(tiny, 16)
-    for length in (8, 30):
-        found = [step.token for step in kept.generate(range(length), max_new_tokens=4)]
-        assert found == [step.token for step in generate(tiny, range(length), max_new_tokens=4)]
+CACHES = {
+    "plain": lambda model: None,
+    "int8": lambda model: setattr(model, "cache_type", Int8Cache),
+    "fast": lambda model: fasten(model),
+    "fast int8": lambda model: fasten(model, "int8"),
+}
+
+
+@pytest.fixture(params=CACHES)
+def with_cache(request: pytest.FixtureRequest) -> Qwen:
+    """ntk_logn, whose base changes at 33, 65 and 129 positions, with a kind of cache."""
+    model = load_model(GOLDEN / "ntk_logn", "float16" if request.param == "fast" else "float32")
+    CACHES[request.param](model)
+    return model
+
+
+def steps_in(cache: KVCache, model: Qwen, sizes: list[int], mask: torch.Tensor | None) -> torch.Tensor:
+    """Logits of passes of such sizes, one after another."""
+    ids = torch.randint(0, 256, (cache.batch_size, sum(sizes)), generator=torch.Generator().manual_seed(5))
+    found = []
+    for part in ids.split(sizes, dim=1):
+        # As the loops run: what is made here must also be written to outside of inference mode.
+        with torch.inference_mode(len(found) % 2 == 0), torch.no_grad():
+            found.append(model(part, attention_mask=None if found else mask, cache=cache).clone())
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_cache_that_grows_gives_the_bits_of_one_that_was_large_at_once(
+    with_cache: Qwen, padded: bool
+) -> None:
+    mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3]) if padded else None
+    B = 2 if padded else 1
+    large, grown = with_cache.new_cache(B, 264, prompt_length=40), with_cache.new_cache(B, 7)
+    grown.max_length, grown.prompt_length = 264, 40  # a prompt of 40, as PrefixCache says it
+    for cache in (large, grown):
+        cache.logits = [steps_in(cache, with_cache, [7, 1, 130], mask)]
+        cache.length = 8  # back to its first block
+        cache.logits.append(steps_in(cache, with_cache, [1, 130, 1, 3, 120, 1], None))
+    assert all(map(torch.equal, grown.logits, large.logits))
+    assert torch.equal(grown.frequencies, large.frequencies)
+    assert held_bytes(grown) <= held_bytes(large)
+    with pytest.raises(ValueError, match="the cache holds 264"):
+        with_cache(torch.zeros(B, 1, dtype=torch.int64), cache=grown)
+
+
+def test_the_memory_of_a_chat_grows_with_its_tokens(with_cache: Qwen) -> None:
+    """Room for a window of 6,144 tokens and for 512 new ones would be 200 times as much."""
+    kept = PrefixCache(with_cache)
+    for length, new in ((20, 12), (33, 3), (100, 40)):
+        for _ in zip(range(new), kept.generate(range(length), max_new_tokens=512), strict=False):
+            pass
+        per_token = held_bytes(with_cache.new_cache(1, 128)) / 128
+        assert held_bytes(kept._cache) <= per_token * max(2 * (length + new), 128)
+    assert list(kept.generate(range(8), 4)) == list(generate(with_cache, range(8), 4))
+
+
+def test_a_conversation_makes_no_room_for_its_whole_window(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
+    talk = Conversation(tiny, tiny_tokenizer)
+    for _ in range(3):
+        "".join(talk.ask(NORWAY[0]))
+        tokens = len(talk.context.ids) + 10
+        assert held_bytes(talk.prefix._cache) <= 2 * tokens * cache_bytes(tiny.config, 1, torch.bfloat16)
 
 
 def test_nothing_is_kept_of_a_pass_that_gave_nan() -> None:

@@ -17,6 +17,7 @@ import fast_worker
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from forked_ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -416,10 +417,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
 
     The factor of 1.2 is for the kernels, which sum the halves of a weight in other orders than the whole.
     """
-    worker = Path(__file__).with_name("fast_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, worker, tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, tmp_path, fast_worker.main, tmp_path)
     first, second = (load_file(tmp_path / f"fast-{rank}.safetensors") for rank in (0, 1))
     alone = fast_worker.logits(None)
     with torch.inference_mode():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -17,6 +15,7 @@ import packed_elsewhere
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from forked_ranks import run_ranks
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
@@ -394,10 +393,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
         )
     packed_elsewhere.make_packed(WEIGHTS, tmp_path / "spoiled", tmp_path / "plain")
     change_tensors(tmp_path / "spoiled", spoil_three)
-    worker = Path(__file__).with_name("gptq_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, worker, tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, tmp_path, gptq_worker.main, tmp_path)
     said, same = ((tmp_path / f"gptq-{rank}.txt").read_text() for rank in (0, 1))
     assert said == same
     # Each rank checks every other module: between them, all is found.

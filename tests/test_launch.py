@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -12,22 +13,36 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from conftest import WEIGHTS
+from forked_ranks import Forked, command, free_port, run_ranks, variables
 
 from qwen_ref import load_model
 from qwen_ref.generate import main
+from qwen_ref.launch import Launch, Ranks, _Watch, launched
 
-COMMAND = [sys.executable, "-m", "qwen_ref.generate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def generate_command(*arguments: str) -> int:
+    return command("qwen_ref.generate", *arguments)
+
+
+def late(*arguments: str) -> int:
+    """The rank that LATE names does not come in time."""
+    if os.environ["RANK"] == os.environ["LATE"]:
+        time.sleep(60)
+    return main(arguments)
 
 
 class Result(NamedTuple):
@@ -42,27 +57,24 @@ class Processes:
     def __init__(
         self,
         folder: Path,
-        command: list[str],
+        function: Callable[..., int],
         ranks: Sequence[list],
         environment: dict[str, str],
         leader_stdout: int | None,
-        leader_stdin: int,
+        leader_stdin: int | None,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.files = [(folder / f"out{rank}", folder / f"err{rank}") for rank in range(len(ranks))]
         self.ranks = []
         for rank, (arguments, (out, err)) in enumerate(zip(ranks, self.files, strict=True)):
-            variables = {"RANK": rank, "WORLD_SIZE": len(ranks), "LOCAL_RANK": rank, "MASTER_PORT": self.port}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1, **environment}
             with out.open("wb") as stdout, err.open("wb") as stderr:
-                process = subprocess.Popen(
-                    [*command, *map(str, arguments)],
-                    env=os.environ | {name: str(value) for name, value in variables.items()},
-                    stdin=subprocess.DEVNULL if rank else leader_stdin,
-                    stdout=stdout if rank or leader_stdout is None else leader_stdout,
-                    stderr=stderr,
+                process = Forked(
+                    function,
+                    [str(argument) for argument in arguments],
+                    variables(rank, len(ranks), self.port) | environment,
+                    None if rank else leader_stdin,
+                    stdout.fileno() if rank or leader_stdout is None else leader_stdout,
+                    stderr.fileno(),
                 )
             self.ranks.append(process)
 
@@ -75,15 +87,15 @@ class Processes:
         ]
 
     def wait_until_met(self) -> None:
-        """Returns when every rank has its two connections to the store."""
+        """Returns when every rank has its three connections to the store."""
         met = 0
-        while met < 2 * len(self.ranks):
+        while met < 3 * len(self.ranks):
             assert all(process.poll() is None for process in self.ranks)
-            time.sleep(0.1)
+            time.sleep(0.02)
             tables = [Path(f"/proc/net/{kind}").read_text() for kind in ("tcp", "tcp6")]
             lines = [line.split() for line in "".join(tables).splitlines()]
             met = sum(line[2].endswith(f":{self.port:04X}") and line[3] == "01" for line in lines)
-        time.sleep(0.3)
+        time.sleep(0.3)  # the watch begins
 
     def wait_for_text(self) -> None:
         """Returns when rank 0 has printed something: it decodes now."""
@@ -99,12 +111,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
 
     def call(
         *ranks: list,
-        command: list[str] = COMMAND,
+        function: Callable[..., int] = generate_command,
         stdout: int | None = None,
-        stdin: int = subprocess.DEVNULL,
+        stdin: int | None = None,
         **environment: str,
     ) -> Processes:
-        started.append(Processes(tmp_path, command, ranks, environment, stdout, stdin))
+        started.append(Processes(tmp_path, function, ranks, environment, stdout, stdin))
         return started[-1]
 
     yield call
@@ -112,8 +124,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
         for process in processes.ranks:
             process.kill()
             process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+
+
+@pytest.fixture
+def silence() -> Iterator[int]:
+    """A stdin that says nothing and does not end."""
+    read, write = os.pipe()
+    yield read
+    os.close(read)
+    os.close(write)
 
 
 @pytest.fixture
@@ -126,14 +145,102 @@ def endless(tmp_path: Path) -> list[str | Path]:
     return ["--model", folder, QUESTION, "--max-new-tokens", "100000", "--temperature", "1", "--seed", "1"]
 
 
-def test_torchrun_prints_one_answer() -> None:
-    command = [*TORCHRUN, "2", "-m", "qwen_ref.generate", QUESTION, "--stop", "\n", "--dtype", "float32"]
-    done = subprocess.run(command, capture_output=True, timeout=60)
+TWICE = f"""
+from qwen_ref.generate import main
+arguments = [{QUESTION!r}, "--stop", "\\n", "--dtype", "float32"]
+assert [main(arguments), main(arguments)] == [0, 0]
+"""
+
+
+def test_under_torchrun_main_prints_one_answer_as_often_as_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
+    done = subprocess.run([*TORCHRUN, "2", tmp_path / "twice.py"], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == ANSWER + "\n"
+    assert done.stdout.decode() == f"{ANSWER}\n" * 2
     said = [line for line in done.stderr.decode().splitlines() if line.startswith("qwen_ref")]
-    assert said[0] == "qwen_ref: each of 2 ranks reads 0.002 GB of the checkpoint"
-    assert len(said) == 4
+    assert said[0] == said[4] == "qwen_ref: each of 2 ranks reads 0.002 GB of the checkpoint"
+    assert len(said) == 8
+
+
+def held() -> dict[str, object]:
+    """What a process has that a run may have left to it."""
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    return {
+        "threads": [thread.name for thread in threading.enumerate()],
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "wakeup": wakeup,
+        "files": len(os.listdir("/proc/self/fd")),
+        "excepthook": sys.excepthook,
+        "process group": torch.distributed.is_initialized(),
+    }
+
+
+def run_after_run() -> None:
+    """Commands one after another in this process, and what is left by each."""
+    listen = _Watch._listen
+
+    def slow(watch: _Watch, store: torch.distributed.Store) -> None:
+        listen(watch, store)
+        time.sleep(0.3)
+
+    select_as_it_is, kinds = select.select, set()
+
+    def recorded(readers: list, *others: object) -> tuple:
+        kinds.update(map(type, readers))
+        return select_as_it_is(readers, *others)
+
+    select.select = recorded
+    _Watch._listen = slow  # a thread that nobody waits for is seen
+    with Ranks(launched(), 5):
+        pass
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    signal.signal(signal.SIGTERM, handler)
+    before = held()  # torch keeps two files of the first store that a process serves
+    plain = [QUESTION, "--stop", "\n"]
+    for arguments in (plain, [*plain, "--lookup"], plain):
+        assert main(arguments) == 0
+        assert held() == before
+    with Ranks(launched(), 5) as ranks:
+        assert ranks.share(TEXT if ranks.rank == 0 else None) == TEXT
+    assert held() == before
+    assert kinds == {socket.socket}  # Windows can wait for nothing else
+    torch.distributed.init_process_group("gloo")  # the caller's own stays
+    assert main(plain) == 0
+    assert torch.distributed.is_initialized()
+    torch.distributed.destroy_process_group()
+    os.close(read)
+    os.close(write)
+
+
+TEXT = "a name that is no UTF-8 \udcff, and no characters \ud800"
+
+
+def handler(*_: object) -> None:
+    pass
+
+
+def test_nothing_is_left_of_a_run_and_another_may_follow(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, run_after_run)[0] == f"{ANSWER}\n" * 4
+
+
+def test_several_ranks_need_the_main_thread() -> None:
+    def enter() -> None:
+        try:
+            with Ranks(Launch(0, 2, 0, "127.0.0.1", 1)):
+                pass
+        except ValueError as error:
+            found.append(str(error))
+
+    found: list[str] = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "must run in the main thread" in found[0]
+    with Ranks(None):
+        pass
 
 
 def test_other_ranks_are_silent_and_end_when_rank_0_has_its_stop_text(start: Callable) -> None:
@@ -188,27 +295,29 @@ def check_that_the_others_name(victim: int, results: list[Result]) -> None:
 def test_a_rank_lost_while_decoding_is_named_by_all_others(
     start: Callable, endless: list, victim: int, how: signal.Signals
 ) -> None:
-    processes = start(*[[*endless, "--timeout", "8"]] * 4)  # four import torch on two cores
+    processes = start(*[[*endless, "--timeout", "4"]] * 4)
     processes.wait_for_text()
     processes.ranks[victim].send_signal(how)
     lost = time.monotonic()
     others = [process for rank, process in enumerate(processes.ranks) if rank != victim]
     for process in others:
         process.wait(timeout=30)
-    assert time.monotonic() - lost < 8
+    assert time.monotonic() - lost < 4
     processes.ranks[victim].kill()
     check_that_the_others_name(victim, processes.results())
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how: signal.Signals) -> None:
-    processes = start(*[["--timeout", "6"]] * 2, stdin=subprocess.PIPE)
+def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(
+    start: Callable, how: signal.Signals, silence: int
+) -> None:
+    processes = start(*[["--timeout", "3"]] * 2, stdin=silence)
     processes.wait_until_met()
-    time.sleep(3.5)  # longer than half the timeout, which is no reason to give up
+    time.sleep(1.6)  # longer than half the timeout, which is no reason to give up
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(how)
-    processes.ranks[1].wait(timeout=6)
+    processes.ranks[1].wait(timeout=3)
     processes.ranks[0].kill()
     check_that_the_others_name(0, processes.results())
 
@@ -216,16 +325,16 @@ def test_rank_0_lost_while_it_waits_for_the_prompt_is_named(start: Callable, how
 @pytest.mark.alone
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_before_all_have_met_is_given_up_in_time(start: Callable, victim: int) -> None:
-    processes = start(*[[QUESTION, "--timeout", "5"]] * 2)
-    time.sleep(0.5)
+    processes = start(*[[QUESTION, "--timeout", "1.5"]] * 2, function=late, LATE=str(victim))
+    time.sleep(0.3)
     processes.ranks[victim].kill()
-    result = processes.results(timeout=7)[1 - victim]
+    result = processes.results(timeout=3)[1 - victim]
     assert result.code == 1
     assert "not all of 2 ranks came to 127.0.0.1" in result.err
     assert "Traceback" not in result.err
 
 
-def held(pipe: int) -> int:
+def waiting(pipe: int) -> int:
     """Bytes in a pipe that nobody has read."""
     return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
 
@@ -234,12 +343,12 @@ def held(pipe: int) -> int:
 def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    processes = start(*[[*endless, "--logprobs", "--timeout", "6"]] * 2, stdout=write)
+    processes = start(*[[*endless, "--logprobs", "--timeout", "3"]] * 2, stdout=write)
     os.close(write)
-    while held(read) < size - 100:  # no line is as long as that
+    while waiting(read) < size - 100:  # no line is as long as that
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
-    time.sleep(7)  # nobody reads for longer than the timeout
+    time.sleep(3.5)  # nobody reads for longer than the timeout
     assert all(process.poll() is None for process in processes.ranks)
     processes.ranks[0].send_signal(signal.SIGINT)
     with os.fdopen(read, "rb") as pipe:
@@ -253,46 +362,66 @@ def test_a_reader_that_takes_its_time_does_no_harm(start: Callable, endless: lis
 def test_rank_0_killed_before_it_could_print_is_not_taken_for_an_end(start: Callable, endless: list) -> None:
     read, write = os.pipe()
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-    shorter = [*endless, "--json", "--timeout", "6"]
+    shorter = [*endless, "--json", "--timeout", "4"]
     shorter[shorter.index("100000")] = "100"
     processes = start(shorter, shorter, stdout=write)
     os.close(write)
-    while not held(read):  # all of it does not fit: rank 0 waits
+    while not waiting(read):  # all of it does not fit: rank 0 waits
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
     time.sleep(0.5)
     processes.ranks[0].kill()
-    check_that_the_others_name(0, processes.results(timeout=6))
+    check_that_the_others_name(0, processes.results(timeout=4))
     os.close(read)
 
 
-SLOW = """
-import sys, time
-from qwen_ref.checkpoint import StoredTensor
-from qwen_ref.generate import main
+def slow_reader(*arguments: str) -> int:
+    from qwen_ref.checkpoint import StoredTensor
 
-read = StoredTensor.read
+    read = StoredTensor.read
 
-def slow(tensor):
-    print("it reads", file=sys.stderr, flush=True)
-    time.sleep({seconds})
-    return read(tensor)
+    def slow(tensor: StoredTensor) -> torch.Tensor:
+        print("it reads", file=sys.stderr, flush=True)
+        time.sleep(float(os.environ["SECONDS"]))
+        return read(tensor)
 
-StoredTensor.read = slow
-sys.exit(main())
-"""
+    StoredTensor.read = slow
+    return main(arguments)
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("seconds", [0.1, 100], ids=["between two layers", "whatever the others are doing"])
 def test_a_rank_killed_while_loading_is_named_by_all_others(start: Callable, seconds: float) -> None:
-    slow = [sys.executable, "-c", SLOW.format(seconds=seconds)]
-    processes = start(*[[QUESTION, "--timeout", "6"]] * 2, command=slow)
+    processes = start(*[[QUESTION, "--timeout", "4"]] * 2, function=slow_reader, SECONDS=str(seconds))
     while not all("it reads" in err.read_text() for _, err in processes.files):
         assert processes.ranks[0].poll() is None
         time.sleep(0.02)
     processes.ranks[1].kill()
-    check_that_the_others_name(1, processes.results(timeout=6))
+    check_that_the_others_name(1, processes.results(timeout=4))
+
+
+def starved(*arguments: str) -> int:
+    """Rank 1 finds too little memory in the third pass, while rank 0 waits for it in a collective."""
+    from qwen_ref import Qwen
+
+    compute, passes = Qwen.hidden_states, []
+
+    def hidden_states(model: Qwen, *inputs: torch.Tensor) -> torch.Tensor:
+        passes.append(inputs)
+        if model.group.rank == 1 and len(passes) == 3:
+            torch.empty(2**60, dtype=torch.uint8)
+        return compute(model, *inputs)
+
+    Qwen.hidden_states = hidden_states
+    return main(arguments)
+
+
+def test_too_little_memory_for_one_rank_ends_the_others_with_code_2(start: Callable, endless: list) -> None:
+    leader, _ = start(endless, endless, function=starved).results()
+    assert leader.code == 2
+    (line,) = [line for line in leader.err.splitlines() if "error: " in line]
+    assert "rank 1 failed: " in line
+    assert f"tried to allocate {2**60} bytes" in line
 
 
 def children(parent: int) -> list[int]:
@@ -371,8 +500,8 @@ def test_a_folder_that_one_machine_lacks_is_named_by_all(start: Callable) -> Non
         assert "error: rank 1: /nowhere: not a folder" in result.err
 
 
-def test_ctrl_c_before_the_prompt_ends_all(start: Callable) -> None:
-    processes = start([], [], stdin=subprocess.PIPE)
+def test_ctrl_c_before_the_prompt_ends_all(start: Callable, silence: int) -> None:
+    processes = start([], [], stdin=silence)
     processes.wait_until_met()
     processes.ranks[0].send_signal(signal.SIGINT)
     leader, follower = processes.results(timeout=10)
@@ -429,7 +558,7 @@ def test_a_timeout_is_a_number_of_seconds(timeout: str, capsys: pytest.CaptureFi
 
 @pytest.mark.alone
 def test_ranks_that_never_come_are_given_up(start: Callable) -> None:
-    (result,) = start([QUESTION, "--timeout", "3"], WORLD_SIZE="2").results(timeout=20)
+    (result,) = start([QUESTION, "--timeout", "1"], WORLD_SIZE="2").results(timeout=20)
     assert result.code == 1
     assert "not all of 2 ranks came to 127.0.0.1:" in result.err
     assert "Traceback" not in result.err

@@ -10,15 +10,15 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
+import lookup_worker
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS, Result, refused
+from forked_ranks import command, run_ranks
 from golden_cases import model as golden_model
 from lookup_worker import PROMPT
 from torch import Tensor
@@ -35,7 +35,6 @@ END = TINY.special_ids["<|endoftext|>"]
 FACTS = "冰岛的首都是雷克雅未克（Reykjavik）\n蒙古国的首都是乌兰巴托（Ulaanbaatar）\n"
 REPETITIVE = (FACTS * 2 + "冰岛的首都是", FACTS * 2 + "蒙古国的首都是", "7 + 5 = 12\n" * 3, FACTS * 3)
 OTHER = ("埃塞俄比亚的首都是", "The capital of", "<|im_start|>user\n3 + 4 = ", "x")
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @cache
@@ -376,9 +375,7 @@ def test_a_model_that_gives_nan_is_named() -> None:
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("lookup_worker.py")
-    done = subprocess.run([*LAUNCH, worker, tmp_path], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, tmp_path, lookup_worker.main, tmp_path)
     first, second = (json.loads((tmp_path / f"lookup-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     for dtype in ("float64", "bfloat16"):
@@ -468,9 +465,7 @@ def test_a_folder_that_samples_is_named(cli: Callable, tmp_path: Path) -> None:
     assert cli("x", "--model", folder, "--lookup", "--max-new-tokens", "3", *remedy).code == 0
 
 
-def test_the_command_under_torchrun(cli: Callable) -> None:
-    command = [*LAUNCH, "-m", "qwen_ref.generate", REPETITIVE[0], "--lookup"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == cli(REPETITIVE[0]).out
-    assert "; lookup: " in done.stderr
+def test_the_command_on_two_ranks(cli: Callable, tmp_path: Path) -> None:
+    out, err = run_ranks(2, tmp_path, command, "qwen_ref.generate", REPETITIVE[0], "--lookup")
+    assert out == cli(REPETITIVE[0]).out
+    assert "; lookup: " in err

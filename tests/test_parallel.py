@@ -20,17 +20,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rank_worker
 import torch
-from conftest import GOLDEN, relative_rms
+import torch.distributed as dist
+from conftest import GOLDEN, WEIGHTS, relative_rms
+from forked_ranks import run_ranks
 from golden_cases import Error, cases, error, golden, logits, model, recorded, recorded_dtypes, truth
-from rank_worker import MISTAKES, PROMPTS, SAMPLED, folders, padded_batch
+from rank_worker import ERRORS, MISTAKES, PROMPTS, SAMPLED, folders, padded_batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
 from qwen_ref.generate import generate, generate_batch
-from qwen_ref.parallel import unrounded_linear
+from qwen_ref.launch import Launch, RankLost, Ranks, start_process_group
+from qwen_ref.parallel import Group, own_device, unrounded_linear
 
 OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
 RANKS = (2, 4)
@@ -53,11 +57,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome
         weights = load_file(file)
         name = next(name for name in weights if name.endswith("mlp.w1.weight"))
         save_file({**weights, name: weights[name] * 2}, file)
-        worker = Path(__file__).with_name("rank_worker.py")
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, "-m", *launcher, str(worker), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        run_ranks(ranks, folder, rank_worker.main, folder, timeout=300)
         return Outcome(
             [load_file(folder / f"{rank}.safetensors") for rank in range(ranks)],
             [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)],
@@ -171,6 +171,85 @@ def test_one_rank_that_wants_no_more_ends_all(outcome: Callable, ranks: int) -> 
     for leaver in (0, ranks - 1):
         for texts in outcome(ranks).texts:
             assert texts[f"rank {leaver} leaves"] == texts["greedy"][:4]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_one_rank_that_closes_before_the_first_step_ends_all(outcome: Callable, ranks: int) -> None:
+    for leaver in (0, ranks - 1):
+        for texts in outcome(ranks).texts:
+            found = texts[f"rank {leaver} closes at once"]
+            assert len(found) == 10
+            assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_str_travels(outcome: Callable, ranks: int) -> None:
+    sent = [f"rank {rank}: \ud800 é \udcff\U0001f600" * (rank + 1) for rank in range(ranks)]
+    for texts in outcome(ranks).texts:
+        assert [bytes.fromhex(text).decode("utf-8", "surrogatepass") for text in texts["every str"]] == sent
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(
+    outcome: Callable, ranks: int, case: str
+) -> None:
+    text, failed = str(ERRORS[case]()) or "MemoryError", [t["failures"][case] for t in outcome(ranks).texts]
+    for rank, found in enumerate(failed):
+        if case not in ("a fault", "a shape"):
+            assert (found["for the user"], found["type"]) == (True, "InputError")
+            assert found["text"] == f"rank 1: {text}"
+        elif rank == 1:
+            assert (found["its own"], found["text"]) == (True, text)
+            assert found["raised at"] == "raise error"
+        else:
+            assert (found["for the user"], found["type"]) == (False, "RankFailed")
+            assert found["text"] == f"rank 1 failed: {type(ERRORS[case]()).__name__}: {text}"
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_fault_of_ours_is_not_hidden_by_a_mistake_on_another_rank(outcome: Callable, ranks: int) -> None:
+    found = [texts["failures"]["one of ours among others"] for texts in outcome(ranks).texts]
+    assert [each["type"] for each in found] == ["RankFailed", "ValueError", *["RankFailed"] * (ranks - 2)]
+
+
+LOST = [
+    dist.DistBackendError("NCCL error in: NCCLUtils.hpp: remote process exited"),
+    dist.DistNetworkError("Failed to recv, got 0 bytes"),
+    dist.DistStoreError("wait timeout after 1000ms, keys: /x"),
+    RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:50567"),
+    RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 2000ms for recv operation"),
+    RuntimeError("[gloo/transport/tcp/pair.cc:537] writev [127.0.0.1]:1: Broken pipe"),
+]
+NOT_LOST = [
+    RuntimeError("ProcessGroupGloo::allgather: invalid output tensor list at index 0"),
+    RuntimeError("No backend type associated with device type meta"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    TypeError("all_reduce() got an unexpected argument"),
+]
+
+
+@pytest.mark.parametrize("error", [*LOST, *NOT_LOST], ids=str)
+def test_only_a_lost_rank_is_called_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("all_reduce", "all_gather", "gather", "init_process_group", "rendezvous"):
+        monkeypatch.setattr(dist, name, fails)
+    monkeypatch.setattr(Group, "_global_rank_0", lambda _: 0)
+    group, x, launch = Group(1, 2), torch.ones(2), Launch(1, 2, 1, "127.0.0.1", 1)
+    calls = [
+        lambda: group.sum(x),
+        lambda: group.gather(x),
+        lambda: group.gather(x, only_rank_0=True),
+        lambda: start_process_group("cpu"),
+        lambda: Ranks(launch).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(RankLost if error in LOST else type(error)) as raised:
+            call()
+        assert (raised.value is error) == (error in NOT_LOST)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -297,6 +376,81 @@ def test_world_needs_torchrun_and_a_group_must_be_one(monkeypatch: pytest.Monkey
         load_model(GOLDEN / "ntk_logn", group="world")
     with pytest.raises(ValueError, match=r'None, "world" or a torch\.distributed\.ProcessGroup, not 2'):
         load_model(GOLDEN / "ntk_logn", group=2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "local_rank", "variables", "device"),
+    [
+        (4, 3, {}, "cuda:3"),
+        (1, 3, {}, "cuda:0"),  # SLURM: each process sees its own
+        (1, 1, {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}, "cuda:0"),
+        (1, 0, {"LOCAL_WORLD_SIZE": "2"}, "cuda:0"),
+        (1, 1, {"LOCAL_WORLD_SIZE": "2"}, "this is rank 1 on its machine, which has 1 CUDA devices"),
+        (2, 3, {}, "this is rank 3 on its machine, which has 2 CUDA devices; start at most as many"),
+    ],
+)
+def test_a_rank_takes_the_device_of_its_own(
+    devices: int, local_rank: int, variables: dict, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1", **variables}
+    for name, value in {**variables, "LOCAL_RANK": str(local_rank)}.items():
+        monkeypatch.setenv(name, value)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    if device.startswith("cuda"):
+        assert own_device("cuda", 8) == device
+        assert taken == [int(device[-1])]
+    else:
+        with pytest.raises(ValueError, match=device):
+            own_device("cuda", 8)
+
+
+# torch without torch.distributed, as in some builds for macOS and Windows
+
+
+WITHOUT = """
+import sys
+import torch
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+    del sys.modules[name]
+del torch._C._c10d_init
+import torch.distributed
+torch.distributed = sys.modules["torch.distributed"]
+assert not torch.distributed.is_available() and not hasattr(torch.distributed, "ReduceOp")
+vars(torch.distributed).pop("ProcessGroup", None)
+
+from qwen_ref import Tokenizer, load_model
+from qwen_ref.chat import reply
+from qwen_ref.generate import generate, main
+from qwen_ref.lookup import generate_lookup
+
+model = load_model(sys.argv[1], "float32")
+for loop in (generate, generate_lookup):
+    print([step.token for step in loop(model, [5, 6, 7], 4)])
+print(reply(model, Tokenizer.from_file(sys.argv[1] + "/qwen.tiktoken"), "What is the capital of Norway?")[0])
+try:
+    load_model(sys.argv[1], group="world")
+except ValueError as error:
+    print(error)
+import os
+os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+sys.stderr = sys.stdout
+sys.exit(main(["x"]))
+"""
+
+
+def test_one_rank_needs_no_torch_distributed() -> None:
+    command = [sys.executable, "-c", WITHOUT, str(WEIGHTS)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    one, other, answer, world, ranks = done.stdout.splitlines()
+    model = load_model(WEIGHTS, "float32")
+    assert one == other == str([step.token for step in generate(model, [5, 6, 7], 4)])
+    assert answer == "Oslo."
+    assert "need torch.distributed, which this build of torch does not have" in world
+    assert (done.returncode, ranks) == (2, f"qwen_ref: error: {world}")
 
 
 # Memory

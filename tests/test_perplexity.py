@@ -137,7 +137,7 @@ def test_a_prompt_is_computed_once() -> None:
 
 def test_prompts_that_begin_alike_share_their_beginning() -> None:
     qwen = load_model(GOLDEN / "ntk_logn", "float64")
-    passes, prefix = Passes(qwen), PrefixCache(qwen, 128)
+    passes, prefix = Passes(qwen), PrefixCache(qwen)
     shared, one, other, answer, longer = texts(qwen, 40, 5, 6, 3, 30)
     wanted = [truth(qwen, shared + each + answer)[-3:] for each in (one, other)]
     passes.shapes.clear()

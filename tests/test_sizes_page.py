@@ -8,8 +8,6 @@ import importlib
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
+from forked_ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,22 +121,15 @@ def test_a_model_holds_what_is_said(sizes: ModuleType, folder: Path) -> None:
         assert resident_bytes(model) == sizes.weight_bytes(model.config, form), form
 
 
-WORKER = """
-import json, sys, torch
-from pathlib import Path
-from qwen_ref import load_model
-from qwen_ref.fast import fasten
-from qwen_ref.sizes import resident_bytes
-
-held = {}
-for form in ("bf16", "int8", "int4"):
-    model = load_model(sys.argv[1], "bfloat16", group="world")
-    if form != "bf16":
-        fasten(model, form, int(sys.argv[2]))
-    held[form] = resident_bytes(model)
-    rank = model.group.rank
-Path(sys.argv[3], f"{rank}.json").write_text(json.dumps(held))
-"""
+def write_held(group: int, folder: Path) -> None:
+    """What this rank holds in each form."""
+    held = {}
+    for form in ("bf16", "int8", "int4"):
+        model = load_model(WEIGHTS, "bfloat16", group="world")
+        if form != "bf16":
+            fasten(model, form, group)
+        held[form] = resident_bytes(model)
+    (folder / f"{model.group.rank}.json").write_text(json.dumps(held))
 
 
 @pytest.mark.parametrize(("ranks", "group"), [(2, 64), (4, 32)])
@@ -145,13 +137,7 @@ def test_every_rank_of_a_cut_model_holds_what_is_said(
     sizes: ModuleType, ranks: int, group: int, tmp_path: Path
 ) -> None:
     assert sizes.int4_group(TINY, ranks) == group
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(worker)]
-    command = [sys.executable, "-m", *launch, str(WEIGHTS), str(group), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(ranks, tmp_path, write_held, group, tmp_path)
     for rank in range(ranks):
         held = json.loads((tmp_path / f"{rank}.json").read_text())
         assert held == {form: sizes.weight_bytes(TINY, form, ranks) for form in sizes.FORMS}

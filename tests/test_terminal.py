@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN, WEIGHTS, Result, refused
+from forked_ranks import command, run_ranks
 
 from qwen_ref import terminal
 from qwen_ref.chat import main
@@ -83,8 +84,8 @@ def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
     assert result.code == 2  # four lines were refused, and nobody at a terminal has seen it
     out = result.out.splitlines()
     help_text = [line for line in out if line.startswith("/")]
-    for command in ("/reset", "/system", "/history", "/retry", "/save", "/help", "/quit"):
-        assert any(line.startswith(command) for line in help_text)
+    for name in ("/reset", "/system", "/history", "/retry", "/save", "/help", "/quit"):
+        assert any(line.startswith(name) for line in help_text)
     assert out[-5:] == [ANSWER, ANSWER, f"> {QUESTION}", ANSWER, "你好"]
     assert json.loads(file.read_text(encoding="utf-8"))["history"] == [[QUESTION, ANSWER]]
     for said in (
@@ -215,15 +216,11 @@ def test_help_needs_no_torch() -> None:
     assert "--once" in done.stdout
 
 
-def test_two_ranks_answer_as_one() -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qwen_ref.chat"]
+def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     script = lines(QUESTION, "/retry", "What is the capital of Norway?", "/quit")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch]
-    done = subprocess.run(command, input=script, capture_output=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == f"{ANSWER}\n{ANSWER}\nOslo.\n"
-    assert "23 tokens of 24 known from before" in done.stderr.decode()
+    out, err = run_ranks(2, tmp_path, command, "qwen_ref.chat", stdin=script)
+    assert out == f"{ANSWER}\n{ANSWER}\nOslo.\n"
+    assert "23 tokens of 24 known from before" in err
 
 
 # Bad input

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qwen_ref.config import InputError, shown
 from qwen_ref.prefix import PrefixCache
 from qwen_ref.settings import MAX_WINDOW_SIZE
-from qwen_ref.steps import checked_stop_ids
+from qwen_ref.steps import begun, checked_stop_ids
 from qwen_ref.streaming import TextStream, checked_stop_texts
 from qwen_ref.tokenizer import Tokenizer
 
@@ -147,9 +147,10 @@ class Conversation:
         self.system = system
         self.history: list[Turn] = [(asked, answered) for asked, answered in history]
         self.max_window_size = max_window_size
+        self.settings = {"max_new_tokens": 512, **settings}
         self.stop_texts = checked_stop_texts(stop_texts)
         self.stop_ids = chat_stop_ids(tokenizer) if stop_ids is None else checked_stop_ids(stop_ids)
-        self.prefix = PrefixCache(model, max_window_size + self.settings["max_new_tokens"])
+        self.prefix = PrefixCache(model)
         self.answers = 0  # so many were asked for, repeated ones included
         self.context = Context([], 0)  # the last one
         # Of the last answer: "stop" or "length"; None: it is still coming, or was given up.
@@ -169,14 +170,15 @@ class Conversation:
         if settings.get("seed") is not None:
             settings["seed"] = (settings["seed"] + self.answers) % 2**63
         self.finish_reason = None
-        self._answer = self._answered(query, self.prefix.generate(self.context.ids, **settings))
+        self._answer = begun(self._answered(query, self.prefix.generate(self.context.ids, **settings)))
         self.answers += 1
         return self._answer
 
-    def _answered(self, query: str, steps: Generator[Step]) -> Generator[str]:
+    def _answered(self, query: str, steps: Generator[Step]) -> Generator[str | None]:
         stream = TextStream(steps, self.tokenizer, self.stop_ids, self.stop_texts)
         response = ""
         try:
+            yield None  # see begun
             for piece in stream:
                 response += piece
                 yield piece

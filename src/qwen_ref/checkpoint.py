@@ -14,12 +14,11 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode
 
 from qwen_ref.cli import Parser, run
@@ -44,6 +43,9 @@ from qwen_ref.gptq import (
 )
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

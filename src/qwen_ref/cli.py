@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import math
@@ -26,6 +25,7 @@ from qwen_ref.config import (
     LARGEST_TEXT,
     QUANTIZATIONS,
     InputError,
+    lacks_memory,
     read_bytes,
     shown,
 )
@@ -175,15 +175,6 @@ def _drop_pending(stream: TextIO) -> None:
             os.close(null)
 
 
-# torch has a class for lack of memory on an accelerator. On the CPU, and in other libraries, it is a
-# RuntimeError that only its text tells from others.
-_LACK = re.compile(
-    r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
-    r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"
-    r"|^MPS backend out of memory|^(?:CUDA|HIP) error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
-    r"|Cuda failure .*'out of memory'|^std::bad_alloc$",
-    re.DOTALL,
-)
 _ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTPE]i?B)")
 
 
@@ -192,13 +183,7 @@ def out_of_memory(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, RuntimeError) and text == "can't start new thread":
         return "no thread can be started: too little memory, or a limit on processes (ulimit -u)"
-    if not (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's: it is not imported here
-        or (isinstance(error, RuntimeError) and _LACK.search(text))
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, ImportError) and "failed to map segment from shared object" in text)
-    ):
+    if not lacks_memory(error):
         return None
     asked = "more memory was asked for than there is"
     if found := _ASKED.search(text):

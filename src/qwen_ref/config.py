@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Sequence
@@ -35,13 +36,26 @@ def whole(name: str, value: object, least: int = 1, most: int = 2**40) -> int:
     return number
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, on any device.
+# Lack of memory, as torch and other libraries say it in a RuntimeError. On accelerators torch has a class for
+# it: torch.OutOfMemoryError, whose name is enough here.
+_LACK = re.compile(
+    r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
+    r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"
+    r"|^MPS backend out of memory|^(?:CUDA|HIP) error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
+    r"|Cuda failure .*'out of memory'|^std::bad_alloc$",
+    re.DOTALL,
+)
 
-    torch has a class for it on accelerators only; on the CPU its allocator's RuntimeError says it in words.
-    """
-    said = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception is lack of memory, on any device, and nothing else."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and _LACK.search(str(error)) is not None)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, ImportError) and "failed to map segment from shared object" in str(error))
+    )
 
 
 # Spellings of the early 7B revisions. padded_vocab_size is not here: those files carry it beside vocab_size.

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from qwen_ref.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, InputError
 from qwen_ref.gptq import packed_weight
 from qwen_ref.launch import first_line
-from qwen_ref.model import Attention, KVCache, Qwen
+from qwen_ref.model import Attention, KVCache, Qwen, widened
 from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
 from qwen_ref.quantize import FewBits, check_group, rounded
 
@@ -510,16 +510,16 @@ class FastCache(KVCache):
     ) -> None:
         super().__init__(0, shape, prompt_length, like)
         B, H, max_length, K = shape
-        self.blocks = -(-max_length // self.BLOCK)
+        blocks = -(-max_length // self.BLOCK)
         self.rounds = like.dtype != torch.float32
-        key_shape = (B, H, self.blocks, K + self.rounds, self.BLOCK)
+        key_shape = (B, H, blocks, K + self.rounds, self.BLOCK)
         self.keys = [like.new_empty(key_shape) for _ in range(layers)]
-        self.values = [like.new_empty((B, H, self.blocks * self.BLOCK, K)) for _ in range(layers)]
+        self.values = [like.new_empty((B, H, blocks * self.BLOCK, K)) for _ in range(layers)]
         # Whole blocks are summed up, positions beyond the last with weight 0. What stands there must be 0,
         # too: 0 · NaN is NaN. By layer, the values from the first of these to the second are.
         self.zeros = [(0, 0)] * layers
         self.minus_one = like.new_full((B, H, 1, 1), -1)
-        self.rows: tuple[int, _Rows] | None = None  # of so many blocks
+        self.rows: tuple[tuple[int, int], _Rows] | None = None  # of so many blocks, and so many in use
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.write(layer, k, v)
@@ -532,6 +532,7 @@ class FastCache(KVCache):
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts the keys and values of T new positions, (B, H, T, K) each, behind those that are there."""
         K, end = k.shape[3], self.length + k.shape[2]
+        self._add_blocks(layer, -(-end // self.BLOCK))
         self.values[layer][:, :, self.length : end] = v
         start_of_zeros, ready = self.zeros[layer]
         stop = -(-end // self.BLOCK) * self.BLOCK
@@ -546,6 +547,14 @@ class FastCache(KVCache):
             self.keys[layer][:, :, block, :K, offset : offset + stop - start] = part
             start = stop
 
+    def _add_blocks(self, layer: int, needed: int) -> None:
+        """As make_room, in whole blocks."""
+        blocks = self.keys[layer].shape[2]
+        if needed > blocks:
+            blocks = min(max(needed, 2 * blocks), -(-self.max_length // self.BLOCK))
+            self.keys[layer] = widened(self.keys[layer], blocks)
+            self.values[layer] = widened(self.values[layer], blocks * self.BLOCK)
+
     def attend(self, layer: int, q: Tensor, mask: Tensor | None, position: int) -> Tensor:
         """softmax(q kᵀ / √K) v for one query (B, H, 1, K), which stands at a position that was written.
 
@@ -555,8 +564,9 @@ class FastCache(KVCache):
         S = position + 1
         used = -(-S // self.BLOCK)
         keys, values = self.keys[layer], self.values[layer]
-        if self.rows is None or self.rows[0] != used:
-            self.rows = used, _rows_in_use(B * H, self.blocks, used, keys.shape[3], K, self.BLOCK)
+        if self.rows is None or self.rows[0] != (keys.shape[2], used):
+            rows = _rows_in_use(B * H, keys.shape[2], used, keys.shape[3], K, self.BLOCK)
+            self.rows = (keys.shape[2], used), rows
         rows = self.rows[1]
         # Most of √K is taken from q, exactly, as a power of two: float16 ends at 65,504.
         scale = 2.0 ** -int(math.log2(K) / 2)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,12 @@ from qwen_ref.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.steps import Step, check_settings, checked_ids, checked_stop_ids, choose, in_step
+from qwen_ref.steps import Step, begun, check_settings, checked_ids, checked_stop_ids, choose, in_step
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Generator
+    import torch
 
     from qwen_ref.model import KVCache, Qwen
 
@@ -70,7 +70,14 @@ def generate(
     """
     sampling = (temperature, top_k, top_p, repetition_penalty)
     rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids, cache, progress)
-    return (step for (step,) in rows if step is not None)
+
+    def single() -> Generator[Step | None]:
+        with contextlib.closing(rows):
+            yield None  # see begun
+            for (step,) in rows:
+                yield step
+
+    return begun(single())
 
 
 def generate_batch(
@@ -195,19 +202,23 @@ def generate_uncached(
     stop_ids, prompt_length = checked_stop_ids(stop_ids), len(ids)
     generators = _generators(model, 1, temperature, seed)
     sampling = (temperature, top_k, top_p, repetition_penalty)
-    for _ in range(max_new_tokens):
-        text = torch.tensor([ids], device="cpu")
-        with torch.inference_mode():
-            cache = model.new_cache(1, len(ids), prompt_length=prompt_length)
-            logits = model(text, cache=cache)[:, -1]
-            (step,) = choose(model, logits, text, [0], sampling, generators)
-        yield step
-        if step.token in stop_ids:
-            return
-        ids.append(step.token)
+
+    def steps() -> Iterator[tuple[Step, bool]]:
+        last = False
+        while not last:
+            text = torch.tensor([ids], device="cpu")
+            with torch.inference_mode():
+                cache = model.new_cache(1, len(ids), prompt_length=prompt_length)
+                logits = model(text, cache=cache)[:, -1]
+                (step,) = choose(model, logits, text, [0], sampling, generators)
+            ids.append(step.token)
+            last = step.token in stop_ids or len(ids) == prompt_length + max_new_tokens
+            yield step, last
+
+    return in_step(model.group, steps())
 
 
-def _generators(model: Qwen, rows: int, temperature: float, seed: int | None) -> list[Generator]:
+def _generators(model: Qwen, rows: int, temperature: float, seed: int | None) -> list[torch.Generator]:
     """One for each row, so that a row draws what it draws alone; none for greedy decoding."""
     import torch
 

@@ -70,7 +70,7 @@ class HarnessModel(TemplateLM):
         self.seed = seed
         self.truncated = 0  # requests whose context lost its beginning
         self.apart = 0  # requests whose two parts were encoded apart
-        self._prefix = PrefixCache(model, self.max_length)
+        self._prefix = PrefixCache(model)
 
     # Text and ids
 

@@ -8,10 +8,14 @@ here it also carries the ranks' heartbeats, because a collective alone would wai
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
+import re
 import select
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +24,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref import cli
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, lacks_memory
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 TIMEOUT = 60.0  # seconds; torch's own is half an hour
+
+ANY_TEXT = ("utf-8", "surrogatepass")  # what codes every str, also one that is no characters
+_RUNS = itertools.count()  # of Ranks in this process; all ranks count alike
+# What gloo and the store say of a lost connection, where their errors have no class of their own.
+_LOST = re.compile(r"connection|timed? ?out|broken pipe|by peer", re.IGNORECASE)
 
 
 class Launch(NamedTuple):
@@ -71,18 +80,52 @@ class RankLost(ConnectionError):
     """Another rank is gone, or did not answer in time."""
 
 
-def start_process_group(device: str, timeout: float = TIMEOUT) -> None:
-    """torch's default process group, by torchrun's variables: gloo for CPU tensors, nccl for CUDA's."""
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed is that of a connection. Others, such as of shapes, are ours."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or _LOST.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def lost_ranks_named(message: str) -> Iterator[None]:
+    """Raises RankLost with the message for the error of a connection; any other error stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise RankLost(f"{message}: {first_line(error)}") from error
+
+
+def require_distributed() -> None:
+    """Raises InputError where this torch was built without torch.distributed."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise InputError(
+            "several ranks need torch.distributed, which this build of torch does not have; install a build "
+            "that has it, or run one process without RANK and WORLD_SIZE"
+        )
+
+
+def start_process_group(device: str, timeout: float = TIMEOUT, store: Store | None = None) -> None:
+    """torch's default process group, by torchrun's variables: gloo for CPU tensors, nccl for CUDA's.
+
+    store: where the ranks meet; by default a connection of its own to where torchrun's variables say.
+    """
     import torch
     import torch.distributed as dist
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r} cannot be used: torch finds no CUDA device")
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    except RuntimeError as error:
-        raise RankLost(f"the process group did not come about: {first_line(error)}") from error
+    where = {}
+    if store is not None:
+        launch = launched()
+        where = {"store": store, "rank": launch.rank, "world_size": launch.size}
+    with lost_ranks_named("the process group did not come about"):
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
 
 
 class Ranks:
@@ -90,26 +133,35 @@ class Ranks:
 
     Threads of each rank write heartbeats into the store and read the others'. Where a rank falls silent, or
     has left word why it failed, every other one ends with exit code 1 and a line that says so, whatever its
-    main thread is waiting for. With one rank, all of this is nothing.
+    main thread is waiting for; with exit code 2 where memory was too little for that rank. With one rank, all
+    of this is nothing.
+
+    A process may do this several times, one after another, as all ranks do. At the end nothing is left of it.
     """
 
     def __init__(self, launch: Launch | None, timeout: float = TIMEOUT) -> None:
         if not 0 < timeout < 1e6:
             raise InputError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
         self.launch, self.timeout = launch, timeout
+        self._store: Store | None = None
+        self._for_group: Store | None = None
+        self._ours = False  # the default process group
         self.rank, self.size = (0, 1) if launch is None else (launch.rank, launch.size)
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
+            if threading.current_thread() is not threading.main_thread():
+                raise InputError("several ranks must run in the main thread of their processes, for signals")
             # torch, which reads this when it is imported, reports a lost connection with stacks of C++.
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            self._excepthook = sys.excepthook  # a process group replaces it
             self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             if self.rank > 0:  # Ctrl-C reaches every process of a terminal; rank 0 decides what it means
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._watch = _Watch(self.launch, self.timeout)
             self._watch.start()
             try:
-                self._store = self._watch.connect()
+                self._store, self._for_group = self._watch.connect()
             except BaseException:
                 self._stop_watching()
                 raise
@@ -122,6 +174,9 @@ class Ranks:
             return
         if not isinstance(error, RankLost):
             try:
+                if error is not None and lacks_memory(error):
+                    with _store_errors_named():
+                        self._store.set("too little memory", "")
                 self._leave(None if kind is None else str(error) or kind.__name__)
             except RankLost as lost:
                 error = lost
@@ -136,18 +191,22 @@ class Ranks:
             return text
         with _store_errors_named():
             if self.rank == 0:
-                self._store.set("shared", text)
+                self._store.set("shared", text.encode(*ANY_TEXT))
                 return text
             _until(lambda: self._store.check(["shared"]))
-            return self._store.get("shared").decode()
+            return self._store.get("shared").decode(*ANY_TEXT)
 
     def meet(self, device: str) -> None:
         """The default process group. Its collectives may wait for days, as for the reader of `| less`.
 
-        That every rank lives is the watch's business.
+        That every rank lives is the watch's business. One that the caller has started is used as it is.
         """
         if self.size > 1:
-            start_process_group(device, timeout=10 * 24 * 3600)
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                start_process_group(device, 10 * 24 * 3600, self._for_group)
+                self._ours = True
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
         """Passes steps on. Ctrl-C waits for the end of a step: within it, the other ranks need this one."""
@@ -186,11 +245,21 @@ class Ranks:
                 _until(lambda: store.add("left", 0) == self.size - 1, pause)
             else:
                 store.add("left", 1)
+                if not _kept_by_torchrun():  # the next run must not meet rank 0 at a store that is closing
+                    with contextlib.suppress(RuntimeError):
+                        _until(lambda: store.check(["never"]), pause)
 
     def _stop_watching(self) -> None:
         self._watch.stop()
+        if self._ours:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+        self._store = self._for_group = None  # closes the connections
+        sys.excepthook = self._excepthook
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: not Python's, which cannot put it back
+                signal.signal(number, handler)
 
 
 def _until(condition: Callable[[], bool], patience: float = math.inf) -> bool:
@@ -201,17 +270,16 @@ def _until(condition: Callable[[], bool], patience: float = math.inf) -> bool:
     return true
 
 
-@contextlib.contextmanager
-def _store_errors_named() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLost(f"{_keeper()} is gone: {first_line(error)}") from error
+def _store_errors_named() -> contextlib.AbstractContextManager[None]:
+    return lost_ranks_named(f"{_keeper()} is gone")
+
+
+def _kept_by_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _keeper() -> str:
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return f"{'torchrun' if by_torchrun else 'rank 0'}, which keeps the store of the ranks,"
+    return f"{'torchrun' if _kept_by_torchrun() else 'rank 0'}, which keeps the store of the ranks,"
 
 
 def _plain(text: str) -> str:
@@ -248,29 +316,32 @@ class _Watch(threading.Thread):
         self._suspicion: tuple[str, float] | None = None
         self._ended = threading.Lock()
         # torchrun ends the other ranks by SIGTERM as soon as one has died. A handler in Python would run in
-        # the main thread, which waits for the dead rank; the signal's number comes through this pipe at once.
-        self._wakeup, written = os.pipe()
-        os.set_blocking(written, False)
-        self._written = written
+        # the main thread, which waits for the dead rank; the signal's number comes through these sockets at
+        # once. (A pipe would do, but not on Windows.)
+        self._wakeup, self._written = socket.socketpair()
+        self._written.setblocking(False)
         signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        self._wakeup_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        self._listener: threading.Thread | None = None
+        self._over = threading.Event()
 
-    def connect(self) -> Store:
-        """Meets the others, and starts to listen; the store that they meet at, for the main thread."""
+    def connect(self) -> tuple[Store, Store]:
+        """Meets the others, and starts to listen; the store that they meet at, for the main thread and for
+        the process group.
+        """
+        require_distributed()
         import torch.distributed as dist
 
-        try:
+        run = next(_RUNS)  # the store may still hold what an earlier one left
+        patience = timedelta(seconds=self.timeout)
+        with lost_ranks_named(f"the ranks could not meet at {self.launch.address}:{self.launch.port}"):
             # A connection for each thread: to wait on one holds up whoever else uses it.
-            stores = [
-                next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout)))[0] for _ in range(2)
-            ]
-        except RuntimeError as error:
-            where = f"{self.launch.address}:{self.launch.port}"
-            raise RankLost(f"the ranks could not meet at {where}: {first_line(error)}") from error
-        for_listening, for_main = (dist.PrefixStore("qwen_ref", store) for store in stores)
+            stores = [next(dist.rendezvous("env://", timeout=patience))[0] for _ in range(3)]
+        for_listening, for_main, for_group = (dist.PrefixStore(f"qwen_ref/{run}", store) for store in stores)
         self._answered, self._connected = time.monotonic(), True
-        threading.Thread(target=self._listen, args=(for_listening,), daemon=True).start()
-        return for_main
+        self._listener = threading.Thread(target=self._listen, args=(for_listening,), daemon=True)
+        self._listener.start()
+        return for_main, for_group
 
     def suspect(self, sign: str) -> None:
         """Something is wrong: who is silent now is taken for gone sooner; if nobody is, sign is told."""
@@ -278,16 +349,19 @@ class _Watch(threading.Thread):
 
     def stop(self) -> None:
         self.leaving = True
-        signal.set_wakeup_fd(-1)
-        os.write(self._written, b"\0")
+        self._over.set()
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._written.send(b"\0")
         self.join()
-        os.close(self._wakeup)
-        os.close(self._written)
+        if self._listener is not None:
+            self._listener.join()
+        self._wakeup.close()
+        self._written.close()
 
     def run(self) -> None:
         while True:
             if select.select([self._wakeup], [], [], self.interval)[0]:
-                numbers = os.read(self._wakeup, 64)
+                numbers = self._wakeup.recv(64)
                 if 0 in numbers:
                     return
                 if signal.SIGTERM in numbers:
@@ -309,7 +383,8 @@ class _Watch(threading.Thread):
             try:
                 store.add(f"heartbeats of {me}", 1)
                 if store.check(["fault"]):
-                    self._end(store.get("fault").decode())
+                    code = 2 if store.check(["too little memory"]) else 1
+                    self._end(store.get("fault").decode(), code)
                 for rank, (beats, _) in heard.items():
                     if (now_beats := store.add(f"heartbeats of {rank}", 0)) != beats:
                         heard[rank] = now_beats, time.monotonic()
@@ -329,10 +404,11 @@ class _Watch(threading.Thread):
                     self._end(self._suspicion[0])
             except RuntimeError as error:
                 if not self.leaving:
-                    self._end(f"{_keeper()} is gone: {first_line(error)}")
-            time.sleep(self.interval)
+                    fault = f"{_keeper()} is gone" if is_lost(error) else "the watch over the ranks failed"
+                    self._end(f"{fault}: {first_line(error)}")
+            self._over.wait(self.interval)
 
-    def _end(self, message: str) -> None:
+    def _end(self, message: str, code: int = 1) -> None:
         """Says why, and ends the process: the main thread may wait in a place that nothing else reaches."""
         self._ended.acquire()  # never released: two threads may come here
         speaker = threading.Thread(target=cli.say, args=(f"error: {message}",), daemon=True)
@@ -340,4 +416,4 @@ class _Watch(threading.Thread):
         speaker.join(1)  # stderr may be a pipe that nobody reads
         if self.launch.rank == 0:  # it may keep the store: let the others read what it has written there
             time.sleep(2 * self.interval)
-        os._exit(1)
+        os._exit(code)

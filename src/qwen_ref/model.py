@@ -135,10 +135,11 @@ def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) ->
 
 
 class KVCache:
-    """The keys and values of every position so far, allocated once for max_length, owned by the caller.
+    """The keys and values of every position so far, allocated for max_length, owned by the caller.
 
     It also keeps what belongs to its sequences and not to the model: their padding on the left, and the
     rotary frequencies that their prompts fixed. Generations with two caches cannot disturb each other.
+    Where max_length is raised later, memory grows as positions come, to twice as much each time.
     """
 
     def __init__(
@@ -155,9 +156,23 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's T new positions (B, H, T, K), returns all S; the model then moves `length`."""
         end = self.length + k.shape[2]
+        self.make_room(layer, end, self.keys, self.values)
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def make_room(self, layer: int, end: int, *lists: list[Tensor]) -> None:
+        """Widens a layer's tensors (B, H, positions, …) where they cannot take so many positions."""
+        room = lists[0][layer].shape[2]
+        if end > room:
+            for each in lists:
+                each[layer] = widened(each[layer], min(max(end, 2 * room), self.max_length))
+
+
+@torch.inference_mode(False)  # what is made in inference mode cannot be written to outside of it
+def widened(x: Tensor, size: int) -> Tensor:
+    """x (B, H, n, …) as the beginning of a tensor (B, H, size, …)."""
+    return torch.cat((x, x.new_empty(*x.shape[:2], size - x.shape[2], *x.shape[3:])), dim=2)
 
 
 # The layers
@@ -317,9 +332,8 @@ class Qwen(nn.Module):
         cos, sin = rotation_tables(positions.to(x.device), frequencies)
         query_scale = mask = None
         if self.config.use_logn_attn:
-            query_scale = logn_scale(positions, self.config.seq_length, x.dtype).to(x.device)[
-                :, :, None, None
-            ]
+            scale = logn_scale(positions, self.config.seq_length, x.dtype).to(x.device)
+            query_scale = scale[:, :, None, None]
         if padding is not None or (past > 0 and T > 1):
             mask = causal_mask(T, past + T, padding, x.device)
         return Positions(cos, sin, query_scale, mask)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,8 +36,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import InputError, shown
-from qwen_ref.launch import RankLost, first_line, launched, start_process_group
+from qwen_ref.config import InputError, lacks_memory, shown
+from qwen_ref.launch import (
+    ANY_TEXT,
+    RankLost,
+    launched,
+    lost_ranks_named,
+    require_distributed,
+    start_process_group,
+)
+
+_LOST = "another rank is gone or did not answer in time"
 
 
 class Group:
@@ -56,7 +66,7 @@ class Group:
         """All-reduce: the sum of every rank's x, the same bits on all. x may be overwritten with it."""
         if self.size > 1:
             x = x.contiguous()
-            with _lost_ranks_named():
+            with lost_ranks_named(_LOST):
                 dist.all_reduce(x, group=self.process_group)
         return x
 
@@ -67,7 +77,7 @@ class Group:
         x = x.contiguous()
         receives = self.rank == 0 or not only_rank_0
         parts = [torch.empty_like(x) for _ in range(self.size)] if receives else None
-        with _lost_ranks_named():
+        with lost_ranks_named(_LOST):
             if only_rank_0:
                 dist.gather(x, parts, self._global_rank_0(), self.process_group)
             else:
@@ -88,19 +98,23 @@ class Group:
         """Every rank's text, in the order of the ranks."""
         if self.size == 1:
             return [text]
-        device, coding = self._device(), ("utf-8", "surrogateescape")  # the name of a file may be no UTF-8
-        encoded = torch.tensor(list(text.encode(*coding)), dtype=torch.uint8, device=device)
+        device = self._device()
+        encoded = torch.tensor(list(text.encode(*ANY_TEXT)), dtype=torch.uint8, device=device)
         lengths = self.gather(torch.tensor([len(encoded)], device=device)).tolist()
         if max(lengths) == 0:
             return [""] * self.size
         padded = encoded.new_zeros(max(lengths))
         padded[: len(encoded)] = encoded
         rows = self.gather(padded).view(self.size, -1)
-        return [bytes(row[:n].tolist()).decode(*coding) for row, n in zip(rows, lengths, strict=True)]
+        return [bytes(row[:n].tolist()).decode(*ANY_TEXT) for row, n in zip(rows, lengths, strict=True)]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks do what stands inside, or all raise ValueError with what kept one of them from it."""
+        """All ranks do what stands inside, or all raise what kept one of them from it.
+
+        That is an InputError where the user can do something about it: for an InputError, an error of the
+        system, too little memory. A rank with any other error raises that one, and the others RankFailed.
+        """
         if self.size == 1:
             yield
             return
@@ -110,10 +124,18 @@ class Group:
         except RankLost:
             raise
         except Exception as error:
-            problem, cause = str(error) or type(error).__name__, error
-        for rank, text in enumerate(self.texts(problem)):
-            if text:
-                raise InputError(f"rank {rank}: {text}") from cause
+            cause, text = error, str(error) or type(error).__name__
+            for_the_user = isinstance(error, InputError | OSError) or lacks_memory(error)
+            problem = json.dumps((for_the_user, text if for_the_user else f"{type(error).__name__}: {text}"))
+        found = [(rank, *json.loads(text)) for rank, text in enumerate(self.texts(problem)) if text]
+        if not found:
+            return
+        rank, for_the_user, text = min(found, key=lambda each: each[1])  # what is ours goes first
+        if for_the_user:
+            raise InputError(f"rank {rank}: {text}") from cause
+        if cause is not None and not json.loads(problem)[0]:
+            raise cause
+        raise RankFailed(f"rank {rank} failed: {text}") from cause
 
     def require_same(self, who: str, values: dict[str, object]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
@@ -141,12 +163,8 @@ def _digest(value: object) -> str:
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
-@contextmanager
-def _lost_ranks_named() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # every backend's errors are RuntimeErrors
-        raise RankLost(f"another rank is gone or did not answer in time: {first_line(error)}") from error
+class RankFailed(RuntimeError):
+    """Another rank had an error that is none of the user's; it raises that one itself."""
 
 
 ONE_RANK = Group(0, 1)
@@ -248,6 +266,7 @@ def group_size(group: str | dist.ProcessGroup | None) -> int:
     """How many ranks load_model's `group` means, without starting or asking any of them."""
     if group is None:
         return 1
+    require_distributed()
     if group == "world":
         if dist.is_initialized():
             return dist.get_world_size()
@@ -290,11 +309,15 @@ def own_device(device: str, size: int) -> str:
     if device != "cuda":
         raise InputError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
     launch = launched()
+    count = torch.cuda.device_count()
     index = torch.cuda.current_device() if launch is None else launch.local_rank
-    if index >= torch.cuda.device_count():
+    # SLURM and others show each process one device, its own. torchrun by itself shows all to all.
+    if count == 1 and ("LOCAL_WORLD_SIZE" not in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ):
+        index = 0
+    if index >= count:
         raise InputError(
-            f"this is rank {index} on its machine, which has {torch.cuda.device_count()} CUDA devices; start "
-            "at most as many ranks there"
+            f"this is rank {index} on its machine, which has {count} CUDA devices; start at most as many "
+            "ranks there"
         )
     torch.cuda.set_device(index)
     return f"cuda:{index}"

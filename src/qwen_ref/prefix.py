@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.generate import generate
-from qwen_ref.steps import Step, checked_ids
+from qwen_ref.steps import Step, begun, checked_ids
 
 if TYPE_CHECKING:
     from qwen_ref.model import KVCache, Qwen
@@ -22,14 +22,11 @@ class PrefixCache:
 
     What comes out is what `generate` gives without it, but for rounding: positions computed in other passes
     round otherwise. Dynamic NTK fixes its base by the length of the whole prompt: where a longer prompt has
-    another base, nothing can be kept; nor where a text outgrows the cache, and a larger one takes its place.
-    Several ranks use theirs alike.
+    another base, nothing can be kept. Memory grows with the texts. Several ranks use theirs alike.
     """
 
-    def __init__(self, model: Qwen, max_length: int = 2048) -> None:
-        """max_length: positions to make room for."""
+    def __init__(self, model: Qwen) -> None:
         self.model = model
-        self.max_length = max_length
         self.kept = 0  # positions of the last prompt that were there already
         self._cache: KVCache | None = None
         self._ids: list[int] = []  # the first cache.length of them are in the cache
@@ -48,9 +45,10 @@ class PrefixCache:
         cache = self.rewind(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
 
-        def watched() -> Generator[Step]:
+        def watched() -> Generator[Step | None]:
             try:
                 with contextlib.closing(steps):
+                    yield None  # see begun
                     for step in steps:
                         self._ids.append(step.token)
                         yield step
@@ -58,27 +56,27 @@ class PrefixCache:
                 self._cache = None
                 raise
 
-        self._steps = watched()
+        self._steps = begun(watched())
         return self._steps
 
     def rewind(self, prompt_ids: list[int], length: int, prompt_length: int | None = None) -> KVCache:
-        """A cache with room for so many positions, that holds as much of the prompt as can be kept.
+        """A cache that takes up to so many positions, and holds as much of the prompt as can be kept.
 
         The caller puts the rest of the prompt behind it, the last token at least. prompt_length: what fixes
         dynamic NTK's base, where that is not the prompt alone.
         """
         prompt_length = prompt_length or len(prompt_ids)
         before, self._ids, self.kept = self._ids, list(prompt_ids), 0
-        if self._cache is None or self._cache.max_length < length or not self._same_base(prompt_length):
+        if self._cache is None or not self._same_base(prompt_length):
             self._cache = None  # its memory is needed for the next one
             with self.model.group.together():
-                self._cache = self.model.new_cache(1, max(self.max_length, length))
+                self._cache = self.model.new_cache(1, len(prompt_ids))
         else:
             held = min(self._cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
             while self.kept < held and before[self.kept] == prompt_ids[self.kept]:
                 self.kept += 1
             self._cache.length = self.kept
-        self._cache.prompt_length = prompt_length
+        self._cache.max_length, self._cache.prompt_length = length, prompt_length
         return self._cache
 
     def _same_base(self, prompt_length: int) -> bool:

@@ -119,7 +119,7 @@ def score_continuations(
     if group.size > 1:
         asked = {"the prompt": prompt, "the continuations": continuations, "batch": batch_size}
         group.require_same("these scores", asked)
-    prefix = PrefixCache(model, 1) if prefix is None else prefix
+    prefix = PrefixCache(model) if prefix is None else prefix
     found: list[Scores] = [_none(model)] * len(continuations)
     by_alpha: dict[int, list[int]] = {}
     for number, each in enumerate(continuations):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwen_ref.model import Qwen
 
 MAX_WINDOW_SIZE = 6144  # tokens of a chat's context, where its folder says nothing else
-_LARGEST_WINDOW = 2**24  # no Qwen comes near: a cache has room for a window
+_LARGEST_WINDOW = 2**24  # no Qwen comes near
 
 
 class Defaults(NamedTuple):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from qwen_ref.config import LARGEST_LENGTH, InputError, shown, whole
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    import torch
+    from torch import Tensor
 
     from qwen_ref.model import Qwen
     from qwen_ref.parallel import Group
@@ -81,7 +82,7 @@ def choose(
     previous_ids: Tensor,
     live: Sequence[int],
     sampling: tuple[float, int, float, float],
-    generators: Sequence[Generator],
+    generators: Sequence[torch.Generator],
 ) -> list[Step]:
     """The next step of each live row: rank 0 draws it from its logits (B, V), every rank hears of it.
 
@@ -118,7 +119,7 @@ def _draw(
     previous_ids: Tensor,
     live: Sequence[int],
     sampling: tuple[float, int, float, float],
-    generators: Sequence[Generator],
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Tokens and their log-probabilities, (2, rows), of the live rows of logits (B, V); NaN: not finite.
 
@@ -148,19 +149,35 @@ def _draw(
     return torch.stack((tokens.to(chosen.dtype), chosen.where(finite, torch.nan)))
 
 
-def in_step(group: Group, steps: Iterable[tuple[T, bool]]) -> Iterator[T]:
-    """Yields the steps of a loop that all ranks run alike; each comes with whether it is the last.
+def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
+    """The steps of a loop that all ranks run alike; each comes with whether it is the last.
 
-    When one rank's caller wants no more, its iterator is closed and all end.
+    Before each, the ranks agree to go on. When one rank's caller wants no more, its iterator is closed, at
+    whatever step or before the first one, and all end.
     """
-    for step, last in steps:
+
+    def together() -> Generator[T | None]:
+        last = False
         try:
-            yield step
-        except GeneratorExit:  # this rank's caller wants no more: then the others, too, get no more
+            yield None  # see begun
+            while not last and not group.any(False):
+                step, last = next(steps)
+                yield step
+        except GeneratorExit:
             if not last:
                 # ValueError: where the whole process ends, its process group may have ended before.
                 with contextlib.suppress(RankLost, ValueError):
                     group.any(True)
             raise
-        if last or group.any(False):
-            return
+
+    return begun(together())
+
+
+def begun(generator: Generator[T | None]) -> Generator[T]:
+    """A generator that stands in its body, at a first `yield` which is for that alone.
+
+    Python never enters a generator that is closed before its first step: what its body has to do at the end
+    would not be done.
+    """
+    next(generator)
+    return generator

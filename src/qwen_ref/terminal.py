@@ -49,6 +49,7 @@ from qwen_ref.settings import (
     open_folder,
     read_defaults,
 )
+from qwen_ref.steps import begun
 
 if TYPE_CHECKING:
     from qwen_ref.model import Qwen
@@ -180,8 +181,8 @@ class Chat:
 class _WatchedCache(PrefixCache):
     """A PrefixCache that tells the other ranks what to generate, and the clock what comes of it."""
 
-    def __init__(self, model: Qwen, max_length: int, ranks: Ranks, clock: Clock) -> None:
-        super().__init__(model, max_length)
+    def __init__(self, model: Qwen, ranks: Ranks, clock: Clock) -> None:
+        super().__init__(model)
         self.ranks, self.clock = ranks, clock
 
     def generate(self, prompt_ids: Sequence[int], **settings: Any) -> Iterator[Step]:
@@ -190,11 +191,12 @@ class _WatchedCache(PrefixCache):
         progress = Progress("prompt", unit="tokens")
         steps = super().generate(**request, progress=progress.update)
 
-        def watched() -> Iterator[Step]:
+        def watched() -> Iterator[Step | None]:
             with progress, contextlib.closing(steps):
+                yield None  # see begun
                 yield from self.clock.watch(self.ranks.until_interrupted(steps))
 
-        return watched()
+        return begun(watched())
 
 
 # A conversation in a file
@@ -374,10 +376,10 @@ def _parser() -> Parser:
 
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """A rank that only computes: rank 0 reads what is typed, samples and prints."""
-    max_length = int(ranks.share(None))
+    ranks.share(None)  # rank 0 is ready
     ranks.meet(args.device)
     model = load(args, folder, ranks)
-    prefix = PrefixCache(model, max_length)
+    prefix = PrefixCache(model)
     while request := model.group.texts("")[0]:
         with contextlib.suppress(InputError):  # rank 0 has it as well, and says so
             for _ in prefix.generate(**json.loads(request)):
@@ -397,8 +399,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     query = None if args.once is None else read_prompt(args.once, None)
     if query is not None and not query.strip():
         raise InputError("the query is empty; give it behind --once or on stdin")
-    max_length = defaults.max_window_size + settings["max_new_tokens"]
-    ranks.share(str(max_length))
+    ranks.share("")
     ranks.meet(args.device)
     model = load(args, folder, ranks)
     say(describe(settings, stop_ids, defaults.stop_texts))
@@ -413,7 +414,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         **settings,
     )
     chat = Chat(conversation, Clock())
-    conversation.prefix = _WatchedCache(model, max_length, ranks, chat.clock)
+    conversation.prefix = _WatchedCache(model, ranks, chat.clock)
     try:
         if query is not None:
             return chat.answer(query)
