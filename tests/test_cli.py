@@ -208,6 +208,8 @@ def test_an_interrupt_while_loading_is_no_traceback(cli: Callable, monkeypatch: 
         (["x", "--top-p", "1.5"], "top_p=1.5 must be above 0"),
         (["x", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be from 1e-5"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["x", "--seed=--"], "argument --seed: -- is no value"),
+        (["x", "--stop=--"], "argument --stop: -- is no value"),
         (["x", "--seed", "-1"], "seed=-1 must be at least 0"),
         (["x", "--seed", str(2**63)], "--seed: '9223372036854775808' must be a whole number below 2**63"),
         (["x", "--top-k", "9" * 300], "999' must be a whole number below 2**63"),

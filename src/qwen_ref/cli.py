@@ -45,6 +45,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
 
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        args = list(sys.argv[1:] if args is None else args)
+        options = args[: args.index("--")] if "--" in args else args
+        for option in options:  # of this one argparse makes an empty list, whatever the type
+            if option.startswith("-") and option.endswith("=--"):
+                self.error(f"argument {option.removesuffix('=--')}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
     def print_help(self, file: TextIO | None = None) -> None:
         # argparse would pass over an error of writing.
         print(self.format_help(), end="", file=sys.stdout if file is None else file, flush=True)
