@@ -537,6 +537,11 @@ def test_bad_options_are_one_line(run_command: Run, text: Path, options: list[st
     assert message in refused(run_command(main, "--text", text, *options))
 
 
+def test_a_state_is_a_regular_file(run_command: Run, text: Path, special: tuple[Path, str]) -> None:
+    path, _ = special
+    assert str(path) in refused(run_command(main, "--text", text, "--lengths", "16", "--state", path))
+
+
 def test_bad_texts_are_one_line(run_command: Run, tmp_path: Path) -> None:
     missing, binary, empty = tmp_path / "missing", tmp_path / "binary", tmp_path / "empty"
     binary.write_bytes(b"a\xffb")
