@@ -333,7 +333,7 @@ def test_what_a_history_holds_beside_may_be_nested_deeply(depth: int, tmp_path: 
 
 def test_an_endless_message_is_not_read_into_memory(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "LARGEST_TEXT", 2**20)
-    for endless in (bytes(2**20 + 1), b'"""\n' + b"\n" * 2**20):
+    for endless in (bytes(2**20 + 1), b'"""\n' + b"\n" * (2**20 + 2)):
         result = chat(stdin=endless)
         assert (result.code, result.out) == (2, "")
         assert "has more than 1 MiB" in result.err.splitlines()[-1]
