@@ -390,7 +390,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     # Without coverage, whose own file would not fit either.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert f"ValueError: {tmp_path / 'b'}: cannot be written: File too large" in done.stderr
+    assert f"InputError: {tmp_path / 'b'}: cannot be written: File too large" in done.stderr
     assert os.listdir(tmp_path) == []
 
 

@@ -528,7 +528,7 @@ def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> Non
             ["--lengths", "32", "--state", "nowhere/state"],
             "--state nowhere/state: there is no folder nowhere",
         ),
-        (["--lengths", "32", "--state", ""], "--state . is a folder; give the name of a file"),
+        (["--lengths", "32", "--state", ""], "--state: the path is empty"),
         (["--lengths", "32", "--plot", "nowhere/x.png"], "--plot nowhere/x.png: there is no folder nowhere"),
         (["--lengths", "32", "--dtype", "int7"], "int7"),
     ],
