@@ -281,6 +281,11 @@ def test_a_file_that_was_cut_is_refused(write: Callable, keep: int) -> None:
     assert "not a complete safetensors file" in refused(path)
 
 
+def test_only_regular_files_are_bundles(special: tuple[Path, str]) -> None:
+    path, kind = special
+    assert f"{path}: cannot be read: it is {kind}, not a file" in refused(path)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "not a bundle" in refused(GOLDEN / "ntk_logn" / "model.safetensors")
     assert "cannot be read: No such file" in refused(tmp_path / "none")

@@ -436,7 +436,7 @@ def test_a_plot_takes_matplotlib(measure: Callable[..., Result], monkeypatch: py
     ("arguments", "message"),
     [
         (["--text", "x=none.txt"], "none.txt: cannot be read: No such file or directory"),
-        (["--text", "x=."], ".: cannot be read: Is a directory"),
+        (["--text", "x=."], ".: cannot be read: it is a folder, not a file"),
         (["--text", "x=latin1.txt"], "latin1.txt is not UTF-8 (byte 0xe9 at offset 1); convert it first"),
         (["--text", "x=empty.txt"], "empty.txt is empty"),
         (["--text", "a.txt"], "'a.txt' is not NAME=FILE, as in Welsh=welsh.txt; --help lists the options"),
@@ -454,7 +454,7 @@ def test_a_plot_takes_matplotlib(measure: Callable[..., Result], monkeypatch: py
         (["--vocabulary", "bytes"], "bytes: cannot be read: No such file or directory"),
         (["--against", "a.txt"], "not a token in base64, a space and its rank: b'abab'"),
         (["--against", "none"], "--against none: neither a file nor a known name: bytes, gpt2"),
-        (["--against", "."], ".: cannot be read: Is a directory"),
+        (["--against", "."], ".: cannot be read: it is a folder, not a file"),
         (["--against", "bytes", "bytes"], "the vocabulary bytes is given twice"),
         (["--against", "small.tiktoken"], "the vocabulary small.tiktoken is given twice"),
         (["--plot", "none/made.png"], "made.png: cannot be written: there is no folder"),

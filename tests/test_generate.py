@@ -119,7 +119,7 @@ def test_a_stop_id_is_the_last_token() -> None:
         ("1", {}, "a prompt must be a list of token ids: 'str' object"),
         (None, {}, "a prompt must be a list of token ids"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ([1], {"max_new_tokens": 10**9}, "a cache of 1 × 100000000. positions takes"),
+        ([1], {"max_new_tokens": 2**30}, "a cache of 1 × 1073741824 positions takes"),
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
         ([1], {"top_p": 2.0}, "top_p=2.0"),
         ([1], {"seed": -1}, "seed=-1"),

@@ -538,11 +538,17 @@ def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> Non
             ["--lengths", "32", "--plot", "nowhere/x.png"],
             "x.png: cannot be written: there is no folder",
         ),
+        (["--lengths", "32", "--state", ""], "--state: the path is empty"),
         (["--lengths", "32", "--dtype", "int7"], "int7"),
     ],
 )
 def test_bad_options_are_one_line(run_command: Run, text: Path, options: list[str], message: str) -> None:
     assert message in refused(run_command(main, "--text", text, *options))
+
+
+def test_a_state_is_a_regular_file(run_command: Run, text: Path, special: tuple[Path, str]) -> None:
+    path, _ = special
+    assert str(path) in refused(run_command(main, "--text", text, "--lengths", "16", "--state", path))
 
 
 def test_bad_texts_are_one_line(run_command: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -311,6 +312,28 @@ def test_a_history_file_that_save_did_not_write_is_refused(
     line = refused(chat("--history", tmp_path / "file", "--once", "x"))
     assert f"{tmp_path / 'file'}: " in line
     assert message in line
+
+
+def test_a_history_is_a_regular_file(chat: Callable, special: tuple[Path, str]) -> None:
+    path, kind = special
+    line = refused(chat("--once", "x", "--history", path))
+    assert f"{path}: cannot be read: it is {kind}, not a file" in line
+
+
+@pytest.mark.parametrize("depth", range(300, 1000, 50))
+def test_what_a_history_holds_beside_may_be_nested_deeply(depth: int, tmp_path: Path) -> None:
+    saved = '{"format": "qwen_ref.chat", "system": "s", "history": [["a", "b"]], "more": MORE}'
+    (tmp_path / "chat.json").write_text(saved.replace("MORE", "[" * depth + "]" * depth))
+    with contextlib.suppress(InputError):  # where Python's own limit is
+        assert terminal.read_saved(tmp_path / "chat.json") == ("s", [("a", "b")])
+
+
+def test_an_endless_message_is_not_read_into_memory(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LARGEST_TEXT", 2**20)
+    for endless in (bytes(2**20 + 1), b'"""\n' + b"\n" * (2**20 + 2)):
+        result = chat(stdin=endless)
+        assert (result.code, result.out) == (2, "")
+        assert "has more than 1 MiB" in result.err.splitlines()[-1]
 
 
 def test_save_overwrites_nothing_but_a_saved_chat(chat: Callable, tmp_path: Path) -> None:

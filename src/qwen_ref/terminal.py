@@ -285,7 +285,7 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
         if line is None:
             raise InputError('the end of the input came before the """ that ends a message')
         lines.append(line)
-        size += len(line)
+        size += len(line) + 1
         if size > LARGEST_TEXT:
             raise InputError(f'a message has more than {LARGEST_TEXT >> 20} MiB, and no """ that ends it')
     return "\n".join(lines).removesuffix('"""').strip("\n")
