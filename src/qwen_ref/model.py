@@ -289,8 +289,8 @@ class Qwen(nn.Module):
         """An empty cache for batch_size rows of up to max_length positions.
 
         prompt_length: for a prompt that comes in several calls, its length: dynamic NTK fixes the base by it,
-        and takes the first call for the whole prompt otherwise. Raises ValueError where the memory, 2 · layers
-        · B · max_length · H · K numbers, cannot be had; on the CPU it is taken only as it is written.
+        and takes the first call for the whole prompt otherwise. Raises ValueError where the memory cannot be
+        had: 2 · layers · B · max_length · H · K numbers, which a CPU takes only as they are written.
         """
         batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
         if prompt_length is not None:
