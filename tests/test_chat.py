@@ -324,7 +324,11 @@ def test_nothing_is_kept_of_a_pass_that_gave_nan() -> None:
 @pytest.mark.parametrize(
     ("length", "prompt", "message"),
     [
-        (3, [1, 2, 3], "the cache holds 3 positions: prompts must begin with those and be longer"),
+        (
+            3,
+            [1, 2, 3],
+            "the cache holds 3 positions, the longest prompt has 3 tokens",
+        ),
         (0, list(range(18)), r"1 × 21 positions are needed, the cache has 1 × 20"),
     ],
 )

@@ -531,10 +531,6 @@ def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> Non
             "--state nowhere/state: cannot be written: there is no folder",
         ),
         (
-            ["--lengths", "32", "--state", ""],
-            "--state .: cannot be written: it is a folder",
-        ),
-        (
             ["--lengths", "32", "--plot", "nowhere/x.png"],
             "x.png: cannot be written: there is no folder",
         ),
