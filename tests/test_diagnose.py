@@ -217,8 +217,8 @@ def test_two_mistakes_are_named_by_their_stages(tmp_path: Path, names: tuple[str
 )
 def test_two_mistakes_at_once_are_named(tmp_path: Path, names: tuple[str, ...], folder: str) -> None:
     length = 24 if folder == "extended_base" else 70  # longer than the trained length where that matters
-    # The epsilon is 2.9 to 3.9 tolerances away. What is left is rounding against rounding, which depends on the
-    # kernels: 0.18 to 0.27 tolerances with AVX-512 and AVX2, 0.36 with the oldest, over four texts.
+    # The epsilon is 2.9 to 3.9 tolerances away. What is left is rounding against rounding, which depends on
+    # the kernels: 0.18 to 0.27 tolerances with AVX-512 and AVX2, 0.36 with the oldest, over four texts.
     wide = 6 if "eps_1e-5" in names else WIDE
     check_named(planted(tmp_path, names, folder=folder, length=length), [SAID[name] for name in names], wide)
 
