@@ -9,7 +9,9 @@ import signal
 import socket
 import sys
 
-# Before NumPy is there: its second thread waits for the processor as torch's would, see pytest_configure.
+# Tests run side by side, on models so small that a second thread costs more than it computes: it would wait
+# for the processor that another test has. Before torch and NumPy are there, and for tests' processes, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,11 +166,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in KERNELS:
             item.add_marker(pytest.mark.kernels)
+        if hasattr(item, "callspec") and item.callspec.params.get("ranks") == 4:  # they share two cores
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure() -> None:
-    # These models are so small that a second thread costs more than it computes: a tenth of the whole time.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # whatever the environment says
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from conftest import GOLDEN, ROOT, WEIGHTS
 pytest.importorskip("transformers", reason="an extra: `make parity` installs it")
 
 
+@pytest.mark.slow  # transformers is imported, and diagnosed twice
 @pytest.mark.parametrize(
     ("folder", "base"),
     [(WEIGHTS, "RoPE base 10000 for 1e+06"), (GOLDEN / "ntk_logn", "RoPE base 1e+06 for 10000")],
