@@ -70,6 +70,7 @@ def test_training_twice_gives_the_same_bytes(
             assert once == (WEIGHTS / name).read_bytes()
 
 
+@pytest.mark.slow  # in bfloat16, where the processor has no products of it
 def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     from examine_tiny import examine, examples_by_form
@@ -92,6 +93,7 @@ def gptq(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("quantize_gptq")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "fast"),
     [
