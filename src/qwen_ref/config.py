@@ -151,7 +151,7 @@ class QwenConfig:
     def preset(cls, size: str) -> QwenConfig:
         """The published configuration of "1.8b", "7b", "14b" or "72b"."""
         if size not in _PRESETS:
-            raise InputError(f"no preset {size!r}; use one of {', '.join(_PRESETS)}")
+            raise InputError(f"no preset {shown(size)}; use one of {', '.join(_PRESETS)}")
         return _PRESETS[size]
 
     def check_ranks(self, ranks: int) -> None:
