@@ -1,4 +1,7 @@
-"""Chat: contexts as the published code makes them, and answers that owe nothing to what was cached before."""
+"""Chat: contexts as the published code makes them, and answers that owe nothing to what was cached before.
+
+Bits are compared between caches alone, of which the same kernels read the same numbers: on every processor.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Checkpoint folders: the tensor table, loading that copies nothing, and every fault named at once."""
+"""Checkpoint folders: the tensor table, loading that copies nothing, and every fault named at once.
+
+Bits are those of weights, which are copied or cast, and of logits of one model computed twice: no processor's
+kernels make them differ.
+"""
 
 from __future__ import annotations
 

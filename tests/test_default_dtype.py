@@ -1,4 +1,7 @@
-"""No result depends on torch.set_default_dtype, which is the caller's: the bits are those of float32."""
+"""No result depends on torch.set_default_dtype, which is the caller's: the bits are those of float32.
+
+The same kernels run twice on the same numbers, so bits may be compared on every processor.
+"""
 
 from __future__ import annotations
 
