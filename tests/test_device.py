@@ -7,6 +7,7 @@ computed: device_check.py does that, where there is a GPU.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from qwen_ref import Qwen, QwenConfig, load_model
+from qwen_ref import Qwen, QwenConfig, fast, load_model, parity
+from qwen_ref.fast import fasten
 from qwen_ref.generate import generate_batch, generate_uncached
 from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.lookup import generate_lookup
@@ -177,10 +179,30 @@ def test_the_largest_tensor_of_a_batch_grows_no_faster_than_its_texts(lengths: t
     assert largest[1] <= 2 * largest[0]
 
 
-def test_a_default_device_of_the_callers_changes_nothing() -> None:
+@pytest.mark.parametrize("how", ["plain", "fast", "int8", "int4"])
+def test_a_default_device_of_the_callers_changes_nothing(how: str) -> None:
     """torch.set_default_device, or a `with torch.device(…)` around the call."""
-    qwen, prompts = load_model(GOLDEN / "ntk_logn", "float32"), [[5, 6, 7], list(range(40))]
+    prompts = [[5, 6, 7], list(range(40))]
     settings = {"max_new_tokens": 5, "temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 3}
-    expected = list(generate_batch(qwen, prompts, **settings)), score(qwen, prompts[1]).tolist()
+
+    def results() -> tuple:
+        qwen = load_model(GOLDEN / "ntk_logn", "bfloat16")
+        if how != "plain":
+            fasten(qwen, None if how == "fast" else how, 32)
+        scores = score(qwen, [5, 9, 200, 31, 7, 300, 12], [[3, 4], [5, 6]])
+        return list(generate_batch(qwen, prompts, **settings)), [each.tolist() for each in scores]
+
+    expected = results()
+    fast.int4_layout.cache_clear()
+    fast._counted.cache_clear()
     with torch.device("meta"):
-        assert (list(generate_batch(qwen, prompts, **settings)), score(qwen, prompts[1]).tolist()) == expected
+        assert results() == expected
+    assert results() == expected  # nothing of that device was kept
+
+
+def test_a_default_device_changes_nothing_in_the_parity_kit(tmp_path: Path) -> None:
+    ids = torch.arange(40)[None]
+    with torch.device("meta"):
+        bundle = parity.record(GOLDEN / "ntk_logn", ids, tmp_path / "there", rounding=())
+    other = parity.record(GOLDEN / "ntk_logn", ids, tmp_path / "here", rounding=())
+    assert torch.equal(bundle.stage("logits"), other.stage("logits"))

@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN
 from golden_cases import model
 
-from qwen_ref import Tokenizer, load_model
+from qwen_ref import Tokenizer, load_model, perplexity
 from qwen_ref.generate import Step, generate, generate_batch, generate_uncached
 from qwen_ref.lookup import generate_lookup
 from qwen_ref.streaming import TextStream
@@ -115,9 +115,16 @@ def test_a_stop_id_is_the_last_token() -> None:
         ([], {}, "no tokens"),
         ([1, 320], {}, "token id 320 is outside the vocabulary, 0 to 319"),
         ([-1], {}, "token id -1"),
-        ([1.0], {}, "a prompt must be a list of token ids: 'float' object"),
-        ("1", {}, "a prompt must be a list of token ids: 'str' object"),
+        ([1.0], {}, "a prompt must be a list of token ids, whole numbers"),
+        ("1", {}, "a prompt must be a list of token ids, whole numbers"),
         (None, {}, "a prompt must be a list of token ids"),
+        ([True, False], {}, "a prompt must be a list of token ids"),
+        (torch.tensor([True, True]), {}, "a prompt must be a list of token ids"),
+        (b"ab", {}, "a prompt must be a list of token ids"),
+        ({1: 2}, {}, "a prompt must be a list of token ids"),
+        ([1], {"temperature": "1"}, "temperature='1' must be a number"),
+        ([1], {"top_p": None}, "top_p=None must be a number"),
+        ([1], {"top_k": True}, "top_k=True must be a whole number"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ([1], {"max_new_tokens": 2**30}, "a cache of 1 × 1073741824 positions takes"),
         ([1], {"temperature": -1.0}, "temperature=-1.0"),
@@ -191,6 +198,50 @@ def test_a_cache_without_padding_refuses_prompts_of_other_lengths() -> None:
         generate_batch(qwen, [prompt(9), prompt(10)], 4, cache=cache)
     with pytest.raises(ValueError, match="the longest prompt has 5 tokens"):
         generate_batch(qwen, [prompt(5), prompt(5)], 4, cache=cache)
+
+
+def test_a_cache_whose_row_ended_earlier_is_gone_on_with_from_there_alone() -> None:
+    """What stands behind a row's end is none of its text."""
+    qwen, prompts = model("ntk_logn", "float64"), [[5, 6, 7], [9, 8, 7, 4, 5]]
+    stop = next(generate(qwen, prompts[0])).token
+    cache = qwen.new_cache(2, 40)
+    rows = list(generate_batch(qwen, prompts, 6, stop_ids=[stop], cache=cache))
+    assert rows[1][0] is None
+    texts = [[*prompts[0], stop], [*prompts[1], rows[0][1].token]]
+    longer = [[*text, 11, 12, 13, 14, 15, 16] for text in texts]
+    with pytest.raises(
+        ValueError, match="a row of this cache ended after 6 positions, and the cache holds 10"
+    ):
+        generate_batch(qwen, longer, 3, cache=cache)
+    cache.length = 6
+    found = list(zip(*generate_batch(qwen, longer, 3, cache=cache), strict=True))
+    for row, ids in zip(found, longer, strict=True):
+        alone = list(generate(qwen, ids, max_new_tokens=3))
+        assert [step.token for step in row] == [step.token for step in alone]
+        assert [step.logprob for step in row] == pytest.approx([step.logprob for step in alone], rel=1e-10)
+
+
+def test_two_iterators_on_one_cache_are_refused() -> None:
+    qwen = model("extended_base", "float32")
+    cache = qwen.new_cache(1, 60)
+    first, second = (generate(qwen, prompt(9), 8, cache=cache) for _ in range(2))
+    next(first)
+    with pytest.raises(ValueError, match="the cache was used elsewhere meanwhile"):
+        next(second)
+    other = generate(qwen, [*prompt(20)], 8, cache=cache)
+    next(other)
+    with pytest.raises(ValueError, match="the cache was used elsewhere meanwhile"):
+        next(first)
+
+
+def test_no_other_token_s_embedding_spoils_a_padded_row() -> None:
+    qwen = load_model(GOLDEN / "ntk_logn", "float64")
+    prompts = [[1, 2, 3], [4, 5, 8, 9]]
+    alone = [list(generate(qwen, ids, 3)) for ids in prompts]
+    qwen.embed.weight[0] = torch.inf
+    for row, steps in enumerate(zip(*generate_batch(qwen, prompts, 3), strict=True)):
+        assert [step.token for step in steps] == [step.token for step in alone[row]]
+    assert perplexity.score(qwen, prompts)[0].isfinite().all()
 
 
 def test_a_row_that_has_ended_is_neither_drawn_nor_checked() -> None:

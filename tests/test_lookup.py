@@ -348,7 +348,7 @@ def test_passes_count_while_it_runs_and_closing_ends_it() -> None:
     [
         ([], {}, "no tokens"),
         ([1, 320], {}, "token id 320 is outside the vocabulary, 0 to 319"),
-        ([1.0], {}, "a prompt must be a list of token ids: 'float' object"),
+        ([1.0], {}, "a prompt must be a list of token ids, whole numbers"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ([1], {"max_new_tokens": 2**30}, "a cache of 1 × 1073741824 positions takes"),
         ([1], {"temperature": 0.7}, "lookup is greedy only: temperature=0.7 must be 0"),

@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,8 @@ class InputError(ValueError):
 def whole(name: str, value: object, least: int = 1, most: int = 2**40) -> int:
     """A whole number of any type, as an int; InputError, with its name, for anything else."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise InputError(f"{name}={shown(value)} must be a whole number") from None
@@ -34,6 +36,20 @@ def whole(name: str, value: object, least: int = 1, most: int = 2**40) -> int:
     if number > most:
         raise InputError(f"{name}={shown(value)} must be at most {most}")
     return number
+
+
+def whole_numbers(name: str, ids: Iterable[int]) -> list[int]:
+    """Python's, from integers of any library; InputError for what is no list of integers."""
+    try:
+        if isinstance(ids, str | bytes | dict):
+            raise TypeError
+        # A tensor's own elements are tensors, of which operator.index makes 1 where they are True.
+        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        if bool in map(type, found):
+            raise TypeError
+        return list(map(operator.index, found))
+    except TypeError:
+        raise InputError(f"{name} must be a list of token ids, whole numbers, not {shown(ids)}") from None
 
 
 # Lack of memory, as torch and other libraries say it in a RuntimeError. On accelerators torch has a class for

@@ -307,9 +307,9 @@ class Int8Table(Matrix):
         super().__init__(outputs, inputs, dtype, width, wide, few_bits.order)
         self.groups = inputs // few_bits.group_size
         self.middle = 1 << (few_bits.bits - 1)
-        table = torch.zeros(self.blocks, inputs, self.width + 8, dtype=torch.uint8)
-        scales, offsets = torch.zeros(2, self.blocks, self.groups, self.width, dtype=torch.float32)
-        behind = torch.tensor([1.0, -self.middle], dtype=torch.float32).view(torch.uint8)
+        table = torch.zeros(self.blocks, inputs, self.width + 8, dtype=torch.uint8, device="cpu")
+        scales, offsets = table.new_zeros(2, self.blocks, self.groups, self.width, dtype=torch.float32)
+        behind = torch.tensor([1.0, -self.middle], dtype=torch.float32, device="cpu").view(torch.uint8)
         for n, block in enumerate(table):
             q, scale, offset = few_bits.rows(slice(n * self.width, (n + 1) * self.width))
             block[:, : len(q)] = q.t()
@@ -364,8 +364,8 @@ class Int4Matrix(Matrix):
         super().__init__(outputs, inputs, torch.bfloat16, 64, False, few_bits.order)
         self.group_size = kernel_group(few_bits.group_size)
         copies = few_bits.group_size // self.group_size
-        packed = torch.empty(self.blocks, inputs * 32, dtype=torch.uint8)
-        scales = torch.empty(inputs // self.group_size, self.blocks, 64, 2, dtype=self.dtype)
+        packed = torch.empty(self.blocks, inputs * 32, dtype=torch.uint8, device="cpu")
+        scales = torch.empty(inputs // self.group_size, self.blocks, 64, 2, dtype=self.dtype, device="cpu")
         for block in range(0, self.blocks, 8):
             parts = few_bits.rows(slice(64 * block, 64 * (block + 8)))
             q, scale, zero = (F.pad(part, (0, 0, 0, -len(part) % 64)) for part in parts)
@@ -415,7 +415,7 @@ def int4_layout() -> tuple[int, bool] | None:
     outputs n (low half) and n + strip / 2 of the strip; or, where neighbours share a byte, 2n and 2n + 1.
     AVX-512 has strips of 64, AVX2 of 32. Without either, neighbours share a byte.
     """
-    q = (torch.arange(64)[:, None] * 7 + torch.arange(32) * 5) // 3 % 16
+    q = (torch.arange(64, device="cpu")[:, None] * 7 + torch.arange(32, device="cpu") * 5) // 3 % 16
     packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 2).view(1, -1)
     for strip in (64, 32, 16):
         for neighbours in (False, True):
@@ -449,7 +449,7 @@ def _bags(blocks: int, inputs: int, rows: int, groups: int = 1) -> tuple[Tensor,
 @functools.lru_cache(maxsize=8)  # a model's matrices have four or five sizes
 @torch.inference_mode(False)
 def _counted(count: int) -> Tensor:
-    return torch.arange(count, dtype=torch.int32)
+    return torch.arange(count, dtype=torch.int32, device="cpu")
 
 
 _workspaces = threading.local()  # by dtype
@@ -460,7 +460,7 @@ def _workspace(size: int, dtype: torch.dtype) -> Tensor:
     found = vars(_workspaces).get(dtype)
     if found is None or len(found) < size:
         with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
-            found = vars(_workspaces)[dtype] = torch.empty(size, dtype=dtype)
+            found = vars(_workspaces)[dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return found
 
 
@@ -595,16 +595,21 @@ class _Rows(NamedTuple):
 @torch.inference_mode(False)
 def _rows_in_use(heads: int, blocks: int, used: int, rows: int, K: int, positions: int) -> _Rows:
     """heads: of all sequences; each has blocks of so many rows, of which some are used."""
-    block = torch.arange(heads)[:, None] * blocks + torch.arange(used)  # (heads, used)
-    keys = block[:, :, None] * rows + torch.arange(K)
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, device="cpu")
+
+    block = count(heads)[:, None] * blocks + count(used)  # (heads, used)
+    keys = block[:, :, None] * rows + count(K)
     rounded = block[:, :, None] * rows + K
-    values = torch.arange(heads)[:, None] * (blocks * positions) + torch.arange(used * positions)
+    values = count(heads)[:, None] * (blocks * positions) + count(used * positions)
     return _Rows(*map(_numbered, (keys, torch.cat((rounded, keys), dim=2), values)))
 
 
 def _numbered(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Bags of rows (…, rows of a bag) → their numbers, where bags start (and the last one ends)."""
-    return rows.flatten().int(), torch.arange(0, rows.numel() + 1, rows.shape[-1], dtype=torch.int32)
+    starts = torch.arange(0, rows.numel() + 1, rows.shape[-1], dtype=torch.int32, device="cpu")
+    return rows.flatten().int(), starts
 
 
 def _bag(table: Tensor, rows: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:

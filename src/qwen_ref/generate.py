@@ -60,7 +60,8 @@ def generate(
 
     temperature 0 is greedy; qwen_ref.sampling explains the others. The same seed gives the same tokens.
     cache: what holds the beginning of prompt_ids already, all but its last token at most, and has room for
-    the rest; only what is new is computed, and it then holds all but the last token yielded.
+    the rest; only what is new is computed, and it then holds all but the last token yielded. Dynamic NTK's α
+    stays that of the prompt which the cache was begun with (PrefixCache begins anew where another is due).
     progress: called while the prompt is computed, with its tokens done and all of them.
     Raises ValueError for an empty prompt, ids or parameters out of range, and a cache that does not fit.
 
@@ -132,12 +133,19 @@ def generate_batch(
     mask = (ids[:, :longest] >= 0).long()
     generators = _generators(model, B, temperature, seed)
 
+    # What stands for padding and behind a row's end: of its own tokens, so that no other can spoil the row.
+    fillers = torch.tensor([prompt[:1] for prompt in prompts], device="cpu")
+    cache.text_end, start = None, cache.length
+
     def steps() -> Iterator[tuple[list[Step | None], bool]]:
-        live = list(range(B))
+        live, held = list(range(B)), start
         for n in range(longest, longest + max_new_tokens):
+            if cache.length != held:
+                raise InputError("the cache was used elsewhere meanwhile; it serves one generation at a time")
             with torch.inference_mode():
-                new = ids[:, cache.length : n].clamp(min=0)  # at first the prompt, then a token
-                padded = mask if cache.length == 0 else None
+                new = ids[:, held:n]  # at first the prompt, then a token
+                new = new.where(new >= 0, fillers)
+                padded = mask if held == 0 else None
                 last = prefill(model, new, cache, padded, progress=progress if n == longest else None)
                 # (B, V): of all positions only the last one's, of all ranks only rank 0
                 logits = model.lm_head(last, only_rank_0=True)
@@ -146,6 +154,9 @@ def generate_batch(
             for row, step in zip(live, chosen, strict=True):
                 rows[row], ids[row, n] = step, step.token
             live = [row for row in live if rows[row].token not in stop_ids]
+            held = n
+            if len(live) < B and cache.text_end is None:
+                cache.text_end = n + 1  # the last token of a row that has ended; what follows is none of its
             last = not live or n + 1 == longest + max_new_tokens
             yield rows, last
             if last:
@@ -169,6 +180,11 @@ def _check_room(cache: KVCache, prompts: list[list[int]], max_new_tokens: int) -
         raise InputError(
             f"the cache holds {cache.length} positions, the longest prompt has {longest} tokens: prompts "
             "must begin with what it holds and be longer"
+        )
+    if cache.text_end is not None and cache.length > cache.text_end:
+        raise InputError(
+            f"a row of this cache ended after {cache.text_end} positions, and the cache holds "
+            f"{cache.length}: set its length to {cache.text_end} or less, or use a new cache"
         )
     held = [0] * len(prompts) if cache.padding is None else cache.padding.tolist()
     needed_padding = [longest - len(prompt) for prompt in prompts]

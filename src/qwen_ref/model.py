@@ -151,6 +151,7 @@ class KVCache:
         self.length = 0  # positions filled
         self.prompt_length = prompt_length  # None: that of the first call
         self.padding: Tensor | None = None  # (B,), on the CPU; None: no row is padded
+        self.text_end: int | None = None  # behind it a row of a batch had ended (see generate.py)
         self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,9 +263,8 @@ class Qwen(nn.Module):
         input_ids: (B, T), int64, on the CPU or on the model's device.
         attention_mask: (B, T), 1 for a token, 0 for padding, which stands on the left only. A padded row
         gives what it gives alone; logits at padding mean nothing.
-        cache: the T positions are appended to those it holds. One shot, in chunks and token by token are the
-        same computation. It remembers the first call's mask, which may be longer than T: that of a whole
-        prompt of which this call is the first chunk. None is the forward pass of a textbook.
+        cache: the T positions are appended to those it holds. All at once, in chunks or singly gives the same
+        result. It remembers the first call's mask, which may be longer than T: that of the whole prompt.
         Raises ValueError for ids outside the vocabulary, wrong shapes, padding elsewhere and a full cache.
         With several ranks, all call it with the same arguments, and all get all logits.
         """

@@ -136,6 +136,8 @@ def windows(lengths_of_texts: Sequence[int], length: int, stride: int | None = N
     >>> [tuple(window) for window in windows([9], 4, stride=3)]
     [(0, 0, 4, 1), (0, 3, 7, 4), (0, 6, 9, 7)]
     """
+    if stride is not None and not 1 <= stride < length:
+        raise InputError(f"{stride=} must be from 1 to below the length of a window, {length}")
     found = []
     for text, tokens in enumerate(lengths_of_texts):
         if tokens < length:
@@ -173,9 +175,9 @@ def window_sums(logprobs: Tensor, window: Window, length: int) -> Sums:
     import torch
 
     edges = bucket_edges(length)
-    positions = torch.arange(window.scored - window.start, window.end - window.start)
-    bucket = torch.bucketize(positions, torch.tensor(edges[1:]), right=True)
-    losses = torch.zeros(len(edges) - 1, dtype=torch.float64)
+    positions = torch.arange(window.scored - window.start, window.end - window.start, device="cpu")
+    bucket = torch.bucketize(positions, torch.tensor(edges[1:], device="cpu"), right=True)
+    losses = torch.zeros(len(edges) - 1, dtype=torch.float64, device="cpu")
     losses.index_add_(0, bucket, -logprobs.double().cpu())
     return Sums(losses.tolist(), torch.bincount(bucket, minlength=len(edges) - 1).tolist())
 

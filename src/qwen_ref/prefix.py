@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwen_ref.config import whole
 from qwen_ref.generate import generate
 from qwen_ref.steps import Step, begun, checked_ids
 
@@ -39,10 +40,8 @@ class PrefixCache:
 
         There is one text at a time: an iterator that is still running ends with the next call.
         """
-        if self._steps is not None:
-            self._steps.close()
         prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
-        cache = self.rewind(prompt_ids, len(prompt_ids) + max(max_new_tokens, 1) - 1)
+        cache = self.rewind(prompt_ids, len(prompt_ids) + whole("max_new_tokens", max_new_tokens) - 1)
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
 
         def watched() -> Generator[Step | None]:
@@ -65,6 +64,8 @@ class PrefixCache:
         The caller puts the rest of the prompt behind it, the last token at least. prompt_length: what fixes
         dynamic NTK's base, where that is not the prompt alone.
         """
+        if self._steps is not None:
+            self._steps.close()  # it would go on with what is in the cache now
         prompt_length = prompt_length or len(prompt_ids)
         before, self._ids, self.kept = self._ids, list(prompt_ids), 0
         if self._cache is None or not self._same_base(prompt_length):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,10 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
 
 def check_parameters(temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> None:
     """Raises ValueError where a sampling parameter is out of range."""
+    given = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise InputError(f"{name}={shown(value)} must be a number")
     if temperature != 0 and not 1e-5 <= temperature <= 1e30:  # float32 holds both
         raise InputError(f"temperature={shown(temperature)} must be 0 (greedy) or from 1e-5 to 1e30")
     whole("top_k", top_k, least=0)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, whole, whole_numbers
 from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import KVCache, Qwen, ntk_alpha
 from qwen_ref.prefill import in_chunks, prefill
@@ -49,10 +49,10 @@ def score_texts(
     group, V = model.group, model.config.vocab_size
     with group.together():
         texts = [checked_ids(text, V) for text in texts]
-        starts = [1] * len(texts) if starts is None else list(starts)
+        starts = [1] * len(texts) if starts is None else whole_numbers("starts", starts)
         if len(starts) != len(texts) or not all(1 <= s <= len(t) for s, t in zip(starts, texts, strict=True)):
             raise InputError(f"{starts=} must have an index from 1 to the text's length for each text")
-        _check_batch_size(batch_size)
+        whole("batch_size", batch_size)
     if group.size > 1:
         group.require_same("these scores", {"a text": texts, "where to start": starts, "batch": batch_size})
     found: list[Scores] = [_none(model)] * len(texts)
@@ -73,7 +73,9 @@ def _batch(
 ) -> list[Scores]:
     B, longest, device = len(texts), max(map(len, texts)), model.embed.weight.device
     padding = [longest - len(text) for text in texts]
-    ids = torch.tensor([[0] * pad + text for pad, text in zip(padding, texts, strict=True)], device="cpu")
+    # Padding is the text's own first token: another one whose values are not finite would spoil the row.
+    rows = [text[:1] * pad + text for pad, text in zip(padding, texts, strict=True)]
+    ids = torch.tensor(rows, device="cpu")
     mask = (torch.arange(longest, device="cpu") >= torch.tensor(padding, device="cpu")[:, None]).long()
     with model.group.together():
         cache = model.new_cache(B, longest, prompt_length=longest)  # of which the last token is not fed
@@ -112,10 +114,9 @@ def score_continuations(
     config, group = model.config, model.group
     with group.together():
         prompt = checked_ids(prompt, config.vocab_size)
-        continuations = [
-            checked_ids(each, config.vocab_size) if each else [] for each in map(list, continuations)
-        ]
-        _check_batch_size(batch_size)
+        continuations = [whole_numbers("a continuation", each) for each in continuations]
+        continuations = [checked_ids(each, config.vocab_size) if each else [] for each in continuations]
+        whole("batch_size", batch_size)
     if group.size > 1:
         asked = {"the prompt": prompt, "the continuations": continuations, "batch": batch_size}
         group.require_same("these scores", asked)
@@ -218,8 +219,3 @@ def _none(model: Qwen) -> Scores:
     wide = torch.promote_types(model.embed.weight.dtype, torch.float32)
     device = model.embed.weight.device
     return Scores(torch.empty(0, dtype=wide, device=device), torch.empty(0, dtype=torch.bool, device=device))
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"{batch_size=} must be at least 1")

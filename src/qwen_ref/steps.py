@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from qwen_ref.config import LARGEST_LENGTH, InputError, shown, whole
+from qwen_ref.config import LARGEST_LENGTH, InputError, whole, whole_numbers
 from qwen_ref.launch import RankLost
 
 if TYPE_CHECKING:
@@ -47,12 +46,7 @@ def check_settings(
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     """The ids of a prompt, which may be any integers; ValueError for none, and outside the vocabulary."""
-    try:
-        if isinstance(prompt, bytes):  # it would give numbers
-            raise TypeError("these are bytes")
-        ids = [operator.index(token) for token in prompt]
-    except TypeError as error:
-        raise InputError(f"a prompt must be a list of token ids: {error}") from None
+    ids = whole_numbers("a prompt", prompt)
     if not ids:
         raise InputError(
             "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
@@ -65,15 +59,7 @@ def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
 
 def checked_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
     """The ids that end a text, from any collection or iterator; InputError for anything else."""
-    try:
-        if isinstance(stop_ids, str | bytes):  # bytes would give numbers
-            raise TypeError
-        return frozenset(map(operator.index, stop_ids))
-    except TypeError:
-        raise InputError(
-            f"stop_ids must be a list of token ids, as [1, 2], not {shown(stop_ids)}; a text to stop at goes "
-            "into stop_texts"
-        ) from None
+    return frozenset(whole_numbers("stop_ids", stop_ids))
 
 
 def choose(

@@ -26,7 +26,7 @@ from typing import Any
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
-from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes, shown
+from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes, shown, whole_numbers
 
 # The published split pattern. \p{N} without a "+" is what makes every digit a piece of its own.
 PATTERN = (
@@ -124,7 +124,7 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
         """The exact bytes of ids."""
         tokens = []
-        for token in _whole_numbers(ids):
+        for token in whole_numbers("ids", ids):
             if not 0 <= token < self.n_vocab:
                 raise InputError(f"no token has id {shown(token)}; ids go from 0 to {self.n_vocab - 1}")
             if not (skip_special_tokens and token >= self._n_regular):
@@ -221,20 +221,6 @@ def _bmp_pattern() -> re.Pattern[str]:
         rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{L}{N}]?[{L}]+|[{N}]| ?[^{S}{L}{N}]+[\r\n]*"
         rf"|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+"
     )
-
-
-def _whole_numbers(ids: Iterable[int]) -> list[int]:
-    """Python's, from integers of any library; InputError for what is no list of integers."""
-    try:
-        if isinstance(ids, str | bytes):
-            raise TypeError
-        # A tensor's own elements are tensors, of which operator.index makes 1 where they are True.
-        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
-        if bool in map(type, found):
-            raise TypeError
-        return list(map(operator.index, found))
-    except TypeError:
-        raise InputError(f"ids must be a list of token ids, whole numbers, not {shown(ids)}") from None
 
 
 class _Memo(dict):

@@ -136,7 +136,7 @@ def trace(
     if top is not None and not (isinstance(top, int) and 1 <= top <= config.vocab_size):
         raise InputError(f"top={shown(top)} must be from 1 to the model's vocab_size={config.vocab_size}")
 
-    port = Port(checkpoint, dtype, torch.tensor([ids]))
+    port = Port(checkpoint, dtype, torch.tensor([ids], device="cpu"))
     work = Work(progress)
     work.expect(checkpoint.bytes + (0 if top is None else checkpoint.weight("lm_head.weight").nbytes))
     port.progress = work.did
@@ -215,7 +215,7 @@ def describe(name: str, value: Tensor) -> Stage:
     if mean is not None:  # from the mean, not from the squares: these would cancel
         squares = sum(float((part[part.isfinite()].double() - mean).square().sum()) for part in slices)
         spread = math.sqrt(squares / count)
-    where = torch.unravel_index(torch.tensor(at), value.shape)
+    where = torch.unravel_index(torch.tensor(at, device="cpu"), value.shape)
     return Stage(
         name=name,
         layer=layer_of(name),

@@ -165,7 +165,7 @@ def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
     )
     if not ids:
         raise InputError("the prompt is empty")
-    return torch.tensor([ids])
+    return torch.tensor([ids], device="cpu")
 
 
 def _check(args: argparse.Namespace) -> int:

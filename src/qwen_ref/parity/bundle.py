@@ -296,7 +296,7 @@ def as_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
     right = isinstance(mask, Tensor) and not mask.is_meta and mask.shape == ids.shape
     if right:
         tokens = mask != 0
-        start = torch.arange(ids.shape[-1]) >= (~tokens).sum(dim=-1, keepdim=True)
+        start = torch.arange(ids.shape[-1], device="cpu") >= (~tokens).sum(dim=-1, keepdim=True)
         right = torch.equal(tokens, start) and bool(tokens.any(dim=-1).all() and (mask[tokens] == 1).all())
     if not right:
         raise InputError(
@@ -562,8 +562,8 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
             "list of them, or of such lists for a batch"
         )
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device="cpu")
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device="cpu")
     return ids, None if bool(mask.all()) else mask
 
 

@@ -54,7 +54,7 @@ class Measure:
         """truth, value: (B, t, …) of the t positions from `start` on."""
         truth, value = truth.flatten(2), value.flatten(2)
         step = max(_CHUNK // max(truth[:, 0].numel(), 1), 1)
-        sums = self._sums.setdefault(stage, torch.zeros(5, *self.ids.shape, dtype=torch.float64))
+        sums = self._sums.setdefault(stage, self.ids.new_zeros((5, *self.ids.shape), dtype=torch.float64))
         self._widths[stage] = truth.shape[-1]
         for first in range(0, truth.shape[1], step):
             at = slice(start + first, min(start + first + step, start + truth.shape[1]))
@@ -96,7 +96,7 @@ class Measure:
             "q_other": log_q.gather(-1, other_first)[..., 0].exp(),
         }
         for name, values in found.items():
-            kept = self._logits.setdefault(name, torch.zeros(self.ids.shape, dtype=values.dtype))
+            kept = self._logits.setdefault(name, self.ids.new_zeros(self.ids.shape, dtype=values.dtype))
             kept[:, at] = values
 
     @property

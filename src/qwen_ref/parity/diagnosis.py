@@ -291,6 +291,7 @@ class _Search:
             }
         error = theirs.rounding(last).all
         costs = {text: measure.rounding(last).all for text, measure in ours.items()}
+        costs = {text: cost for text, cost in costs.items() if not self._has_finer_numbers(wider[text])}
         ratios = {t: error / cost for t, cost in costs.items() if error > 0 and 0 < cost < math.inf}
         if not ratios:
             return []
@@ -312,6 +313,15 @@ class _Search:
         some = self.theirs.stage(self.theirs.stages[-1])[:, :_SAMPLE]
         kept = torch.finfo(some.dtype).eps < _eps(dtype)
         return kept and torch.equal(some.to(DTYPES[dtype]).to(some.dtype), some)
+
+    def _has_finer_numbers(self, dtype: str) -> bool:
+        """Whether the last stage was rounded to the other half-precision dtype, whose numbers it has."""
+        some = self.theirs.stage(self.theirs.stages[-1])[:, :_SAMPLE]
+
+        def on_grid(name: str) -> bool:
+            return torch.equal(some.to(DTYPES[name]).to(some.dtype), some)
+
+        return dtype in _HALVES and not on_grid(dtype) and any(map(on_grid, _HALVES))
 
     def _explain(self, found: Hypothesis) -> None:
         stage = self.theirs.stages[-1]

@@ -118,14 +118,14 @@ class Port:
         """
         model = _streamed(self)
         B, T = self.ids.shape
-        with self._in_place(), torch.inference_mode():
+        with self._in_place(), torch.inference_mode(), torch.device("cpu"):
             if not self.cached:
                 return self._uncached(model, keep, only)
             first = self.prefill_length if self.stepwise else T
             cache = None
             if self.prefill_length < T + greedy:
                 shape = (B, self.config.num_attention_heads, T + greedy, self.config.kv_channels)
-                like = torch.empty(0, dtype=self.dtype)
+                like = torch.empty(0, dtype=self.dtype, device="cpu")
                 try:
                     cache = KVCache(self.config.num_hidden_layers, shape, self.prefill_length, like)
                 except RuntimeError as error:
