@@ -550,6 +550,19 @@ def test_all_that_is_wrong_with_packed_weights_is_said_at_once_before_one_is_use
     assert checkpoint.main(["inspect", str(spoiled)]) == 0  # reads nothing but headers
 
 
+def test_what_the_headers_say_and_what_the_numbers_say_is_said_together(spoiled: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        spoil_three(tensors)
+        tensors["transformer.h.2.mlp.w2.scales"] = tensors["transformer.h.2.mlp.w2.scales"][:1]
+        del tensors["transformer.h.2.mlp.w1.qzeros"]
+
+    change_tensors(spoiled, spoil)
+    with pytest.raises(ValueError, match="6 problems: missing tensors") as caught:
+        load_model(spoiled)
+    for problem in ("transformer.h.2.mlp.w1.qzeros", "transformer.h.2.mlp.w2.scales is [1, ", *SPOILED):
+        assert problem in str(caught.value)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_v2_file_is_recognised_by_its_zero_points(made: Callable, bits: int) -> None:
     packed, _ = made(bits=bits, zero_offset=0)

@@ -270,6 +270,12 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     if config is not None and files:
         _compare(tensor_table(config), gptq, found, problems, complete=not unread)
     if problems or config is None:
+        if config is not None and gptq is not None:  # all that can be known is said at once
+            sound = [
+                spec for spec in tensor_table(config) if is_packed(spec) and _is_sound(spec, gptq, found)
+            ]
+            packed = with_packed(sound, gptq, found).values()
+            problems += [line for tensor in packed for line in tensor.problems()]
         raise _refusal(folder, problems)
     return config, found if gptq is None else with_packed(tensor_table(config), gptq, found)
 
@@ -452,6 +458,15 @@ def with_packed(
         else:
             stored[spec.published] = found[spec.published]
     return stored
+
+
+def _is_sound(spec: TensorSpec, gptq: GPTQConfig, found: dict[str, StoredTensor]) -> bool:
+    """Whether a packed weight's tensors are there as they should be, by the headers."""
+    kinds = {True: SCALE_DTYPES, False: PACKED_DTYPES}
+    return all(
+        name in found and found[name].shape == shape and found[name].dtype in kinds[name.endswith(".scales")]
+        for name, shape in packed_shapes(spec, gptq).items()
+    )
 
 
 def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> str:
