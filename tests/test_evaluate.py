@@ -436,7 +436,7 @@ def test_whose_error_it_is(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(scoring, "_check_batch_size", fail)  # called by the model, which the harness calls
+    monkeypatch.setattr(scoring, "whole_numbers", fail)  # called by the model, which the harness calls
     done = run_command(main, "--tasks", letters, "--limit", "1")
     assert done.code == code
     assert said in done.err.splitlines()[-1]
