@@ -172,6 +172,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # whatever the environment says
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as a shell leaves it to what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else tests' processes would ignore it, too
 
 
 @pytest.fixture(autouse=True)

@@ -398,6 +398,7 @@ def _do_all(run: Run, numbers: Sequence[int], out: int) -> None:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + _MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.dont_write_bytecode = True  # of a module that is first imported in a case
     sys.addaudithook(_audit)
     for number in numbers:
         os.write(out, b"%d\n" % number)
