@@ -306,7 +306,7 @@ class Qwen(nn.Module):
                 raise
         raise InputError(
             f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.1f} GB, "
-            f"more than {self.embed.weight.device} has left; lower max_length or the batch size"
+            f"more than {self.embed.weight.device} has left; ask for fewer positions or rows"
         )
 
     def _positions(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Positions:
