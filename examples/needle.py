@@ -351,7 +351,7 @@ def command(args: argparse.Namespace) -> int:
                 raise InputError(f"{name} is {state}; --needle, --question and --answer go together")
     if args.plot is not None:
         pyplot()
-        output_path(args.plot, "--plot")
+        output_path(args.plot, "--plot", args)
     require_folder(args.model)
     _, tokenizer = open_folder(args.model)
     draw = drawer(args, tokenizer)

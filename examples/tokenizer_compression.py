@@ -330,7 +330,7 @@ def parser() -> Parser:
 def command(args: argparse.Namespace) -> int:
     if args.plot is not None:  # better refused now than in the end
         pyplot()
-        output_path(args.plot, "--plot")
+        output_path(args.plot, "--plot", args)
     texts = read_texts(args.text or sample())
     among = vocabularies(args)
     counts = {}

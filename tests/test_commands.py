@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import importlib
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, Result
+from conftest import ROOT, WEIGHTS, Result, refused
 
 from qwen_ref import bench, chat, checkpoint, cli, figures, generate, parity, perplexity, terminal, trace
 from qwen_ref.chat import Conversation, reply
@@ -27,6 +28,7 @@ from qwen_ref.cli import FAULT_LINE, Parser, new_file, out_of_memory, output_pat
 from qwen_ref.config import InputError
 from qwen_ref.launch import RankLost
 from qwen_ref.parity import recording
+from qwen_ref.parity.__main__ import main as parity_main
 from qwen_ref.streaming import TextStream
 from qwen_ref.tokenizer import Tokenizer
 
@@ -797,3 +799,39 @@ def test_a_window_is_a_number_of_tokens(window: object, tokenizer: Tokenizer) ->
     for ask in (chat.build_context, lambda *given, **named: reply(None, *given, **named)):
         with pytest.raises(InputError, match=r"max_window_size=.* must be at least 1 token"):
             ask(tokenizer, "hi", max_window_size=window)
+
+
+@pytest.mark.parametrize("option", ["--plot", "--ids", "--model"])
+def test_an_output_that_the_command_reads_is_refused_and_stays(
+    option: str, run_command: Callable[..., Result], tmp_path: Path
+) -> None:
+    """What another option names, or a file of a checkpoint's folder, would be lost."""
+    shutil.copytree(WEIGHTS, tmp_path / "model")
+    (tmp_path / "ids").write_text("1 2 3")
+    record = [
+        "record",
+        "--rounding",
+        "none",
+        "--model",
+        tmp_path / "model",
+        "--ids",
+        tmp_path / "ids",
+        "--out",
+    ]
+    assert run_command(parity_main, *record, tmp_path / "bundle").code == 0
+    file, arguments = {
+        "--plot": (tmp_path / "bundle", ["check", "--golden", tmp_path / "bundle", "--plot"]),
+        "--ids": (tmp_path / "ids", record),
+        "--model": (tmp_path / "model" / "model.safetensors", record),
+    }[option]
+    before = file.read_bytes()
+    assert "which would be lost; give another name" in refused(run_command(parity_main, *arguments, file))
+    assert file.read_bytes() == before
+
+
+def test_a_package_that_is_not_installed_is_named(run_command: Callable[..., Result]) -> None:
+    def command(_: argparse.Namespace) -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    line = refused(run_command(lambda arguments: run(Parser(), command, arguments)))
+    assert line == "qwen_ref: error: torch is not installed: pip install torch"

@@ -421,7 +421,7 @@ def test_too_little_memory_for_one_rank_ends_the_others_with_code_2(start: Calla
     assert leader.code == 2
     (line,) = [line for line in leader.err.splitlines() if "error: " in line]
     assert "rank 1 failed: " in line
-    assert f"tried to allocate {2**60} bytes" in line
+    assert f"too little memory: {2**60:,} bytes" in line
 
 
 def children(parent: int) -> list[int]:

@@ -31,6 +31,7 @@ from qwen_ref.config import (
 )
 
 FAULT = 70  # the exit code of an error that is ours: EX_SOFTWARE of BSD's sysexits.h
+_NEEDED = ("torch", "numpy", "safetensors", "tiktoken", "regex")
 FAULT_LINE = "this is a fault of qwen_ref, not of its input; please report it, with the lines above"
 
 
@@ -64,7 +65,7 @@ def integer(argument: str) -> int:
     """What type=int means here: of 64 bits, so that nothing later overflows. (int() takes 4,300 digits.)"""
     number = int(argument) if len(argument) <= 20 else 2**63
     if abs(number) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{shown(argument)} must be a whole number below 2**63")
+        raise argparse.ArgumentTypeError(f"{shown(argument)} must be a whole number of 64 bits")
     return number
 
 
@@ -127,6 +128,9 @@ def run(
             if isinstance(error, InputError | OSError) and not isinstance(error, io.UnsupportedOperation):
                 say(f"error: {error}")
                 return lost if isinstance(error, ConnectionError) else 2
+            if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
+                say(f"error: {error.name} is not installed: pip install {error.name}")
+                return 2
             to_stderr(printable(traceback.format_exc(), kept="\n"), end="")
             say(FAULT_LINE)
             return FAULT
@@ -161,7 +165,7 @@ def _streams() -> Iterator[None]:
             try:
                 if stream is not None:
                     stream.flush()
-            except (OSError, ValueError):
+            except (OSError, ValueError, AttributeError):
                 _drop_pending(stream)
         for stream, coding in codings:
             with contextlib.suppress(OSError, ValueError):
@@ -213,8 +217,9 @@ def say(line: str) -> None:
 def to_stderr(text: str, end: str = "\n") -> None:
     """Text as it is; for a line of ours there is say."""
     try:
-        print(text, end=end, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # a full disk behind stderr, say, must not cost the result on stdout
+        sys.stderr.write(text + end)  # at once: two ranks may speak at a time
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # a full disk behind it must not cost the result on stdout
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
@@ -310,14 +315,16 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+_SYSTEM = (("/", "proc"), ("/", "sys"))
 _REGULAR = "give the name of a regular file; what is printed goes to stdout by itself"
 
 
-def output_path(path: str | Path, option: str = "") -> Path:
-    """Where a file is to be written, links followed. option: what names it.
+def output_path(path: str | Path, option: str = "", args: argparse.Namespace | None = None) -> Path:
+    """Where a file is to be written, links followed. option: what names it. args: the command's.
 
-    To be called before any work: it raises InputError where no file can be written, and where what is there
-    is no regular file, which a whole file cannot be written to, only put in the place of.
+    To be called before any work: it raises InputError where no file can be written, where what is there is no
+    regular file, which a whole file cannot be written to, only put in the place of, and where it is what
+    another option names, or a file of a folder that one names: it would be lost.
     """
     path, there = Path(path), None
     try:
@@ -326,11 +333,27 @@ def output_path(path: str | Path, option: str = "") -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             there = os.stat(path)
         problem = _output_problem(folder, target, there)
+        if problem is None and there is not None and args is not None:
+            problem = _read_elsewhere(path, target, args)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         problem = str(getattr(error, "strerror", error))
     if problem is not None:
         raise InputError(f"{option} {path}: cannot be written: {problem}".strip())
     return target
+
+
+def _read_elsewhere(path: Path, target: Path, args: argparse.Namespace) -> str | None:
+    """Whether a file that is there is what another option names, or lies in a folder that one names."""
+    given = [
+        other for value in vars(args).values() for other in (value if isinstance(value, list) else [value])
+    ]
+    for other in given:
+        if not isinstance(other, Path) or other is path or not os.path.exists(other):
+            continue
+        inside = other.is_dir() and target.suffix in (".safetensors", ".json", ".tiktoken")
+        if os.path.samefile(target.parent if inside else target, other):
+            return f"it is there, and the command reads {other}, which would be lost; give another name"
+    return None
 
 
 def _output_problem(folder: Path, target: Path, there: os.stat_result | None) -> str | None:
@@ -339,7 +362,7 @@ def _output_problem(folder: Path, target: Path, there: os.stat_result | None) ->
         return "it is a folder; give the name of a file"
     if there is not None and not stat.S_ISREG(there.st_mode):
         return f"it is {_KINDS.get(stat.S_IFMT(there.st_mode), 'no regular file')}; {_REGULAR}"
-    if folder == Path("/dev") or folder.parts[:2] == ("/", "proc"):  # /dev/stdout may be a regular file
+    if folder == Path("/dev") or folder.parts[:2] in _SYSTEM:  # /dev/stdout may be a regular file
         return f"it is one of the system's files; {_REGULAR}"
     if there is not None and any(_is_open_as(number, there) for number in (1, 2)):
         return "it is where stdout or stderr goes; give the name of another file"

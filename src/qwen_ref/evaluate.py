@@ -151,7 +151,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if args.limit is not None and not 0 < args.limit < math.inf:
         raise InputError(f"--limit {args.limit:g} must be a number above 0")
     if args.output is not None:
-        output_path(args.output, "--output")
+        output_path(args.output, "--output", args)
     files = _task_files(args.tasks)
     _, tokenizer = open_folder(folder)
     defaults = read_defaults(folder, tokenizer)

@@ -305,7 +305,7 @@ class Qwen(nn.Module):
             if not lacks_memory(error):
                 raise
         raise InputError(
-            f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.1f} GB, "
+            f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.3f} GB, "
             f"more than {self.embed.weight.device} has left; ask for fewer positions or rows"
         )
 

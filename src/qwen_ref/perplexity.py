@@ -310,7 +310,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.plot is not None:
         pyplot()
-        output_path(args.plot, "--plot")
+        output_path(args.plot, "--plot", args)
     if args.state is not None:
         output_path(args.state, "--state")
     config, tokenizer = open_folder(folder)

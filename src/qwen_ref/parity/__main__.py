@@ -126,7 +126,7 @@ def _record(args: argparse.Namespace) -> int:
     from qwen_ref.parity.bundle import read_ids
     from qwen_ref.parity.recording import record
 
-    output_path(args.out, "--out")
+    output_path(args.out, "--out", args)
     folder = _folder(args)
     rounding = [] if args.rounding == "none" else args.rounding.split(",")
     for name in rounding:
@@ -192,7 +192,7 @@ def _check_plot(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from qwen_ref.figures import pyplot
 
-        output_path(args.plot, "--plot")
+        output_path(args.plot, "--plot", args)
         pyplot()
 
 
