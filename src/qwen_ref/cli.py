@@ -315,6 +315,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+_CHECKPOINT_FILE = re.compile(r"(gptq_)?model.*\.(safetensors|json)|.*config\.json|qwen\.tiktoken")
 _SYSTEM = (("/", "proc"), ("/", "sys"))
 _REGULAR = "give the name of a regular file; what is printed goes to stdout by itself"
 
@@ -326,7 +327,7 @@ def output_path(path: str | Path, option: str = "", args: argparse.Namespace | N
     regular file, which a whole file cannot be written to, only put in the place of, and where it is what
     another option names, or a file of a folder that one names: it would be lost.
     """
-    path, there = Path(path), None
+    itself, path, there = path, Path(path), None
     try:
         folder = Path(os.path.realpath(path.parent))
         target = Path(os.path.realpath(path))
@@ -334,7 +335,7 @@ def output_path(path: str | Path, option: str = "", args: argparse.Namespace | N
             there = os.stat(path)
         problem = _output_problem(folder, target, there)
         if problem is None and there is not None and args is not None:
-            problem = _read_elsewhere(path, target, args)
+            problem = _read_elsewhere(itself, target, args)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         problem = str(getattr(error, "strerror", error))
     if problem is not None:
@@ -342,15 +343,15 @@ def output_path(path: str | Path, option: str = "", args: argparse.Namespace | N
     return target
 
 
-def _read_elsewhere(path: Path, target: Path, args: argparse.Namespace) -> str | None:
+def _read_elsewhere(itself: str | Path, target: Path, args: argparse.Namespace) -> str | None:
     """Whether a file that is there is what another option names, or lies in a folder that one names."""
     given = [
         other for value in vars(args).values() for other in (value if isinstance(value, list) else [value])
     ]
     for other in given:
-        if not isinstance(other, Path) or other is path or not os.path.exists(other):
+        if not isinstance(other, Path) or other is itself or not os.path.exists(other):
             continue
-        inside = other.is_dir() and target.suffix in (".safetensors", ".json", ".tiktoken")
+        inside = other.is_dir() and _CHECKPOINT_FILE.fullmatch(target.name) is not None
         if os.path.samefile(target.parent if inside else target, other):
             return f"it is there, and the command reads {other}, which would be lost; give another name"
     return None
