@@ -90,4 +90,4 @@ eval: .venv/eval
 SECONDS ?= 60
 .PHONY: fuzz
 fuzz: .venv/installed
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
