@@ -344,7 +344,7 @@ def output_path(path: str | Path, option: str = "", args: argparse.Namespace | N
 
 
 def _read_elsewhere(itself: str | Path, target: Path, args: argparse.Namespace) -> str | None:
-    """Whether a file that is there is what another option names, or lies in a folder that one names."""
+    """Why an existing file must stay: another option names it, or a checkpoint's folder that it belongs to."""
     given = [
         other for value in vars(args).values() for other in (value if isinstance(value, list) else [value])
     ]

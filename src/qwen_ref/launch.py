@@ -177,9 +177,8 @@ class Ranks:
                 if error is not None and lacks_memory(error):
                     with _store_errors_named():
                         self._store.set("too little memory", "")
-                self._leave(
-                    None if error is None else cli.out_of_memory(error) or str(error) or kind.__name__
-                )
+                problem = None if error is None else cli.out_of_memory(error) or str(error) or kind.__name__
+                self._leave(problem)
             except RankLost as lost:
                 error = lost
         if isinstance(error, RankLost):

@@ -151,7 +151,7 @@ class KVCache:
         self.length = 0  # positions filled
         self.prompt_length = prompt_length  # None: that of the first call
         self.padding: Tensor | None = None  # (B,), on the CPU; None: no row is padded
-        self.text_end: int | None = None  # behind it a row of a batch had ended (see generate.py)
+        self.text_end: int | None = None  # behind it a row of a batch holds no text (generate.py)
         self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

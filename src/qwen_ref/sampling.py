@@ -66,7 +66,7 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
-        # From the last: of equal logits the first is the last to go, as it is greedy's choice.
+        # Equal logits stand in reverse order: the first of them, which greedy takes, is cut last.
         ascending, order = (x.flip(-1) for x in logits.sort(dim=-1, descending=True, stable=True))
         reached = ascending.softmax(dim=-1).cumsum(dim=-1)  # of each token and all that are less likely
         cut = reached <= 1.0 - top_p
