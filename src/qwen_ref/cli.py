@@ -344,7 +344,7 @@ def output_path(path: str | Path, option: str = "", args: argparse.Namespace | N
 
 
 def _read_elsewhere(itself: str | Path, target: Path, args: argparse.Namespace) -> str | None:
-    """Why an existing file must stay: another option names it, or a checkpoint's folder that it belongs to."""
+    """Why an existing file must stay: another option names it, or the checkpoint that it belongs to."""
     given = [
         other for value in vars(args).values() for other in (value if isinstance(value, list) else [value])
     ]
