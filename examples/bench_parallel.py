@@ -25,7 +25,8 @@ from statistics import median
 import torch
 
 from qwen_ref import QwenConfig, load_model
-from qwen_ref.bench import Memory, write_checkpoint
+from qwen_ref.bench.measure import Memory
+from qwen_ref.bench.synthetic import write_checkpoint
 from qwen_ref.checkpoint import tensor_table
 
 PROMPT = 16

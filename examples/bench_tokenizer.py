@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_ref import Tokenizer
-from qwen_ref.cli import Parser, decoded, on_stdout, run
+from qwen_ref.commands.cli import Parser, on_stdout, run
+from qwen_ref.commands.files import decoded
 from qwen_ref.config import read_bytes
 
 VOCABULARY = Path(__file__).resolve().parents[1] / ".vocab" / "qwen.tiktoken"

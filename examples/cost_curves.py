@@ -18,11 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qwen_ref import load_model
-from qwen_ref.bench import Subject, Timing, machine, measure, synthetic
-from qwen_ref.cli import Parser, Progress, make_folder, output_path, run
+from qwen_ref.bench.measure import Subject, Timing, machine, measure
+from qwen_ref.bench.synthetic import synthetic
+from qwen_ref.commands.cli import Parser, Progress, run
+from qwen_ref.commands.figures import pyplot, save
+from qwen_ref.commands.files import make_folder, output_path
 from qwen_ref.config import InputError
-from qwen_ref.fast import fasten
-from qwen_ref.figures import pyplot, save
+from qwen_ref.fast.layers import fasten
 
 FORMS = {"plain": "#777777", "fast": "#0072b2", "int8": "#009e73", "int4": "#d55e00"}
 OUT = Path(__file__).resolve().parent / "figures"

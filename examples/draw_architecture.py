@@ -17,7 +17,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, make_folder, on_stdout, output_path, run, write_whole
+from qwen_ref.commands.cli import Parser, on_stdout, run
+from qwen_ref.commands.files import make_folder, output_path, write_whole
 from qwen_ref.config import QwenConfig
 
 OUT = Path(__file__).resolve().parent / "figures"

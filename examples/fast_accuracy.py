@@ -20,12 +20,12 @@ from tiny_corpus import Encoder, documents
 from torch import Tensor
 
 from qwen_ref import Qwen, Tokenizer, load_model
-from qwen_ref.cli import Parser, run
+from qwen_ref.commands.cli import Parser, run
+from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.config import InputError
-from qwen_ref.fast import fasten
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.sizes import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "weights", *(ROOT / "tests" / "golden" / name for name in ("extended_base", "ntk_logn"))]

@@ -16,7 +16,7 @@ from quantize_gptq import command, parser
 from tiny_corpus import Encoder
 
 from qwen_ref import Tokenizer, load_model
-from qwen_ref.fast import fasten
+from qwen_ref.fast.layers import fasten
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SETTINGS = {

@@ -18,12 +18,13 @@ import torch
 from cost_curves import OUT, check_figures, save_titled
 
 from qwen_ref import QwenConfig, load_model
-from qwen_ref.bench import Memory, machine, synthetic
-from qwen_ref.cli import Parser, Progress, run
+from qwen_ref.bench.measure import Memory, machine
+from qwen_ref.bench.synthetic import synthetic
+from qwen_ref.commands.cli import Parser, Progress, run
+from qwen_ref.commands.figures import pyplot
+from qwen_ref.commands.sizes import cache_bytes, resident_bytes
 from qwen_ref.config import InputError
-from qwen_ref.figures import pyplot
-from qwen_ref.prefill import CHUNK, prefill
-from qwen_ref.sizes import cache_bytes, resident_bytes
+from qwen_ref.generate import CHUNK, prefill
 
 
 def chunk_bytes(config: QwenConfig, length: int, dtype: torch.dtype) -> int:

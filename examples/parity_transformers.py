@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from qwen_ref import QwenConfig, Tokenizer, load_model, parity
-from qwen_ref.cli import Parser, bundled_checkpoint, run, utf8
+from qwen_ref.bench.peers import qwen2
+from qwen_ref.commands.cli import Parser, run, utf8
+from qwen_ref.commands.files import bundled_checkpoint
 from qwen_ref.parity.__main__ import main as parity_command
-from qwen_ref.peers import qwen2
 
 PROMPT = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
 

@@ -31,9 +31,11 @@ from torch import Tensor, nn
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.cli import Parser, Progress, on_stdout, read_prompt, run, unfinished_name
-from qwen_ref.config import GPTQConfig, InputError, QwenConfig, read_json_object, require_folder
-from qwen_ref.gptq import is_packed, module_of
+from qwen_ref.commands.cli import Parser, Progress, on_stdout, run
+from qwen_ref.commands.files import read_prompt, unfinished_name
+from qwen_ref.config import InputError, QwenConfig, read_json_object, require_folder
+from qwen_ref.quantize.config import GPTQConfig
+from qwen_ref.quantize.gptq import is_packed, module_of
 
 # In the order in which data flows: those of a row read the same x.
 STAGES = (("attn.qkv",), ("attn.out",), ("mlp.gate", "mlp.up"), ("mlp.down",))

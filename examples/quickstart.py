@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import qwen_ref
+from qwen_ref.decoding.streaming import TextStream
 from qwen_ref.generate import generate
-from qwen_ref.streaming import TextStream
 
 folder = Path(__file__).resolve().parents[1] / "weights"  # or a published folder, such as Qwen-1_8B
 model = qwen_ref.load_model(folder, "auto")

@@ -27,7 +27,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from qwen_ref.cli import Parser, Progress, make_folder, on_stdout, output_path, run, write_whole
+from qwen_ref.commands.cli import Parser, Progress, on_stdout, run
+from qwen_ref.commands.files import make_folder, output_path, write_whole
 from qwen_ref.config import InputError
 
 SCRIPT = Path(__file__).resolve().with_name("walkthrough.py")

@@ -21,10 +21,12 @@ import torch
 
 from qwen_ref import QwenConfig
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.cli import Parser, output_path, read_text, run, say, write_whole
-from qwen_ref.config import INT4_GROUP, INT4_GROUPS, InputError
-from qwen_ref.fast import block_width
-from qwen_ref.sizes import cache_bytes
+from qwen_ref.commands.cli import Parser, run, say
+from qwen_ref.commands.files import output_path, read_text, write_whole
+from qwen_ref.commands.sizes import cache_bytes
+from qwen_ref.config import InputError
+from qwen_ref.fast.matrices import block_width
+from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS
 
 SIZES = ("1.8b", "7b", "14b", "72b")
 RANKS = (1, 2, 4, 8)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tiny_corpus import COUNTRIES, SUMS
 
-from qwen_ref.cli import write_whole
+from qwen_ref.commands.files import write_whole
 
 FOLDER = Path(__file__).resolve().parent / "tasks"
 EXAMPLES, QUESTIONS = 5, 40

@@ -19,21 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_ref import Tokenizer
-from qwen_ref.cli import (
-    Parser,
-    Progress,
-    bundled_checkpoint,
-    decoded,
-    on_stdout,
-    output_path,
-    printable,
-    read_text,
-    run,
-    say,
-    utf8,
-)
+from qwen_ref.commands.cli import Parser, Progress, on_stdout, printable, run, say, utf8
+from qwen_ref.commands.figures import pyplot, save
+from qwen_ref.commands.files import bundled_checkpoint, decoded, output_path, read_text
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
-from qwen_ref.figures import pyplot, save
 from qwen_ref.tokenizer import nfc
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,7 +36,7 @@ from train_tiny import (
     write_folder,
 )
 
-from qwen_ref.cli import Parser, run, say
+from qwen_ref.commands.cli import Parser, run, say
 from qwen_ref.model import Qwen
 from qwen_ref.tokenizer import Tokenizer
 

@@ -24,7 +24,8 @@ from tiny_corpus import Encoder, documents
 from torch import Tensor
 
 from qwen_ref.checkpoint import tensor_table
-from qwen_ref.cli import Parser, make_folder, output_path, run, say, write_whole
+from qwen_ref.commands.cli import Parser, run, say
+from qwen_ref.commands.files import make_folder, output_path, write_whole
 from qwen_ref.config import InputError, QwenConfig, read_bytes
 from qwen_ref.model import Qwen
 from qwen_ref.tokenizer import Tokenizer

@@ -18,7 +18,8 @@ from pathlib import Path
 import regex
 from tiny_corpus import vocabulary_text
 
-from qwen_ref.cli import Parser, make_folder, on_stdout, output_path, run, say, write_whole
+from qwen_ref.commands.cli import Parser, on_stdout, run, say
+from qwen_ref.commands.files import make_folder, output_path, write_whole
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import PATTERN
 

@@ -38,7 +38,7 @@ import torch
 import walkthrough_figures as figures
 
 from qwen_ref import QwenConfig, Tokenizer, load_model
-from qwen_ref.cli import bundled_checkpoint
+from qwen_ref.commands.files import bundled_checkpoint
 
 album = figures.Album.from_command_line("Runs through what Qwen computes, and prints what comes out.")
 
@@ -774,7 +774,7 @@ album.show("lens", figures.lens(names, paths))
 # *Source: it follows from the shapes; `sizes.cache_bytes`.*
 
 # %%
-from qwen_ref.sizes import cache_bytes, held_bytes
+from qwen_ref.commands.sizes import cache_bytes, held_bytes
 
 cache = model.new_cache(max_length=T + 1)
 model(ids, cache=cache)  # prefill: the whole prompt in one pass
@@ -938,7 +938,7 @@ assert round(by_rank[2], 1) == 72.3
 # *Source: Jacob et al. 2018, equation 1, for the idea; the formulas are those of quantize.py.*
 
 # %%
-from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
+from qwen_ref.quantize.rounding import dequantize_int4, quantize_int4, quantize_int8
 
 weight = model.blocks[2].mlp.down.weight  # (D, F)
 steps8, scale8 = quantize_int8(weight)

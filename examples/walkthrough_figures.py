@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from qwen_ref.cli import Parser, make_folder, new_file, run, write_whole
+from qwen_ref.commands.cli import Parser, run
+from qwen_ref.commands.files import make_folder, new_file, write_whole
 
 OUT = Path("build/walkthrough")
 FOLDER = Path(__file__).resolve().parent / "figures"  # those that the README shows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -51,6 +52,12 @@ KERNELS = {
     *("test_fast", "test_gptq", "test_generate", "test_lookup", "test_prefill", "test_sampling"),
     *("test_perplexity", "test_trace", "test_parallel", "test_kernels"),
 }
+
+
+def command(name: str) -> Callable[[list[str]], int]:
+    """The main of `python -m qwen_ref.NAME`, to be called in this process."""
+    module = {"generate": "commands.generate", "checkpoint": "commands.inspect"}.get(name, f"{name}.__main__")
+    return importlib.import_module(f"qwen_ref.{module}").main
 
 
 class Result(NamedTuple):

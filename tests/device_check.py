@@ -21,9 +21,10 @@ from golden_cases import FOLDERS, cases, error, golden, logits, model, recorded,
 from packed_elsewhere import make_packed
 from safetensors.torch import load_file
 
-from qwen_ref import bench, load_model
+from qwen_ref import load_model
+from qwen_ref.bench import __main__ as bench
 from qwen_ref.generate import generate
-from qwen_ref.quantize import dequantize_gptq
+from qwen_ref.quantize.rounding import dequantize_gptq
 
 # Error over that of the recording, both against float64. On the CPU 1.1 is asked for and 1.007 measured. A
 # device adds in an order of its own; what is wrong costs a factor of 100 and more.

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ref import load_model
-from qwen_ref.fast import fasten
+from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate
 
 IDS = list(range(3, 73))

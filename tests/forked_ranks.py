@@ -7,7 +7,6 @@ own shows (torchrun, the end of the interpreter, what is imported) is tested wit
 from __future__ import annotations
 
 import atexit
-import importlib
 import multiprocessing
 import os
 import signal
@@ -20,7 +19,13 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-_IMPORTED = ("torch", "torch.distributed.rendezvous", "pytest", "qwen_ref.generate", "qwen_ref.scoring")
+_IMPORTED = (
+    "torch",
+    "torch.distributed.rendezvous",
+    "pytest",
+    "qwen_ref.generate",
+    "qwen_ref.perplexity.scoring",
+)
 _SERVER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # what it reads when it imports
 
 
@@ -108,8 +113,10 @@ def _run(
 
 def command(module: str, *arguments: str) -> int:
     """What `python -m module arguments` does."""
+    from conftest import command as main_of
+
     sys.argv = [module, *arguments]
-    return importlib.import_module(module).main(list(arguments))
+    return main_of(module.removeprefix("qwen_ref."))(list(arguments))
 
 
 def variables(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -13,8 +13,8 @@ import torch
 from conftest import GOLDEN
 
 from qwen_ref import load_model
+from qwen_ref.decoding.lookup import Passes, generate_lookup
 from qwen_ref.generate import Step, generate
-from qwen_ref.lookup import Passes, generate_lookup
 
 PROMPT = list(range(3, 15)) * 4
 

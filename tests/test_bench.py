@@ -14,9 +14,12 @@ import pytest
 import torch
 from conftest import WEIGHTS, Result, refused
 
-from qwen_ref import QwenConfig, bench, load_model
-from qwen_ref.bench import Memory, Subject, bytes_per_token, main, measure, synthetic, table
-from qwen_ref.fast import fasten
+from qwen_ref import QwenConfig, load_model
+from qwen_ref.bench import measure as bench
+from qwen_ref.bench.__main__ import main, table
+from qwen_ref.bench.measure import Memory, Subject, bytes_per_token, measure
+from qwen_ref.bench.synthetic import synthetic
+from qwen_ref.fast.layers import fasten
 
 QUICK = ("--lengths", "3", "5", "--tokens", "2", "--repeats", "2")
 
@@ -238,8 +241,6 @@ def test_memory_is_the_most_there_was() -> None:
         ),
         (["--dtype", "float8"], "--dtype float8: use bfloat16, float16, float32, float64"),
         (["--device", "mps"], "--device mps: only cpu and cuda can be timed"),
-        (["--compile", "--tp", "2"], "--compile is for a model in one process"),
-        (["--compile", "--fast"], "--compile is for the plain layers"),
         (["--layers", "2"], "--layers needs --synthetic"),
         (["--gptq", "4"], "--gptq needs --synthetic"),
         (["--synthetic", "3b"], "invalid choice: '3b'"),
@@ -276,7 +277,7 @@ def test_transformers_takes_part(run_command: Callable[..., Result]) -> None:
 
 def test_transformers_decodes_the_same_tokens() -> None:
     pytest.importorskip("transformers", reason="an extra: `make parity` installs it")
-    from qwen_ref.peers import qwen2
+    from qwen_ref.bench.peers import qwen2
 
     ours = load_model(WEIGHTS, "float32")
     subjects = Subject("ours", ours), bench.TransformersSubject("theirs", qwen2(ours))

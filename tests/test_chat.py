@@ -14,13 +14,14 @@ from conftest import GOLDEN, WEIGHTS, read_jsonl
 
 import qwen_ref
 from qwen_ref import Qwen, Tokenizer, load_model
-from qwen_ref.chat import Conversation, build_context, context, reply
-from qwen_ref.fast import fasten
+from qwen_ref.chat.context import build_context, context
+from qwen_ref.chat.conversation import Conversation, reply
+from qwen_ref.commands.sizes import cache_bytes, held_bytes
+from qwen_ref.decoding.prefix import PrefixCache
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate
-from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import KVCache
-from qwen_ref.prefix import PrefixCache
-from qwen_ref.sizes import cache_bytes, held_bytes
 
 ICELAND = ("冰岛的首都是哪里？", "雷克雅未克（Reykjavik）")
 NORWAY = ("What is the capital of Norway?", "Oslo.")

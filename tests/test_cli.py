@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import json
 import os
@@ -20,10 +19,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
+from conftest import command as main_of
 from safetensors.torch import load_file, save_file
 
-from qwen_ref import cli as shared
-from qwen_ref.generate import main
+from qwen_ref.commands import cli as shared
+from qwen_ref.commands.generate import main
 
 QUICKSTART = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
 ANSWER = "亚的斯亚贝巴（Addis Ababa）"
@@ -328,10 +328,8 @@ def test_a_file_in_the_place_of_a_folder_is_said_with_the_folder(run_command: Ca
         "evaluate": ["--tasks", "x"],
         "parity": ["check", "--golden", "x"],
     }
-    module = {"chat": "terminal", "parity": "parity.__main__"}.get(command, command)
-    main = importlib.import_module(f"qwen_ref.{module}").main
     file = WEIGHTS / "model.safetensors"
-    line = refused(run_command(main, *arguments.get(command, []), "--model", file))
+    line = refused(run_command(main_of(command), *arguments.get(command, []), "--model", file))
     assert f"{file}: not a folder; give the folder that it is in, {WEIGHTS}" in line
 
 

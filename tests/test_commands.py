@@ -21,16 +21,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, WEIGHTS, Result, refused
+from conftest import command as main_of
 
-from qwen_ref import bench, chat, checkpoint, cli, figures, generate, parity, perplexity, terminal, trace
-from qwen_ref.chat import Conversation, reply
-from qwen_ref.cli import FAULT_LINE, Parser, new_file, out_of_memory, output_path, run, write_whole
+from qwen_ref import checkpoint, parity
+from qwen_ref.bench import __main__ as bench
+from qwen_ref.chat import conversation as chat
+from qwen_ref.chat import terminal
+from qwen_ref.chat.conversation import Conversation, reply
+from qwen_ref.commands import cli, figures, generate
+from qwen_ref.commands.cli import FAULT_LINE, Parser, out_of_memory, run
+from qwen_ref.commands.files import new_file, output_path, write_whole
 from qwen_ref.config import InputError
-from qwen_ref.launch import RankLost
+from qwen_ref.decoding.streaming import TextStream
+from qwen_ref.parallel import RankLost
 from qwen_ref.parity import recording
 from qwen_ref.parity.__main__ import main as parity_main
-from qwen_ref.streaming import TextStream
+from qwen_ref.perplexity import __main__ as perplexity
 from qwen_ref.tokenizer import Tokenizer
+from qwen_ref.trace import report as trace
 
 PROMPT, ANSWER = "冰岛的首都是", "雷克雅未克"
 
@@ -68,11 +76,10 @@ def command(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(bench, "_READ_BYTES", 2**16)
     name, *arguments = COMMANDS[request.param]
-    module = "qwen_ref.parity.__main__" if name == "parity" else f"qwen_ref.{name}"
 
     def call() -> int:
         try:
-            return importlib.import_module(module).main(arguments)
+            return main_of(name)(arguments)
         except SystemExit as end:  # --help's
             return end.code
 
@@ -189,7 +196,7 @@ def test_stdin_may_be_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 PRINTS = """
 import sys
-from qwen_ref.cli import Parser, run, say
+from qwen_ref.commands.cli import Parser, run, say
 def command(_):
     say("hi")
     print("x" * int(sys.argv[1]))
@@ -401,7 +408,7 @@ def test_what_is_no_file_is_not_replaced(name: str, places: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "stdout", "out"])
 def test_stdout_is_no_file_to_replace_even_where_it_is_one(name: str, places: Path) -> None:
-    code = "import sys; from qwen_ref.cli import write_whole; write_whole(sys.argv[1], 'replaced')"
+    code = "import sys; from qwen_ref.commands.files import write_whole; write_whole(sys.argv[1], 'replaced')"
     with (places / "out").open("w") as out:
         command = [sys.executable, "-c", code, str(places / name)]
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
@@ -419,9 +426,12 @@ def example(name: str) -> Callable[[list[str]], int]:
 
 
 OUTPUTS = {
-    "perplexity --plot": ("qwen_ref.perplexity", ["--text", "text.txt", "--lengths", "8", "--plot"]),
-    "perplexity --state": ("qwen_ref.perplexity", ["--text", "text.txt", "--lengths", "8", "--state"]),
-    "evaluate --output": ("qwen_ref.evaluate", ["--tasks", "arc_easy", "--output"]),
+    "perplexity --plot": ("qwen_ref.perplexity.__main__", ["--text", "text.txt", "--lengths", "8", "--plot"]),
+    "perplexity --state": (
+        "qwen_ref.perplexity.__main__",
+        ["--text", "text.txt", "--lengths", "8", "--state"],
+    ),
+    "evaluate --output": ("qwen_ref.evaluate.__main__", ["--tasks", "arc_easy", "--output"]),
     "parity record": ("qwen_ref.parity.__main__", ["record", "--prompt", "hi", "--out"]),
     "parity check": ("qwen_ref.parity.__main__", ["check", "--golden", "bundle", "--plot"]),
     "parity diff": ("qwen_ref.parity.__main__", ["diff", "bundle", "bundle", "--plot"]),

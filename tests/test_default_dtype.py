@@ -14,15 +14,15 @@ import torch
 from conftest import GOLDEN, WEIGHTS
 from safetensors.torch import load_file
 
-from qwen_ref import Qwen, load_model, parity, perplexity, sampling
-from qwen_ref.fast import fasten
-from qwen_ref.generate import generate, generate_batch
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.lookup import generate_lookup
-from qwen_ref.prefill import in_chunks
-from qwen_ref.quantize import dequantize_gptq, quantize_int4, quantize_int8
-from qwen_ref.scoring import score_continuations
-from qwen_ref.trace import trace
+from qwen_ref import Qwen, load_model, parity, sampling
+from qwen_ref.decoding.lookup import generate_lookup
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
+from qwen_ref.generate import generate, generate_batch, in_chunks
+from qwen_ref.perplexity import windows as perplexity
+from qwen_ref.perplexity.scoring import score_continuations
+from qwen_ref.quantize.rounding import dequantize_gptq, quantize_int4, quantize_int8
+from qwen_ref.trace.tracing import trace
 
 LOADED = {
     "plain": lambda packed, dtype: load_model(WEIGHTS, dtype),

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from qwen_ref import Qwen, QwenConfig, fast, load_model, parity
-from qwen_ref.fast import fasten
+from qwen_ref import Qwen, QwenConfig, load_model, parity
+from qwen_ref.decoding.lookup import generate_lookup
+from qwen_ref.fast import matrices as fast
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate_batch, generate_uncached
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.lookup import generate_lookup
-from qwen_ref.perplexity import score
+from qwen_ref.perplexity.windows import score
 
 COPIES = ("aten::to", "aten::_to_copy", "aten::copy_")  # these may go from one device to another
 ITEMS = ("aten::item", "aten::is_nonzero", "aten::_local_scalar_dense")  # these wait for the device

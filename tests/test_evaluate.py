@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, WEIGHTS, Result, refused
 
-from qwen_ref import Qwen, Tokenizer, load_model, scoring
-from qwen_ref.chat import build_context
+from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.chat.context import build_context
 from qwen_ref.config import InputError
-from qwen_ref.evaluate import main
+from qwen_ref.evaluate.__main__ import main
 from qwen_ref.generate import generate
+from qwen_ref.perplexity import scoring
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -84,7 +85,7 @@ def own() -> Tokenizer:
 
 
 def harness(qwen: Qwen, own: Tokenizer, **options: object):
-    from qwen_ref.harness import HarnessModel
+    from qwen_ref.evaluate.harness import HarnessModel
 
     return HarnessModel(qwen, own, **options)
 

@@ -17,8 +17,8 @@ from conftest import ROOT, WEIGHTS
 from safetensors.torch import load, save_file
 
 from qwen_ref import Tokenizer, load_model
-from qwen_ref.cli import run
-from qwen_ref.fast import fasten
+from qwen_ref.commands.cli import run
+from qwen_ref.fast.layers import fasten
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import ROOT, Result, refused
 
 import qwen_ref.model
 import qwen_ref.tokenizer
-from qwen_ref.cli import run
+from qwen_ref.commands.cli import run
 
 EXERCISES = ROOT / "examples" / "exercises"
 NAMES = sorted(path.stem for path in EXERCISES.glob("ex*.py"))

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,20 +22,14 @@ from torch import Tensor
 
 import qwen_ref.fast
 from qwen_ref import KVCache, Qwen, QwenConfig, Tokenizer, load_model
-from qwen_ref.bench import write_checkpoint
-from qwen_ref.fast import (
-    FEW_ROWS,
-    FastCache,
-    FastLinear,
-    Int4Matrix,
-    Int8Table,
-    Table,
-    compile_layers,
-    fasten,
-)
-from qwen_ref.generate import generate, main
+from qwen_ref.bench.synthetic import write_checkpoint
+from qwen_ref.commands.generate import main
+from qwen_ref.fast.attention import FastCache
+from qwen_ref.fast.layers import FastLinear, fasten
+from qwen_ref.fast.matrices import FEW_ROWS, Int4Matrix, Int8Table, Table
+from qwen_ref.generate import generate
 from qwen_ref.parallel import Group, RowParallelLinear
-from qwen_ref.quantize import FewBits, dequantize_int4, quantize_int8, rounded
+from qwen_ref.quantize.rounding import FewBits, dequantize_int4, quantize_int8, rounded
 
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -544,68 +537,12 @@ def test_the_command_answers_as_before(options: list[str], run_command) -> None:
     assert (done.code, done.out) == (0, "雷克雅未克（Reykjavik）\n\n")
 
 
-COMPILE = """
-import torch
-from qwen_ref import load_model
-from qwen_ref.bench import bundled_checkpoint
-from qwen_ref.fast import compile_layers
-model = load_model(bundled_checkpoint(), "float32")
-model.blocks = model.blocks[:1]
-ids = torch.arange(300, 320)[None]
-with torch.inference_mode():
-    plain = model(ids)
-    compile_layers(model)
-    print(((model(ids) - plain).norm() / plain.norm()).item())
-"""
-
-
-@pytest.mark.slow  # a C++ compiler runs
-def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-6
-    assert any(tmp_path.iterdir())  # something was compiled
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when its compiler is imported
-def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(WEIGHTS, "float32")
-
-    def fails(ids: Tensor) -> Tensor:
-        raise RuntimeError("InvalidCxxCompiler: none is here\nand much more")
-
-    monkeypatch.setattr(model, "hidden_states", fails)
-    with pytest.raises(ValueError, match=r"failed \(InvalidCxxCompiler: none is here\); leave --compile out"):
-        compile_layers(model)
-
-
-def test_the_command_compiles(monkeypatch: pytest.MonkeyPatch, run_command) -> None:
-    compiled = []
-    monkeypatch.setattr(qwen_ref.fast, "compile_layers", compiled.append)
-    assert run_command(main, "冰岛的首都是", "--compile", "--max-new-tokens", "1").code == 0
-    assert [type(model) for model in compiled] == [Qwen]
-
-
-def test_neither_ranks_nor_fast_layers_are_compiled() -> None:
-    model = load_model(WEIGHTS, "float32")
-    model.group = Group(0, 2)
-    with pytest.raises(ValueError, match="in one process; leave --compile out"):
-        compile_layers(model)
-    with pytest.raises(ValueError, match="for the plain layers, not for fast ones"):
-        compile_layers(fasten(load_model(WEIGHTS, "float32")))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--fast", "--dtype", "float64"], "float64 has no faster layers"),
         (["--group-size", "32"], "--group-size is for --quantize int4"),
         (["--quantize", "int3"], "invalid choice: 'int3'"),
-        (["--compile", "--quantize", "int8"], "--compile is for the plain layers"),
         (["--quantize", "int4", "--group-size", "48"], "invalid choice: 48"),
         (["--quantize", "int4", "--group-size", "256"], "groups of 256 .* use 32 or 64 or 128"),
     ],

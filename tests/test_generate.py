@@ -9,10 +9,11 @@ import torch
 from conftest import GOLDEN
 from golden_cases import model
 
-from qwen_ref import Tokenizer, load_model, perplexity
+from qwen_ref import Tokenizer, load_model
+from qwen_ref.decoding.lookup import generate_lookup
+from qwen_ref.decoding.streaming import TextStream
 from qwen_ref.generate import Step, generate, generate_batch, generate_uncached
-from qwen_ref.lookup import generate_lookup
-from qwen_ref.streaming import TextStream
+from qwen_ref.perplexity import windows as perplexity
 from qwen_ref.tokenizer import SPECIAL_TOKENS
 
 FOLDERS = ("extended_base", "ntk_logn")

@@ -66,7 +66,7 @@ def test_transformers_has_these_names_for_these_values() -> None:
     pytest.importorskip("transformers", reason="an extra: `make parity` installs it")
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from qwen_ref.peers import qwen2
+    from qwen_ref.bench.peers import qwen2
 
     ours = load_model(WEIGHTS, "float32")
     theirs = qwen2(ours).state_dict()

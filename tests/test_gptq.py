@@ -20,13 +20,16 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import qwen_ref
-from qwen_ref import Qwen, QwenConfig, checkpoint, load_model, parity
-from qwen_ref.chat import main
-from qwen_ref.config import GPTQConfig, check_cut
-from qwen_ref.fast import FEW_ROWS, Int4Matrix, Int8Table, fasten
-from qwen_ref.gptq import PackedWeight
-from qwen_ref.quantize import dequantize_gptq, unpack, zero_points
-from qwen_ref.sizes import resident_bytes
+from qwen_ref import Qwen, QwenConfig, load_model, parity
+from qwen_ref.chat.conversation import main
+from qwen_ref.checkpoint import check_cut
+from qwen_ref.commands import inspect as checkpoint
+from qwen_ref.commands.sizes import resident_bytes
+from qwen_ref.fast.layers import fasten
+from qwen_ref.fast.matrices import FEW_ROWS, Int4Matrix, Int8Table
+from qwen_ref.quantize.config import GPTQConfig
+from qwen_ref.quantize.gptq import PackedWeight
+from qwen_ref.quantize.rounding import dequantize_gptq, unpack, zero_points
 
 CASES = json.loads((GOLDEN / "gptq" / "gptq_v1.json").read_text())
 IDS = torch.arange(3, 73)[None]

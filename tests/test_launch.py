@@ -25,8 +25,10 @@ from conftest import WEIGHTS
 from forked_ranks import Forked, command, free_port, run_ranks, variables
 
 from qwen_ref import load_model
-from qwen_ref.generate import main
-from qwen_ref.launch import Launch, Ranks, _Watch, launched
+from qwen_ref.commands.generate import main
+from qwen_ref.commands.ranks import Ranks
+from qwen_ref.commands.watch import _Watch
+from qwen_ref.parallel import Launch, launched
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"

@@ -23,11 +23,12 @@ from golden_cases import model as golden_model
 from lookup_worker import PROMPT
 from torch import Tensor
 
-from qwen_ref import KVCache, Qwen, Tokenizer, load_model, lookup
-from qwen_ref.fast import fasten
-from qwen_ref.generate import Step, generate, main
-from qwen_ref.lookup import MARGIN, Passes, Text, generate_lookup
-from qwen_ref.steps import choose
+from qwen_ref import KVCache, Qwen, Tokenizer, load_model
+from qwen_ref.commands.generate import main
+from qwen_ref.decoding import lookup
+from qwen_ref.decoding.lookup import MARGIN, Passes, Text, generate_lookup
+from qwen_ref.fast.layers import fasten
+from qwen_ref.generate import Step, choose, generate
 
 DTYPES = ("float32", "bfloat16", "float16")
 TINY = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")

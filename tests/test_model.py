@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_ref import KVCache, Qwen, QwenConfig, load_model
+from qwen_ref.commands.sizes import cache_bytes, held_bytes
+from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.generate import generate
-from qwen_ref.int8_cache import Int8Cache
 from qwen_ref.model import causal_mask, logn_scale, ntk_alpha, rotary_frequencies
-from qwen_ref.sizes import cache_bytes, held_bytes
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
 # pass loses to rounding (README's parity table), which two orders lose independently: √2 of it; 3 allowed.

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, Result, refused
 
 from qwen_ref import Tokenizer, load_model
-from qwen_ref.cli import run
+from qwen_ref.commands.cli import run
 from qwen_ref.model import ntk_alpha
 
 NEEDLE = ROOT / "examples" / "needle"
@@ -224,7 +224,7 @@ def test_a_cell_counts_whole_answers(needle: ModuleType, monkeypatch: pytest.Mon
 
     def scored(model: object, texts: list, starts: list, batch_size: int, advance: Callable) -> list:
         seen.append((model.config.use_dynamic_ntk, model.config.use_logn_attn))
-        scores = importlib.import_module("qwen_ref.scoring").Scores
+        scores = importlib.import_module("qwen_ref.perplexity.scoring").Scores
         return [scores(torch.tensor([-1.0, -2.0 - n]), torch.tensor(each)) for n, each in enumerate(answers)]
 
     monkeypatch.setattr(needle, "score_texts", scored)

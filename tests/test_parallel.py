@@ -32,9 +32,9 @@ from torch import Tensor
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
+from qwen_ref.commands.ranks import Ranks
 from qwen_ref.generate import generate, generate_batch
-from qwen_ref.launch import Launch, RankLost, Ranks, start_process_group
-from qwen_ref.parallel import Group, own_device, unrounded_linear
+from qwen_ref.parallel import Group, Launch, RankLost, own_device, start_process_group, unrounded_linear
 
 OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
 RANKS = (2, 4)
@@ -425,7 +425,7 @@ vars(torch.distributed).pop("ProcessGroup", None)
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.chat import reply
 from qwen_ref.generate import generate, main
-from qwen_ref.lookup import generate_lookup
+from qwen_ref.decoding.lookup import generate_lookup
 
 model = load_model(sys.argv[1], "float32")
 for loop in (generate, generate_lookup):

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen_ref
-from qwen_ref import Qwen, Tokenizer, load_model, scoring
-from qwen_ref.fast import fasten
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.perplexity import bucket_edges, main, score, windows
-from qwen_ref.prefix import PrefixCache
+from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref.decoding.prefix import PrefixCache
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
+from qwen_ref.perplexity import scoring
+from qwen_ref.perplexity.__main__ import main
+from qwen_ref.perplexity.windows import bucket_edges, score, windows
 
 FOLDERS = ("extended_base", "ntk_logn", "long")
 

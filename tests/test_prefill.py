@@ -14,11 +14,10 @@ from torch import Tensor
 from very_long import CASES, FILE
 
 from qwen_ref import KVCache, Qwen, load_model
-from qwen_ref.fast import fasten
-from qwen_ref.generate import generate, generate_batch, generate_uncached
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.lookup import generate_lookup
-from qwen_ref.prefill import CHUNK, in_chunks, prefill
+from qwen_ref.decoding.lookup import generate_lookup
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
+from qwen_ref.generate import CHUNK, generate, generate_batch, generate_uncached, in_chunks, prefill
 
 # Sums of a few hundred terms in float64, in another order, which is that of the processor's kernels.
 TOLERANCE = 1e-12

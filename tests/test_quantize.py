@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen_ref.config import INT4_GROUPS
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.quantize import dequantize_int4, quantize_int4, quantize_int8
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.quantize.config import INT4_GROUPS
+from qwen_ref.quantize.rounding import dequantize_int4, quantize_int4, quantize_int8
 
 
 def weight(outputs: int = 48, inputs: int = 256) -> torch.Tensor:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from conftest import ROOT, WEIGHTS
+from conftest import command as main_of
 
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -72,13 +73,10 @@ def test_commands_name_what_exists(runner: ModuleType, capsys: pytest.CaptureFix
         words = shlex.split(command, comments=True)
         for number, word in enumerate(words):
             if word == "-m" and words[number + 1].startswith("qwen_ref"):
-                module = importlib.import_module(words[number + 1])
-                if not hasattr(module, "main"):
-                    module = importlib.import_module(words[number + 1] + ".__main__")
                 options = [each for each in words[number + 2 :] if re.fullmatch(r"--[a-z-]+", each)]
                 sub = words[number + 2 : number + 3] if words[number + 1] in SUBCOMMANDS else []
                 with pytest.raises(SystemExit, match="0"):
-                    module.main([*sub, "--help"])
+                    main_of(words[number + 1].removeprefix("qwen_ref."))([*sub, "--help"])
                 known = capsys.readouterr().out
                 assert [each for each in options if each not in known] == [], command
             elif word.startswith(("examples/", "tests/")) and word.endswith(".py"):

@@ -16,8 +16,9 @@ from conftest import GOLDEN, WEIGHTS
 from safetensors.torch import load_file, save_file
 
 from qwen_ref import QwenConfig, load_model
-from qwen_ref.checkpoint import INDEX_NAME, main
-from qwen_ref.sizes import cache_bytes
+from qwen_ref.checkpoint import INDEX_NAME
+from qwen_ref.commands.inspect import main
+from qwen_ref.commands.sizes import cache_bytes
 
 PUBLISHED_BYTES = {"1.8b": 3_673_657_344, "7b": 15_442_649_088, "14b": 28_334_581_760, "72b": 144_575_840_256}
 

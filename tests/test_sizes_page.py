@@ -20,11 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_ref import QwenConfig, load_model
-from qwen_ref.bench import bytes_per_token
-from qwen_ref.cli import run
-from qwen_ref.fast import block_width, fasten
-from qwen_ref.int8_cache import Int8Cache
-from qwen_ref.sizes import cache_bytes, held_bytes, resident_bytes
+from qwen_ref.bench.measure import bytes_per_token
+from qwen_ref.commands.cli import run
+from qwen_ref.commands.sizes import cache_bytes, held_bytes, resident_bytes
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.layers import fasten
+from qwen_ref.fast.matrices import block_width
 
 PUBLISHED = {  # parameters; total_size of the index, in bytes; D, layers, F, V
     "1.8b": (1_836_828_672, 3_673_657_344, 2048, 24, 5504, 151_936),

@@ -19,10 +19,10 @@ import pytest
 from conftest import GOLDEN, WEIGHTS, Result, refused
 from forked_ranks import command, run_ranks
 
-from qwen_ref import terminal
-from qwen_ref.chat import main
+from qwen_ref.chat import terminal
+from qwen_ref.chat.conversation import main
+from qwen_ref.commands.settings import Clock
 from qwen_ref.config import InputError
-from qwen_ref.settings import Clock
 from qwen_ref.tokenizer import Tokenizer
 
 QUESTION, ANSWER = "冰岛的首都是哪里？", "雷克雅未克（Reykjavik）"
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_once_with_130(chat: Callable, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_ref import steps
+    from qwen_ref import generate as steps
 
     monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(InputError("3 NaN")))
     result = chat(stdin=lines(QUESTION, "/history"))
@@ -412,7 +412,7 @@ class Terminal:
 SLOW = """
 import sys, time
 from qwen_ref.chat import main
-from qwen_ref.settings import Clock
+from qwen_ref.commands.settings import Clock
 
 watch = Clock.watch
 

@@ -28,7 +28,9 @@ from qwen_ref import Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.generate import generate
 from qwen_ref.parity.bundle import LAYER_STAGES, stage_widths
 from qwen_ref.parity.stages import Checkpoint, Port
-from qwen_ref.trace import COLUMNS, Stage, Trace, cells, describe, main, spelled, trace, trace_lines
+from qwen_ref.trace.__main__ import main
+from qwen_ref.trace.report import COLUMNS, cells, spelled, trace_lines
+from qwen_ref.trace.tracing import Stage, Trace, describe, trace
 
 PROMPT = "埃塞俄比亚的首都是"
 CAPITAL = "亚的"  # the first token of the capital's name

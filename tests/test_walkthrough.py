@@ -27,7 +27,7 @@ import qwen_ref.quantize
 import qwen_ref.sampling
 import qwen_ref.tokenizer
 from qwen_ref import QwenConfig
-from qwen_ref.cli import run
+from qwen_ref.commands.cli import run
 
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "walkthrough.py"

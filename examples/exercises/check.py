@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_ref.cli import Parser, printable, run
+from qwen_ref.commands.cli import Parser, printable, run
 
 HOLES = Path(__file__).resolve().parent
 

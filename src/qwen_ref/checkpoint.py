@@ -1,45 +1,39 @@
 """From a published checkpoint folder to a model: the table of its tensors, their checks, the mapped weights.
 
-A folder holds config.json and either one model.safetensors or several shards with
-model.safetensors.index.json. Everything that can be wrong with it is found before a weight is read, and
-reported at once: from the files' headers, and in a GPTQ checkpoint from what belongs to the packed weights.
+A folder holds config.json and either one model.safetensors or several files and
+model.safetensors.index.json. Everything that can be wrong with the folder is found before a weight is read,
+and reported at once.
+`python -m qwen_ref.checkpoint inspect` prints what a folder holds.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # python -m qwen_ref.checkpoint
+    from qwen_ref.commands.inspect import main
+
+    raise SystemExit(main())
 
 import hashlib
 import itertools
 import math
 import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qwen_ref.cli import Parser, run
 from qwen_ref.config import (
-    GPTQConfig,
     InputError,
     QwenConfig,
-    check_cut,
     file_problem,
     read_json_object,
     require_folder,
     shown,
-)
-from qwen_ref.gptq import (
-    PackedWeight,
-    StoredPacked,
-    is_packed,
-    keep_packed,
-    module_of,
-    packed_shapes,
-    unpackable,
+    some,
 )
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
@@ -47,20 +41,26 @@ from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from qwen_ref.quantize.config import GPTQConfig
+    from qwen_ref.quantize.gptq import StoredPacked
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # safetensors' names of the dtypes that weights may have.
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_DTYPES.values()}
-
-PACKED_DTYPES = ("I32",)  # of a GPTQ checkpoint's packed tensors
-SCALE_DTYPES = ("BF16", "F16", "F32")
-
+# The dtypes of each kind of tensor. A GPTQ checkpoint has packed tensors and scales, too.
+KINDS = {"weights": tuple(STORED_DTYPES), "packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
 _IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MOST_NAMED = 20  # tensors named per kind of problem; the rest are counted
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" and the like."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in STORED_DTYPES.values()}
 
 
 class TensorSpec(NamedTuple):
@@ -83,10 +83,7 @@ class TensorSpec(NamedTuple):
         return (self.shape[0] // ranks, *self.shape[1:])
 
     def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
-        """A rank's part of the tensor, as a view.
-
-        That of "heads" is (3, rows, …): its rows stand in three places, one in each third.
-        """
+        """A rank's part of the tensor, as a view. That of "heads" is (3, rows, …): some of each third."""
         if self.cut is None or ranks == 1:
             return whole
         if self.cut == "heads":
@@ -132,17 +129,17 @@ def load_model(
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
     dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
-    device: "cpu", "cuda", …; with several ranks, "cuda" is for each the one with its number on its machine.
-    group: the ranks that share the model, each of which reads only its own part. None is this process alone;
-    "world" is torch.distributed's default process group, started from torchrun's variables if need be (with
-    a timeout of 60 s); or any ProcessGroup. The ranks then call the model alike.
-    packed: a GPTQ checkpoint's weights stay in their 4 or 8 bits, and are dequantised anew in every pass:
-    it takes less memory, and time. Otherwise they are dequantised here, exactly, and rounded to dtype.
-    progress is called with the bytes done and the bytes in all of this rank, first before anything is read.
+    device: "cpu", "cuda", …; with several ranks "cuda" gives each rank the device with its number.
+    group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
+    is torch.distributed's default process group, started from torchrun's variables if need be (with a timeout
+    of 60 s); or any ProcessGroup. All ranks then make the same calls.
+    packed: a GPTQ checkpoint's weights stay in their 4 or 8 bits, and are dequantised again in every pass:
+    this takes less memory and more time. Otherwise they are dequantised here, exactly, and rounded to dtype.
+    progress: called with the bytes done and the bytes in all of this rank, first before anything is read.
 
-    On the CPU, weights that have the wanted dtype are used where they lie in the mapped file: nothing is read
-    until it is needed, the system may drop the pages again, and a checkpoint larger than memory still runs.
-    Only what is cut by columns is copied, a short stretch of each row, and the bias of q, k and v.
+    On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
+    the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
+    a rank that are cut by columns are copied, and its bias of q, k and v.
     Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
     MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
     ConnectionError, where a rank is gone.
@@ -154,7 +151,7 @@ def load_model(
         target = _device(own_device(device, size))
         config, stored = open_checkpoint(folder)
         wanted = compute_dtype(dtype, stored)
-        if packed and not any(isinstance(tensor, StoredPacked) for tensor in stored.values()):
+        if packed and not any(tensor.packed for tensor in stored.values()):
             raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
         marks = fingerprint(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
@@ -169,26 +166,46 @@ def load_model(
     for _, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):  # layer by layer
         with ranks.together():  # a rank that is slow or fails is so by one layer at most
             for spec in specs:
-                part = stored[spec.published].part(spec, ranks.rank, size)
+                tensor = stored[spec.published]
                 owner, _, name = spec.name.rpartition(".")
-                if isinstance(part, PackedWeight) and not packed:
-                    part = part.to(target).dequantized()
-                if isinstance(part, PackedWeight):
-                    keep_packed(model.get_submodule(owner), part.to(target), wanted)
+                layer = model.get_submodule(owner)
+                if packed and tensor.packed:
+                    tensor.keep_in(layer, spec, ranks.rank, size, target, wanted)
                 else:
-                    part = part.to(device=target, dtype=wanted)
+                    part = tensor.part(spec, ranks.rank, size, target).to(device=target, dtype=wanted)
                     if spec.cut == "columns":
                         part = part.contiguous()
-                    elif spec.cut == "heads" and (part.is_contiguous() or spec.name.endswith("bias")):
+                    elif spec.cut == "heads" and (part.is_contiguous() or name == "bias"):
                         part = part.reshape(spec.shape_of_rank(size))  # one matrix, unless it is a view
-                    setattr(model.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
-                done += stored[spec.published].bytes_of_rank(spec, size)
+                    setattr(layer, name, nn.Parameter(part, requires_grad=False))
+                done += tensor.bytes_of_rank(spec, size)
                 if progress is not None:
                     progress(done, total)
     return model.eval()
 
 
-def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: dict[str, Stored]) -> dict[str, object]:
+class NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are: nn.Embedding's normal_ on the meta device imports half of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
+def check_cut(folder: str | Path, ranks: int) -> None:
+    """Raises ValueError where the folder's model cannot be cut for so many ranks.
+
+    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
+    """
+    try:
+        config, gptq = QwenConfig.from_json(Path(folder) / "config.json"), packing(folder)
+    except ValueError:
+        return
+    config.check_ranks(ranks)
+    if gptq is not None:
+        gptq.check_ranks(config, ranks)
+
+
+def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: Mapping[str, Stored]) -> dict[str, object]:
     """What tells models apart: the configuration, the dtype, and each tensor's first row, as a hash.
 
     Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
@@ -200,19 +217,37 @@ def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: dict[str, Stored
     return marks
 
 
-class NoInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they are: nn.Embedding's normal_ on the meta device imports half of torch."""
+def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
+    """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    kinds = sorted({tensor.dtype for tensor in stored.values()})
+    if len(kinds) > 1:
+        raise InputError(
+            f"the weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
+        )
+    return STORED_DTYPES[kinds[0]]
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return None
-        return func(*args, **(kwargs or {}))
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # an assertion: torch built without CUDA
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise InputError("device 'meta' cannot be used: it holds no values")
+    return device
+
+
+# A folder, opened and checked. A GPTQ release packs its matrices: quantize/gptq.py knows what it has instead.
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a checkpoint by its file's header: nothing of its data is read before `read`."""
+    """A tensor of a checkpoint by its file's header: nothing of its data is read before it is asked for."""
 
     file: safe_open | None  # None: no file is there, only what it should hold
     published: str
@@ -220,8 +255,12 @@ class StoredTensor(NamedTuple):
     dtype: str  # as safetensors names it
 
     @property
+    def packed(self) -> bool:
+        return False
+
+    @property
     def form(self) -> str:
-        return str(STORED_DTYPES[self.dtype]).removeprefix("torch.")
+        return dtype_name(STORED_DTYPES[self.dtype])
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -229,18 +268,18 @@ class StoredTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        size = 4 if self.dtype in PACKED_DTYPES else STORED_DTYPES[self.dtype].itemsize
-        return math.prod(self.shape) * size
+        return math.prod(self.shape) * (4 if self.dtype == "I32" else STORED_DTYPES[self.dtype].itemsize)
 
     def bytes_of_rank(self, spec: TensorSpec, ranks: int) -> int:
         return math.prod(spec.shape_of_rank(ranks)) * STORED_DTYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
         """The tensor, a view of the mapped file."""
+        assert self.file is not None
         return self.file.get_tensor(self.published)
 
-    def part(self, spec: TensorSpec, rank: int, ranks: int) -> Tensor:
-        """A rank's part, a view."""
+    def part(self, spec: TensorSpec, rank: int, ranks: int, device: torch.device | None = None) -> Tensor:
+        """A rank's part, a view. device: where a weight that is packed would be dequantised."""
         return spec.part(self.read(), rank, ranks)
 
     def start(self) -> Tensor:
@@ -248,7 +287,18 @@ class StoredTensor(NamedTuple):
         return self.read()[:1] if len(self.shape) > 1 else self.read()
 
 
-Stored = StoredTensor | StoredPacked
+Stored: TypeAlias = "StoredTensor | StoredPacked"
+
+
+def packing(folder: str | Path) -> GPTQConfig | None:
+    """How a GPTQ release packs its weights; None for every other checkpoint."""
+    config = Path(folder) / "config.json"
+    beside = os.path.lexists(config.with_name("quantize_config.json"))
+    if not beside and read_json_object(config).get("quantization_config") is None:
+        return None
+    from qwen_ref.quantize.config import GPTQConfig
+
+    return GPTQConfig.from_json(config)
 
 
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
@@ -261,31 +311,45 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     config = gptq = None
     try:
         config = QwenConfig.from_json(folder / "config.json")
-        gptq = GPTQConfig.from_folder(folder)
+        gptq = packing(folder)
     except ValueError as error:
         problems.append(str(error))
         config = None
     weight_map, files = _weight_files(folder, problems)
     found, unread = _read_headers(folder, files, weight_map, problems)
-    if config is not None and files:
-        _compare(tensor_table(config), gptq, found, problems, complete=not unread)
-    if problems or config is None:
-        if config is not None and gptq is not None:  # all that can be known is said at once
-            sound = [
-                spec for spec in tensor_table(config) if is_packed(spec) and _is_sound(spec, gptq, found)
-            ]
-            packed = with_packed(sound, gptq, found).values()
-            problems += [line for tensor in packed for line in tensor.problems()]
+    if config is None:
         raise _refusal(folder, problems)
-    return config, found if gptq is None else with_packed(tensor_table(config), gptq, found)
+    table, optional, contradiction = tensor_table(config), set(), None
+    if gptq is None:
+        expected = {spec.published: (spec.shape, "weights") for spec in table}
+        packed = [name for name in expected if f"{name.removesuffix('.weight')}.qweight" in found]
+        if packed:
+            contradiction = (
+                f"{some(packed)}: packed weights, but neither config.json's quantization_config nor "
+                "quantize_config.json says how"
+            )
+    else:
+        from qwen_ref.quantize import gptq as packed_tensors
+
+        expected, optional = packed_tensors.expected(table, gptq)
+        contradiction = packed_tensors.contradiction(table, gptq, found)
+    if contradiction is not None:
+        problems.append(contradiction)
+    elif files:
+        problems += _compare(expected, optional, found, complete=not unread)
+    if problems and gptq is not None:  # all that can be known is said at once
+        problems += packed_tensors.known_problems(table, gptq, found)
+    if problems:
+        raise _refusal(folder, problems)
+    return config, dict(found) if gptq is None else packed_tensors.with_packed(table, gptq, found)
 
 
-def check_packed(folder: str | Path, stored: dict[str, Stored], ranks: Group = ONE_RANK) -> None:
-    """Raises ValueError with all that is wrong with scales, zero points, groups and zero biases.
+def check_packed(folder: str | Path, stored: Mapping[str, Stored], ranks: Group = ONE_RANK) -> None:
+    """Raises ValueError with all that is wrong with a GPTQ checkpoint's scales, zero points and groups.
 
-    They are a twentieth of a GPTQ checkpoint. Each rank reads a part of them, and all hear of everything.
+    They are a twentieth of the checkpoint. Each rank reads some of them, and all hear of everything.
     """
-    packed = [tensor for tensor in stored.values() if isinstance(tensor, StoredPacked)]
+    packed = [tensor for tensor in stored.values() if tensor.packed]
     with ranks.together():
         own = "\n".join(line for tensor in packed[ranks.rank :: ranks.size] for line in tensor.problems())
     problems = [line for text in ranks.texts(own) for line in text.splitlines()]
@@ -295,7 +359,7 @@ def check_packed(folder: str | Path, stored: dict[str, Stored], ranks: Group = O
 
 def _refusal(folder: str | Path, problems: list[str]) -> InputError:
     count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-    return InputError(f"{folder}: {count}{_some(problems, '; ', longest=4000)}")
+    return InputError(f"{folder}: {count}{some(problems, '; ', longest=4000)}")
 
 
 def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -313,34 +377,32 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], li
         if not isinstance(weight_map, dict) or not weight_map:
             problems.append(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
             return {}, []
-        files = sorted({file for file in weight_map.values() if isinstance(file, str)})
-        refused = [file for file in weight_map.values() if not isinstance(file, str)]
-        refused += [file for file in files if not _is_plain_safetensors_name(file)]
+        refused = [file for file in weight_map.values() if not _is_plain_safetensors_name(file)]
         if refused:
             problems.append(
                 f"{INDEX_NAME}: weight_map may name only .safetensors files in the folder itself, "
-                f"not {_some(map(shown, refused))}"
+                f"not {some(dict.fromkeys(map(shown, refused)))}"
             )
             return {}, []
-        return weight_map, files
+        return weight_map, sorted(set(weight_map.values()))
     if single:
         return {}, [SINGLE_NAME]
     by_autogptq = [path.name for path in folder.glob("gptq_model-*.safetensors")]  # as it names its file
     if len(by_autogptq) == 1:
         return {}, by_autogptq
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        problems.append(
-            f"{_some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; "
-            "use the safetensors release"
-        )
-    else:
-        problems.append(f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder")
+    problems.append(
+        f"{some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; use "
+        "the safetensors release"
+        if pickles
+        else f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder"
+    )
     return {}, []
 
 
-def _is_plain_safetensors_name(file: str) -> bool:
-    return file.endswith(".safetensors") and file.isprintable() and not set(file) & set("/\\:")
+def _is_plain_safetensors_name(file: object) -> bool:
+    named = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
+    return named and not set(str(file)) & set("/\\:")
 
 
 def _read_headers(
@@ -371,165 +433,42 @@ def _read_headers(
             problems.append(f"{file}: {problem}")
             unread.add(file)
     if duplicates:
-        problems.append(f"tensors stored twice: {_some(duplicates)}")
+        problems.append(f"tensors stored twice: {some(duplicates)}")
     misplaced = [
         f"{name} (not in {file})"
         for name, file in weight_map.items()
         if file not in unread and place.get(name) != file and not name.endswith(_IGNORED_SUFFIXES)
     ]
     if misplaced:
-        problems.append(f"{INDEX_NAME} and the files disagree: {_some(misplaced)}")
+        problems.append(f"{INDEX_NAME} and the files disagree: {some(misplaced)}")
     return found, unread
 
 
 def _compare(
-    table: list[TensorSpec],
-    gptq: GPTQConfig | None,
-    found: dict[str, StoredTensor],
-    problems: list[str],
-    *,
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
+    optional: Collection[str],
+    found: Mapping[str, StoredTensor],
     complete: bool,
-) -> None:
-    """Adds what the table and the headers disagree on; complete: every file was read, so a gap is a gap."""
-    matrices = [spec for spec in table if is_packed(spec)]
-    plain = [spec.published for spec in matrices if spec.published in found]
-    packed = [name for spec in matrices if (name := f"{module_of(spec)}.qweight") in found]
-    if packed and gptq is None:
-        problems.append(
-            f"{_some(packed)}: packed weights, but neither config.json's quantization_config nor "
-            "quantize_config.json says how"
-        )
-        return
-    if plain and gptq is not None:
-        mixed = f" and {len(packed)} that are" if packed else ""
-        problems.append(
-            f"the configuration says GPTQ, {gptq.bits} bits, where every matrix of the layers is packed; "
-            f"here are {len(plain)} that are not{mixed}: {_some(plain)}"
-        )
-        return
-    if gptq is not None and (problem := unpackable(table, gptq)) is not None:
-        problems.append(problem)
-        return
-    expected: dict[str, tuple[tuple[int, ...], Collection[str]]] = {}
-    optional = set()
-    for spec in table:
-        if gptq is None or not is_packed(spec):
-            expected[spec.published] = spec.shape, STORED_DTYPES
-            continue
-        for name, shape in packed_shapes(spec, gptq).items():
-            expected[name] = shape, SCALE_DTYPES if name.endswith(".scales") else PACKED_DTYPES
-        if (bias := f"{module_of(spec)}.bias") not in expected and spec.cut != "heads":
-            expected[bias] = spec.shape[:1], STORED_DTYPES
-            optional.add(bias)
+) -> Iterator[str]:
+    """What the headers contradict; expected: shape and kind by name. complete: all files were read."""
     missing = [name for name in expected if name not in found and name not in optional]
     if missing and complete:
-        problems.append(f"missing tensors: {_some(missing)}")
-    extra = sorted(found.keys() - expected.keys())
-    if extra:
-        problems.append(f"tensors that the configuration has no place for: {_some(extra)}")
+        yield f"missing tensors: {some(missing)}"
+    if extra := sorted(found.keys() - expected.keys()):
+        yield f"tensors that the configuration has no place for: {some(extra)}"
+    there = {name: (found[name], *wanted) for name, wanted in expected.items() if name in found}
     shaped = [
-        f"{name} is {list(found[name].shape)}, should be {list(shape)}"
-        for name, (shape, _) in expected.items()
-        if name in found and found[name].shape != shape
+        f"{name} is {list(tensor.shape)}, should be {list(shape)}"
+        for name, (tensor, shape, _) in there.items()
+        if tensor.shape != shape
     ]
     if shaped:
-        problems.append(f"shapes that contradict config.json: {_some(shaped)}")
-    kinds = (("weights", STORED_DTYPES), ("packed tensors", PACKED_DTYPES), ("scales", SCALE_DTYPES))
-    for what, names in kinds:
+        yield f"shapes that contradict config.json: {some(shaped)}"
+    for kind, dtypes in KINDS.items():
         typed = [
-            f"{name} is {found[name].dtype}"
-            for name, (_, dtypes) in expected.items()
-            if dtypes is names and name in found and found[name].dtype not in dtypes
+            f"{name} is {tensor.dtype}"
+            for name, (tensor, _, its_kind) in there.items()
+            if its_kind == kind and tensor.dtype not in dtypes
         ]
         if typed:
-            problems.append(f"{what} must be {', '.join(names)}: {_some(typed)}")
-
-
-def with_packed(
-    table: list[TensorSpec], gptq: GPTQConfig, found: dict[str, StoredTensor]
-) -> dict[str, Stored]:
-    """The tensors by the table's names: four packed ones stand for a weight."""
-    stored: dict[str, Stored] = {}
-    for spec in table:
-        if is_packed(spec):
-            parts = tuple(found[name] for name in packed_shapes(spec, gptq))
-            bias = None if spec.cut == "heads" else found.get(f"{module_of(spec)}.bias")
-            stored[spec.published] = StoredPacked(parts, bias, gptq)
-        else:
-            stored[spec.published] = found[spec.published]
-    return stored
-
-
-def _is_sound(spec: TensorSpec, gptq: GPTQConfig, found: dict[str, StoredTensor]) -> bool:
-    """Whether a packed weight's tensors are there as they should be, by the headers."""
-    kinds = {True: SCALE_DTYPES, False: PACKED_DTYPES}
-    return all(
-        name in found and found[name].shape == shape and found[name].dtype in kinds[name.endswith(".scales")]
-        for name, shape in packed_shapes(spec, gptq).items()
-    )
-
-
-def _some(items: Iterable[str], separator: str = ", ", longest: int = 200) -> str:
-    """The first items, none of them endless, and how many more there are."""
-    items = [item if len(item) <= longest else f"{item[:longest]}…" for item in items]
-    rest = len(items) - _MOST_NAMED
-    return separator.join(items[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def compute_dtype(name: str, stored: dict[str, Stored]) -> torch.dtype:
-    """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    kinds = sorted({tensor.dtype for tensor in stored.values()})
-    if len(kinds) > 1:
-        raise InputError(
-            f"the weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
-        )
-    return STORED_DTYPES[kinds[0]]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # an assertion: torch built without CUDA
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise InputError(f"device {name!r} cannot be used: {reason}") from None
-    if device.type == "meta":
-        raise InputError("device 'meta' cannot be used: it holds no values")
-    return device
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m qwen_ref.checkpoint", description="Look at a checkpoint without loading it."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser(
-        "inspect",
-        help="tensors, shapes, dtypes, and the bytes of each rank",
-        description="Print every kind of tensor, its cut, and what a rank must hold. No weight is read.",
-    )
-    inspect.add_argument(
-        "folder",
-        metavar="FOLDER",
-        help="a checkpoint folder, a folder with config.json alone, or one of 1.8b, 7b, 14b, 72b",
-    )
-    inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
-    inspect.add_argument(
-        "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"
-    )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m qwen_ref.checkpoint`; returns its exit code (see cli.run)."""
-    from qwen_ref.sizes import inspect
-
-    return run(_parser(), inspect, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            yield f"{kind} must be {', '.join(dtypes)}: {some(typed)}"

@@ -10,7 +10,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,14 +97,6 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "sliding_window": (None, "attention reaches every earlier position"),
 }
 
-QUANTIZATIONS = ("int8", "int4")  # that any checkpoint's weights can be rounded to
-# Inputs that may share a scale in int4 weights: what torch's product knows, and what is taken by default.
-INT4_GROUPS = (32, 64, 128, 256)
-INT4_GROUP = 64
-
-# Of quantization_config, what else a GPTQ file could say and may not; no such key, or null, means this.
-_GPTQ_VALUES = {"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}
-
 LARGEST_LENGTH = 2**30  # of a text, in tokens
 # Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
 _LARGEST = {
@@ -184,7 +176,7 @@ class QwenConfig:
         }
         uneven = [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]
         if uneven:
-            usable = _either(self.usable_ranks())
+            usable = either(self.usable_ranks())
             raise InputError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
 
     def usable_ranks(self) -> list[int]:
@@ -218,134 +210,6 @@ class QwenConfig:
                 )
         if problems:
             raise InputError("; ".join(problems))
-
-
-def check_bits(bits: object) -> None:
-    """Raises ValueError for widths that no GPTQ release of Qwen has."""
-    if type(bits) is not int or bits not in (4, 8):
-        raise InputError(f"bits={shown(bits)} is not supported: GPTQ weights are read in 4 and in 8 bits")
-
-
-@dataclass(frozen=True)
-class GPTQConfig:
-    """How a GPTQ release packs its weights (AutoGPTQ v1): the published quantization_config.
-
-    Raises ValueError where it is none that is read here.
-    """
-
-    bits: int
-    group_size: int  # inputs that share a scale and a zero point; -1: all of them
-    desc_act: bool  # inputs are not grouped in their order ("act-order"): g_idx names the group of each
-    sym: bool  # every zero point is the middle of the range
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> GPTQConfig | None:
-        """Of a checkpoint folder: see from_json."""
-        return cls.from_json(Path(folder) / "config.json")
-
-    @classmethod
-    def from_json(cls, config: Path) -> GPTQConfig | None:
-        """A config.json's quantization_config, or the quantize_config.json beside it; None: not quantised.
-
-        Raises ValueError, naming the file, for other methods and formats, bits other than 4 and 8, values of
-        the wrong type, and two files that disagree.
-        """
-        own = config.with_name("quantize_config.json")
-        found = {}
-        settings = read_json_object(config).get("quantization_config")
-        if settings is not None:
-            found[config] = settings
-        if os.path.lexists(own):
-            found[own] = read_json_object(own)
-        parsed = {path: cls._parsed(path, settings) for path, settings in found.items()}
-        if len(set(parsed.values())) > 1:
-            said = [f"{path} says {found.in_words}" for path, found in parsed.items()]
-            raise InputError(f"{', '.join(said)}; remove the one that is wrong")
-        return next(iter(parsed.values()), None)
-
-    @classmethod
-    def _parsed(cls, path: Path, settings: object) -> GPTQConfig:
-        try:
-            if not isinstance(settings, dict):
-                raise InputError(f"{shown(settings)} is no object")
-            for key, value in _GPTQ_VALUES.items():
-                if settings.get(key) not in (None, value):
-                    raise InputError(
-                        f"{key}={shown(settings[key])} is not supported, only {json.dumps(value)}"
-                    )
-            missing = [key for key in ("bits", "group_size") if key not in settings]
-            if missing:
-                raise InputError(f"missing {' and '.join(missing)}")
-            flags = {"desc_act": settings.get("desc_act", False), "sym": settings.get("sym", True)}
-            return cls(settings["bits"], settings["group_size"], **flags)
-        except ValueError as error:
-            raise InputError(f"{path}: quantisation: {error}") from None
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if type(self.group_size) is not int or not (self.group_size == -1 or 1 <= self.group_size <= 2**24):
-            raise InputError(
-                f"group_size={shown(self.group_size)} must be -1 or a number of inputs, such as 128"
-            )
-        for name in ("desc_act", "sym"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={shown(getattr(self, name))} must be true or false")
-
-    @property
-    def anywhere(self) -> bool:
-        """Whether inputs may be cut anywhere: groups are scattered, or there is one."""
-        return self.desc_act or self.group_size == -1
-
-    @property
-    def in_words(self) -> str:
-        flags = f"desc_act {str(self.desc_act).lower()}, sym {str(self.sym).lower()}"
-        return f"{self.bits} bits, {self.grouping}, {flags}"
-
-    @property
-    def grouping(self) -> str:
-        """In words."""
-        return "one group" if self.group_size == -1 else f"groups of {self.group_size}"
-
-    def groups(self, inputs: int) -> int:
-        """How many groups so many inputs make; the last may be shorter."""
-        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
-
-    def check_ranks(self, config: QwenConfig, ranks: int) -> None:
-        """Raises ValueError where a cut of a weight's inputs would fall inside a group.
-
-        >>> GPTQConfig(4, 128, False, True).check_ranks(QwenConfig.preset("1.8b"), 2)
-        Traceback (most recent call last):
-        InputError: the MLP's width 5504 cannot be split over 2 ranks at the borders of groups of 128; use 1
-        """
-        word = 32 // self.bits  # weights in an int32: they are not divided either
-        unit = word if self.anywhere else math.lcm(self.group_size, word)
-        sizes = {"hidden_size": config.hidden_size, "the MLP's width": config.mlp_width}
-
-        def divided(n: int) -> list[str]:
-            return [] if n == 1 else [name for name, size in sizes.items() if size % (n * unit)]
-
-        if wrong := divided(ranks):
-            works = [n for n in config.usable_ranks() if not divided(n)]
-            what = f"words of {word} weights" if self.anywhere else f"groups of {self.group_size}"
-            named = " and ".join(f"{name} {sizes[name]}" for name in wrong)
-            raise InputError(
-                f"{named} cannot be split over {ranks} ranks at the borders of {what}; use {_either(works)}"
-            )
-
-
-def check_cut(folder: str | Path, ranks: int) -> None:
-    """Raises ValueError where the folder's model cannot be cut for so many ranks.
-
-    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
-    """
-    try:
-        config = QwenConfig.from_json(Path(folder) / "config.json")
-        gptq = GPTQConfig.from_folder(folder)
-    except ValueError:
-        return
-    config.check_ranks(ranks)
-    if gptq is not None:
-        gptq.check_ranks(config, ranks)
 
 
 def _value_problems(values: dict[str, Any]) -> list[str]:
@@ -400,7 +264,7 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def _either(numbers: Sequence[int]) -> str:
+def either(numbers: Iterable[int]) -> str:
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last
 
@@ -415,6 +279,13 @@ def shown(value: object) -> str:
         return _short.repr(value).replace("\n", " ")
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return f"<{type(value).__name__}, too long to be shown>"
+
+
+def some(items: Iterable[str], separator: str = ", ", longest: int = 200, most: int = 20) -> str:
+    """The first items, none of them endless, and how many more there are."""
+    named = [item if len(item) <= longest else f"{item[:longest]}…" for item in items]
+    rest = len(named) - most
+    return separator.join(named[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def require_folder(folder: str | Path) -> None:

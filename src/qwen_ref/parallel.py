@@ -25,11 +25,14 @@ With one rank every layer is the plain one of torch.nn, and there is nobody to t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,16 +40,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.config import InputError, lacks_memory, shown
-from qwen_ref.launch import (
-    ANY_TEXT,
-    RankLost,
-    launched,
-    lost_ranks_named,
-    require_distributed,
-    start_process_group,
-)
 
+TIMEOUT = 60.0  # seconds that a rank waits for another; torch's own default is half an hour
+_ANY_TEXT = ("utf-8", "surrogatepass")  # codes every str
 _LOST = "another rank is gone or did not answer in time"
+# What gloo and the store say of a lost connection, where their errors have no class of their own.
+_CONNECTION = re.compile(r"connection|timed? ?out|broken pipe|by peer", re.IGNORECASE)
+
+
+class RankLost(ConnectionError):
+    """Another rank is gone, or did not answer in time."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank had an error that is none of the user's; it raises that one itself."""
 
 
 class Group:
@@ -99,16 +106,16 @@ class Group:
         if self.size == 1:
             return [text]
         device = self._device()
-        encoded = torch.tensor(list(text.encode(*ANY_TEXT)), dtype=torch.uint8, device=device)
+        encoded = torch.tensor(list(text.encode(*_ANY_TEXT)), dtype=torch.uint8, device=device)
         lengths = self.gather(torch.tensor([len(encoded)], device=device)).tolist()
         if max(lengths) == 0:
             return [""] * self.size
         padded = encoded.new_zeros(max(lengths))
         padded[: len(encoded)] = encoded
         rows = self.gather(padded).view(self.size, -1)
-        return [bytes(row[:n].tolist()).decode(*ANY_TEXT) for row, n in zip(rows, lengths, strict=True)]
+        return [bytes(row[:n].tolist()).decode(*_ANY_TEXT) for row, n in zip(rows, lengths, strict=True)]
 
-    @contextmanager
+    @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """All ranks do what stands inside, or all raise what kept one of them from it.
 
@@ -161,10 +168,6 @@ class Group:
 def _digest(value: object) -> str:
     """What tells values apart also where they are too long to be shown."""
     return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
-
-
-class RankFailed(RuntimeError):
-    """Another rank had an error that is none of the user's; it raises that one itself."""
 
 
 ONE_RANK = Group(0, 1)
@@ -260,6 +263,90 @@ class VocabularyParallelHead(nn.Linear):
 
 
 # Who takes part
+
+
+class Launch(NamedTuple):
+    """What torchrun tells a process: its rank of how many, its place on its machine, where the ranks meet."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def launched() -> Launch | None:
+    """torchrun's variables; None where the process was started alone. ValueError where some are missing."""
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return None
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        there = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
+        raise InputError(
+            f"{there or 'RANK and WORLD_SIZE'} in the environment without {', '.join(missing)}: start the "
+            "ranks with torchrun, which sets them all, or unset WORLD_SIZE and RANK to run alone"
+        )
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    local_rank = _number("LOCAL_RANK") if os.environ.get("LOCAL_RANK") else rank
+    if not (0 <= rank < size and local_rank >= 0 and 0 < port < 2**16):
+        raise InputError(
+            f"{rank=}, {size=}, {local_rank=} and {port=} in the environment cannot be: RANK and LOCAL_RANK "
+            "count from 0 to WORLD_SIZE - 1, MASTER_PORT is at most 65535"
+        )
+    return Launch(rank, size, local_rank, os.environ["MASTER_ADDR"], port)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise InputError(f"{name}={os.environ[name]!r} in the environment must be a whole number") from None
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed is that of a connection. Others, such as of shapes, are ours."""
+    return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def lost_ranks_named(message: str) -> Iterator[None]:
+    """Raises RankLost with the message for the error of a connection; any other error stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise RankLost(f"{message}: {first_line(error)}") from error
+
+
+def require_distributed() -> None:
+    """Raises InputError where this torch was built without torch.distributed."""
+    if not dist.is_available():
+        raise InputError(
+            "several ranks need torch.distributed, which this build of torch does not have; install a build "
+            "that has it, or run one process without RANK and WORLD_SIZE"
+        )
+
+
+def start_process_group(device: str, timeout: float = TIMEOUT, store: dist.Store | None = None) -> None:
+    """torch's default process group, by torchrun's variables: gloo for CPU tensors, nccl for CUDA's.
+
+    store: where the ranks meet; by default a connection of its own to where torchrun's variables say.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} cannot be used: torch finds no CUDA device")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    where = {}
+    if store is not None:
+        launch = launched()
+        where = {"store": store, "rank": launch.rank, "world_size": launch.size}
+    with lost_ranks_named("the process group did not come about"):
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def group_size(group: str | dist.ProcessGroup | None) -> int:

@@ -16,9 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_ref import bench, chat, checkpoint, evaluate, generate, perplexity, trace
-from qwen_ref.figures import pyplot
+from qwen_ref.bench import __main__ as bench
+from qwen_ref.chat import conversation as chat
+from qwen_ref.commands import generate
+from qwen_ref.commands import inspect as checkpoint
+from qwen_ref.commands.figures import pyplot
+from qwen_ref.evaluate import __main__ as evaluate
 from qwen_ref.parity import __main__ as parity
+from qwen_ref.perplexity import __main__ as perplexity
+from qwen_ref.trace import __main__ as trace
 
 from . import folders
 from .harness import Case, Kind, capture

@@ -15,13 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_ref import Tokenizer, bench, chat, checkpoint, generate, load_model, perplexity, trace
+from qwen_ref import Tokenizer, load_model
+from qwen_ref.bench import __main__ as bench
+from qwen_ref.chat import conversation as chat
 from qwen_ref.checkpoint import INDEX_NAME, SINGLE_NAME, tensor_table
-from qwen_ref.config import GPTQConfig, QwenConfig
-from qwen_ref.gptq import is_packed, packed_shapes
+from qwen_ref.commands import inspect as checkpoint
+from qwen_ref.commands.generate import main as generate_command
+from qwen_ref.commands.settings import read_defaults
+from qwen_ref.config import QwenConfig
+from qwen_ref.generate import generate
 from qwen_ref.parity import __main__ as parity
-from qwen_ref.settings import read_defaults
+from qwen_ref.perplexity import __main__ as perplexity
+from qwen_ref.quantize.config import GPTQConfig
+from qwen_ref.quantize.gptq import is_packed, packed_shapes
 from qwen_ref.tokenizer import SPECIAL_TOKENS
+from qwen_ref.trace import __main__ as trace
 
 from .harness import Case, Kind, Opened, capture
 from .values import Safetensors, a_json, changed_bytes, changed_object, changed_safetensors, json_text, words
@@ -285,7 +293,7 @@ def _library(case: Case, folder: Path) -> None:
         dtype = rng.choice(("auto", "float32", "bfloat16", "float64", "float16"))
         model = case.library(partial(load_model, folder, dtype, packed=rng.random() < 0.2))
         if model is not None:
-            case.library(lambda: list(generate.generate(model, [1, 2, 3], max_new_tokens=2)))
+            case.library(lambda: list(generate(model, [1, 2, 3], max_new_tokens=2)))
     elif what == "Tokenizer":
         tokenizer = case.library(lambda: Tokenizer.from_file(folder / "qwen.tiktoken"))
         if tokenizer is not None:
@@ -299,10 +307,10 @@ def _library(case: Case, folder: Path) -> None:
 
 
 _COMMANDS = (
-    (generate.main, "--model model a --max-new-tokens 2"),
-    (generate.main, "--model model a --json --dtype float32 --fast"),
-    (generate.main, "--model model a --packed --logprobs"),
-    (generate.main, "--model model a --quantize int8 --kv-cache int8"),
+    (generate_command, "--model model a --max-new-tokens 2"),
+    (generate_command, "--model model a --json --dtype float32 --fast"),
+    (generate_command, "--model model a --packed --logprobs"),
+    (generate_command, "--model model a --quantize int8 --kv-cache int8"),
     (checkpoint.main, "inspect model"),
     (checkpoint.main, "inspect model --tp 2"),
     (checkpoint.main, "inspect model/config.json"),
@@ -322,7 +330,7 @@ def prepare(shared: Path) -> None:
     """A good folder of each kind does what is asked: else a case would prove nothing."""
     for name, files in bases().items():
         if not (shared / name).exists():
-            list(generate.generate(load_model(write(files, shared / name)), [1, 2, 3], max_new_tokens=2))
+            list(generate(load_model(write(files, shared / name)), [1, 2, 3], max_new_tokens=2))
     record(shared / "plain", shared / "golden", "--prompt", "ab")
 
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 import qwen_ref
-from qwen_ref.cli import bundled_checkpoint
+from qwen_ref.commands.files import bundled_checkpoint
 from qwen_ref.config import InputError
 
 T = TypeVar("T")

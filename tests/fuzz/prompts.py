@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qwen_ref import StreamDecoder, Tokenizer, load_model, sampling
-from qwen_ref.chat import Conversation, build_context
+from qwen_ref.chat.context import build_context
+from qwen_ref.chat.conversation import Conversation
+from qwen_ref.decoding.lookup import generate_lookup
 from qwen_ref.generate import generate, generate_batch, generate_uncached
-from qwen_ref.lookup import generate_lookup
 
 from . import folders
 from .harness import Case, Kind

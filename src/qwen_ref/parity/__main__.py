@@ -9,17 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_ref.cli import (
-    Parser,
-    Progress,
-    bundled_checkpoint,
-    on_stdout,
-    output_path,
-    read_prompt,
-    run,
-    say,
-    utf8,
-)
+from qwen_ref.commands.cli import Parser, Progress, on_stdout, run, say, utf8
+from qwen_ref.commands.files import bundled_checkpoint, output_path, read_prompt
 from qwen_ref.config import InputError, require_folder
 
 if TYPE_CHECKING:
@@ -190,7 +181,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _check_plot(args: argparse.Namespace) -> None:
     """Before the work is done: that there can be a plot."""
     if args.plot is not None:
-        from qwen_ref.figures import pyplot
+        from qwen_ref.commands.figures import pyplot
 
         output_path(args.plot, "--plot", args)
         pyplot()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
-from qwen_ref.cli import new_file
+from qwen_ref.commands.files import new_file
 from qwen_ref.config import LARGEST_TEXT, InputError, QwenConfig, file_problem, parse_json, read_bytes, shown
 
 FORMAT_VERSION = 1

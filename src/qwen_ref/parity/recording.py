@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen_ref.cli import output_path
+from qwen_ref.commands.files import output_path
 from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import (
     Bundle,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qwen_ref.figures import pyplot, save
+from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.parity.bundle import layer_of, meaning
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis

@@ -27,7 +27,7 @@ from qwen_ref.checkpoint import (
     open_checkpoint,
     tensor_table,
 )
-from qwen_ref.cli import out_of_memory
+from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 

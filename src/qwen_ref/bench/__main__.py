@@ -1,0 +1,379 @@
+"""`python -m qwen_ref.bench`: how fast a model is on this machine, beside what the machine can do.
+
+To decode a token, every weight is read once, and the keys and values of every position. So the rate at which
+memory can be read is the limit, and it is measured in the same run, in turns with the model and with whatever
+the model is compared to: machines that are shared change their speed from second to second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
+from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.ranks import TIMEOUT, Ranks, ranks_of_command, started_by_torchrun
+from qwen_ref.commands.settings import add_speed_options, load_as_asked, speed_options
+from qwen_ref.config import InputError, require_folder
+from qwen_ref.quantize.config import GPTQConfig
+
+if TYPE_CHECKING:
+    pass
+from qwen_ref.bench.measure import (
+    Memory,
+    Subject,
+    TransformersSubject,
+    _cores,
+    bytes_per_token,
+    machine,
+    measure,
+)
+from qwen_ref.bench.synthetic import synthetic
+
+_MOST = 10_000_000  # of anything that is counted: more is a mistake
+_SIZES = ("1.8b", "7b", "14b", "72b")
+
+
+# The command
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.bench",
+        description="Time a model on this machine, beside the rate at which the machine reads memory.",
+        epilog="The table goes to stdout, everything else to stderr.",
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint folder (default: the tiny trained one that comes with the project)",
+    )
+    source.add_argument(
+        "--synthetic",
+        choices=_SIZES,
+        metavar="SIZE",
+        help=f"noise in the shape of a published model ({', '.join(_SIZES)}), written to a temporary folder",
+    )
+    add("--layers", type=int, metavar="N", help="with --synthetic: so many of its layers")
+    add(
+        "--gptq",
+        type=int,
+        choices=[4, 8],
+        metavar="BITS",
+        help="with --synthetic: as a GPTQ release, in groups of 128, of 4 or 8 bits",
+    )
+    add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
+    add("--device", default="cpu", help="cpu, cuda, …")
+    add_speed_options(parser)
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[16, 512],
+        metavar="T",
+        help="tokens of the prompts (default: 16 512); decoding is timed behind each",
+    )
+    add("--tokens", type=int, default=16, metavar="N", help="tokens decoded (default: %(default)s)")
+    add("--batch", type=int, default=1, metavar="B", help="sequences at a time (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="R", help="(default: %(default)s)")
+    add("--tp", type=int, default=1, metavar="N", help="cut the model among N ranks, started by torchrun")
+    add("--timeout", type=float, default=TIMEOUT, metavar="S", help=argparse.SUPPRESS)
+    add("--name", help=argparse.SUPPRESS)  # of the model, where --tp's ranks are given a temporary folder
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="PEER",
+        help="time these as well, in turns: hf is transformers' Qwen2 with the same weights and dtype, "
+        "hf:float32 in another dtype, plain this implementation without --fast and --quantize",
+    )
+    add("--json", action="store_true", help="print one JSON object, with every repeat")
+    return parser
+
+
+def _bench(args: argparse.Namespace) -> int:
+    for name in ("tokens", "batch", "repeats", "tp", "layers"):
+        _check_count(name, getattr(args, name))
+    args.lengths = list(dict.fromkeys(args.lengths))
+    for length in args.lengths:
+        _check_count("lengths", length)
+    if not args.device.startswith(("cpu", "cuda")):
+        raise InputError(f"--device {args.device}: only cpu and cuda can be timed")
+    if args.dtype != "auto":
+        _check_dtype("--dtype", args.dtype)
+    if args.layers is not None and args.synthetic is None:
+        raise InputError("--layers needs --synthetic: a checkpoint has the layers that it has")
+    if args.gptq is not None and args.synthetic is None:
+        raise InputError("--gptq needs --synthetic: a checkpoint says itself how it is packed")
+    speed_options(args)
+    launch = started_by_torchrun()
+    if launch and args.tp > 1:
+        raise InputError("--tp starts ranks of its own; leave it out under torchrun")
+    if args.against and (launch or args.tp > 1):
+        raise InputError("--against needs one process: leave --tp out")
+    if not launch and args.tp > 1:
+        from qwen_ref.checkpoint import check_cut
+
+        with _folder(args) as folder:
+            check_cut(folder, args.tp)
+            return _launch(args, folder)
+    if launch and args.synthetic is not None:
+        raise InputError("under torchrun every rank would write a model of its own; use --tp instead")
+    peers = [_peer(peer, args) for peer in args.against]
+    if len(set(args.against)) < len(args.against):
+        raise InputError(f"--against names one of these twice: {', '.join(args.against)}")
+    with _folder(args) as folder, ranks_of_command(args.timeout) as ranks:
+        ranks.meet(args.device)
+        result = _measure(args, folder, ranks, peers)
+        if ranks.rank == 0:
+            text = json.dumps(result, ensure_ascii=False) if args.json else table(result)
+            print(on_stdout(text), flush=True)
+    return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of the model, as a figure must name it."""
+    return args.name or (f"{args.synthetic}, synthetic" if args.synthetic else str(args.model or "tiny"))
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and not 1 <= value <= _MOST:
+        raise InputError(f"--{name} {value} must be from 1 to {_MOST:,}")
+
+
+def _check_dtype(option: str, dtype: str) -> None:
+    from qwen_ref.checkpoint import DTYPES
+
+    if dtype not in DTYPES:
+        raise InputError(f"{option} {dtype}: use {', '.join(DTYPES)}")
+
+
+def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]:
+    if args.synthetic is not None:
+        gptq = None if args.gptq is None else GPTQConfig(args.gptq, 128, desc_act=False, sym=True)
+        return synthetic(args.synthetic, args.layers, gptq)
+    folder = args.model or bundled_checkpoint()
+    require_folder(folder)
+    return contextlib.nullcontext(folder)
+
+
+def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
+    """(which, dtype) of an --against."""
+    which, _, dtype = peer.partition(":")
+    if which not in ("hf", "plain"):
+        raise InputError(f"--against {peer}: use hf or plain, or one of them in a dtype, as hf:float32")
+    if dtype:
+        _check_dtype(f"--against {which} in", dtype)
+    if which == "hf":
+        from qwen_ref.bench.peers import require_transformers
+
+        require_transformers()
+    return which, dtype or args.dtype
+
+
+def _launch(args: argparse.Namespace, folder: Path) -> int:
+    """Starts the ranks by torchrun with the same options.
+
+    torchrun's own report of a rank that failed is a traceback of no use: the ranks have said why.
+    """
+    options = ["--model", str(folder), "--name", _name(args), "--dtype", args.dtype, "--device", args.device]
+    options += [f"--{name}={getattr(args, name)}" for name in ("tokens", "batch", "repeats", "timeout")]
+    options += ["--lengths", *map(str, args.lengths), *speed_options(args)]
+    options += ["--json"] * args.json
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.tp)]
+    threads = max(1, _cores() // args.tp)
+    environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+    command = [sys.executable, *launcher, "-m", "qwen_ref.bench", *options]
+    with (
+        tempfile.TemporaryFile() as out,  # stdout may be a caller's own, which only this process has
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as process,
+    ):
+        try:
+            for line in _of_ranks(process.stderr):
+                to_stderr(line, end="")
+            code = process.wait()
+        except KeyboardInterrupt:  # torchrun, which has it as well, first ends the ranks
+            process.wait()
+            raise
+        out.seek(0)
+        print(on_stdout(out.read().decode("utf-8")), end="", flush=True)
+    return 0 if code == 0 else 2
+
+
+def _of_ranks(lines: Iterable[str]) -> Iterator[str]:
+    """What the ranks say: our lines, and before the one that calls an error a fault of ours its traceback."""
+    others: list[str] = []
+    for line in lines:
+        if not line.startswith("qwen_ref"):
+            others.append(line)
+            continue
+        if FAULT_LINE in line:
+            starts = [n for n, other in enumerate(others) if other.startswith("Traceback")]
+            yield from others[max(starts, default=0) :]
+        yield line
+        others.clear()
+
+
+def _measure(
+    args: argparse.Namespace, folder: Path, ranks: Ranks, peers: list[tuple[str, str]]
+) -> dict[str, Any]:
+    import torch
+
+    from qwen_ref.checkpoint import load_model
+    from qwen_ref.commands.sizes import held_bytes, resident_bytes
+
+    with Memory() as loading:
+        start = time.perf_counter()
+        model = load_as_asked(args, folder, ranks)
+        seconds = time.perf_counter() - start
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    ours = Subject(" ".join(["qwen_ref", dtype, *speed_options(args)]).replace("--", ""), model)
+    with Memory() as running, torch.inference_mode():  # before others are loaded
+        model.new_cache(args.batch, max(args.lengths) + args.tokens)  # says so where it does not fit
+        ids = torch.zeros(args.batch, max(args.lengths), dtype=torch.int64, device=args.device)
+        token = ours.prefill(ids, args.tokens)
+        for _ in range(min(args.tokens, 4)):
+            token = ours.decode(token)
+        cache = held_bytes(ours.cache)
+        ours.cache = None
+    subjects = [ours]
+    for which, peer_dtype in peers:
+        plain = load_model(folder, peer_dtype, args.device)
+        name = str(plain.embed.weight.dtype).removeprefix("torch.")
+        if which == "plain":
+            subjects.append(Subject(f"plain {name}", plain))
+        else:
+            from qwen_ref.bench.peers import qwen2
+
+            subjects.append(TransformersSubject(f"transformers {name}", qwen2(plain)))
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        raise InputError(f"--against names one of these twice: {', '.join(names)}")
+    with Progress("timing", unit="turns") as progress:
+        timings = measure(
+            subjects,
+            args.lengths,
+            tokens=args.tokens,
+            batch=args.batch,
+            repeats=args.repeats,
+            device=args.device,
+            progress=progress.update,
+        )
+    total_read = {length: bytes_per_token(model, length, args.batch) for length in args.lengths}
+    return {
+        "machine": machine(args.device),
+        "model": _name(args),
+        "layers": model.config.num_hidden_layers,
+        "ranks": ranks.size,
+        "batch": args.batch,
+        "tokens": args.tokens,
+        "repeats": args.repeats,
+        "load_seconds": seconds,
+        "peak_memory": {
+            "while loading": {"anonymous": loading.anonymous, "mapped": loading.mapped},
+            "while running": {"anonymous": running.anonymous, "mapped": running.mapped},
+            "cache": cache,
+        },
+        "resident_weights": resident_bytes(model),
+        "bytes_per_token": total_read,
+        "subjects": {
+            subject.name: {length: timings[subject.name, length]._asdict() for length in args.lengths}
+            for subject in subjects
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a person reads it: medians, with the smallest and largest of the repeats."""
+    m, subjects = result["machine"], result["subjects"]
+    ours, *others = subjects
+    lengths = list(subjects[ours])
+    memory = result["peak_memory"]
+    lines = [
+        f"{m.get('gpu', m['processor'])}, {m['cores']} cores, {m['threads']} threads, {m['instructions']}, "
+        f"torch {m['torch']}",
+        f"{result['model']}, {result['layers']} layers; batch {result['batch']}, {result['tokens']} tokens "
+        f"decoded, {result['repeats']} repeats: median (smallest to largest)"
+        + (f"; {result['ranks']} ranks, figures of rank 0" if result["ranks"] > 1 else ""),
+        "",
+        f"loaded in {result['load_seconds']:.2f} s; weights {_gb(result['resident_weights'])}, cache for "
+        f"{max(lengths)} + {result['tokens']} tokens {_gb(memory['cache'])}",
+    ]
+    for when in ("while loading", "while running"):
+        peak = memory[when]
+        lines.append(
+            f"peak memory {when}: {_gb(peak['anonymous'])} anonymous and {_gb(peak['mapped'])} mapped more "
+            "than before"
+        )
+    lines.append("")
+    rows = [["", ours]]
+    for other in others:
+        rows[0] += [other, "ratio"]
+    for length in lengths:
+        for key, what, digits in (
+            ("prefill", f"prefill of {length}, tokens/s", 1),
+            ("first_token", "  first token after, s", 3),
+            ("decode", f"decode at {length}, tokens/s", 2),
+        ):
+            row = [what, _spread(subjects[ours][length][key], 1, digits)]
+            for other in others:
+                theirs = subjects[other][length][key]
+                ratio = median(subjects[ours][length][key]) / median(theirs)
+                row += [_spread(theirs, 1, digits), "" if key == "first_token" else f"{ratio:.2f}"]
+            rows.append(row)
+        read = result["bytes_per_token"][length]
+        rate = subjects[ours][length]["read_rate"]
+        achieved = [read * speed / result["batch"] for speed in subjects[ours][length]["decode"]]
+        shares = [one / other for one, other in zip(achieved, rate, strict=True)]
+        rows.append([f"  read for {_tokens(result['batch'])}, GB", f"{read / 1e9:.3f}"])
+        rows.append(["  read, GB/s", _spread(achieved, 1e9)])
+        rows.append(["  memory can be read at, GB/s", _spread(rate, 1e9)])
+        rows.append(["  share of that", _spread(shares, 1, 2)])
+    columns = max(map(len, rows))
+    rows = [row + [""] * (columns - len(row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def _tokens(batch: int) -> str:
+    return "a token" if batch == 1 else f"{batch} tokens"
+
+
+def _gb(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e9:.2f} GB"
+
+
+def _spread(values: Sequence[float], unit: float, digits: int = 1) -> str:
+    low, high = (f"{pick(values) / unit:,.{digits}f}" for pick in (min, max))
+    return f"{median(values) / unit:,.{digits}f} ({low} to {high})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run)."""
+    return run(_parser(), _bench, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

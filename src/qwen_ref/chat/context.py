@@ -1,0 +1,99 @@
+"""A conversation as token ids, in the form that chat models were trained on: ChatML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qwen_ref.config import InputError, shown
+from qwen_ref.tokenizer import Tokenizer
+
+MAX_WINDOW_SIZE = 6144  # tokens of a context, where a folder says nothing else
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+
+STOP_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+Turn = tuple[str, str]  # a query and the response to it
+
+
+class Context(NamedTuple):
+    """What the model reads before it answers."""
+
+    ids: list[int]
+    dropped: int  # oldest turns for which the window had no room
+
+
+def build_context(
+    tokenizer: Tokenizer,
+    query: str,
+    history: Sequence[Turn] = (),
+    system: str = DEFAULT_SYSTEM,
+    max_window_size: int = MAX_WINDOW_SIZE,
+) -> list[int]:
+    """The ids of a conversation up to where the assistant begins to answer query.
+
+    history: the turns so far, the oldest first. The oldest are left out where the system message, the later
+    turns and they themselves would reach max_window_size tokens; the query, which is always there, does not
+    count. `context` also says how many were left out.
+    Raises ValueError for what is no text, no pair of texts, or a window of no size.
+
+    >>> build_context(tokenizer, "hi", system="")  # with the published vocabulary
+    [151644, 8948, 198, 151645, 198, 151644, 872, 198, 6023, 151645, 198, 151644, 77091, 198]
+    """
+    return context(tokenizer, query, history, system, max_window_size).ids
+
+
+def context(
+    tokenizer: Tokenizer,
+    query: str,
+    history: Sequence[Turn] = (),
+    system: str = DEFAULT_SYSTEM,
+    max_window_size: int = MAX_WINDOW_SIZE,
+) -> Context:
+    """build_context's ids, and how many turns they leave out."""
+    check_texts(query, history, system)
+    _check_count("max_window_size", max_window_size)
+    im_start, im_end = (tokenizer.special_ids[name] for name in ("<|im_start|>", "<|im_end|>"))
+    newline = tokenizer.encode("\n")
+
+    def message(role: str, content: str) -> list[int]:
+        return [im_start, *tokenizer.encode(role), *newline, *tokenizer.encode(content), im_end]
+
+    system_ids = message("system", system)
+    turns: list[int] = []
+    kept = 0
+    for asked, answered in reversed(history):
+        turn = [*newline, *message("user", asked), *newline, *message("assistant", answered)]
+        if len(system_ids) + len(turn) + len(turns) >= max_window_size:
+            break
+        turns = turn + turns
+        kept += 1
+    question = [*newline, *message("user", query), *newline, im_start, *tokenizer.encode("assistant")]
+    return Context([*system_ids, *turns, *question, *newline], len(history) - kept)
+
+
+def check_texts(query: object, history: object, system: object) -> None:
+    """Raises ValueError where a conversation is not made of texts."""
+    for name, text in (("query", query), ("system", system)):
+        if not isinstance(text, str):
+            raise InputError(f"{name} must be text, not {shown(text)}")
+    if isinstance(history, str) or not isinstance(history, Sequence):
+        raise InputError(f"history must be a list of pairs (query, response), not {shown(history)}")
+    for number, turn in enumerate(history):
+        pair = isinstance(turn, tuple | list) and len(turn) == 2
+        if not pair or not all(isinstance(text, str) for text in turn):
+            raise InputError(
+                f"history[{number}] must be a pair of texts (query, response), not {shown(turn)}"
+            )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}={shown(value)} must be at least 1 token, a whole number")
+
+
+def chat_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer: of ChatML, and the end of the text."""
+    return frozenset(tokenizer.special_ids[name] for name in STOP_TOKENS)

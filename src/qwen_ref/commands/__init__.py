@@ -1,0 +1,1 @@
+"""What the commands share: messages, progress, options, files, the watch over ranks."""

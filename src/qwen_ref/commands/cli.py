@@ -1,0 +1,279 @@
+"""What every command of the project does alike: messages and progress on stderr, prompts, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from qwen_ref.config import InputError, lacks_memory, shown
+
+FAULT = 70  # the exit code of an error that is ours: EX_SOFTWARE of BSD's sysexits.h
+_NEEDED = ("torch", "numpy", "safetensors", "tiktoken", "regex")
+FAULT_LINE = "this is a fault of qwen_ref, not of its input; please report it, with the lines above"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option as every other mistake is reported: in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", int, integer)
+        self.register("type", Path, given_path)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the options")
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        args = list(sys.argv[1:] if args is None else args)
+        options = args[: args.index("--")] if "--" in args else args
+        for option in options:  # of this one argparse makes an empty list, whatever the type
+            if option.startswith("-") and option.endswith("=--"):
+                self.error(f"argument {option.removesuffix('=--')}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        # argparse would pass over an error of writing.
+        print(self.format_help(), end="", file=sys.stdout if file is None else file, flush=True)
+
+
+def integer(argument: str) -> int:
+    """What type=int means here: of 64 bits, so that nothing later overflows. (int() takes 4,300 digits.)"""
+    number = int(argument) if len(argument) <= 20 else 2**63
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{shown(argument)} must be a whole number of 64 bits")
+    return number
+
+
+def given_path(argument: str) -> Path:
+    """What type=Path means here. An empty one, such as an unset variable of the shell, would be the current
+    folder.
+    """
+    if not argument:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(argument)
+
+
+def utf8(argument: str) -> str:
+    """The text of a command line's argument, whatever the locale made of its bytes."""
+    try:
+        encoded = os.fsencode(argument)
+    except UnicodeEncodeError:  # from a caller of main, with characters that the locale does not have
+        encoded = argument.encode("utf-8", "surrogatepass")
+    try:
+        return encoded.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(not_utf8("it", error)) from None
+
+
+def not_utf8(source: str, error: UnicodeDecodeError) -> str:
+    """Where text of some source is no UTF-8, and what to do."""
+    where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    remedy = "convert it first"
+    if error.reason == "unexpected end of data":
+        remedy = f"it ends within a character: send all of it, or {remedy}"
+    return f"{source} is not UTF-8 ({where}); {remedy}"
+
+
+def run(
+    parser: Parser,
+    command: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+    lost: int = 1,
+) -> int:
+    """Runs a command; its exit code, or one of these after an error, which is said in one line.
+
+    2: a mistake of the user's (InputError), too little memory, or an error of the system (OSError), such as a
+    full disk. 130: Ctrl-C. 141: stdout was closed, as by `| head`. lost: another rank is gone; a command that
+    uses 1 itself gives another code. 70: anything else is a fault of ours and keeps its traceback.
+    """
+    with _streams():
+        try:
+            code = command(parser.parse_args(arguments))
+            sys.stdout.flush()
+            return code
+        except (BrokenPipeError, ConnectionResetError):  # the reader has gone
+            return 141
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        except Exception as error:
+            if message := out_of_memory(error):
+                say(f"error: {message}")
+                return 2
+            if isinstance(error, InputError | OSError) and not isinstance(error, io.UnsupportedOperation):
+                say(f"error: {error}")
+                return lost if isinstance(error, ConnectionError) else 2
+            if isinstance(error, ModuleNotFoundError) and error.name in _NEEDED:
+                say(f"error: {error.name} is not installed: pip install {error.name}")
+                return 2
+            to_stderr(printable(traceback.format_exc(), kept="\n"), end="")
+            say(FAULT_LINE)
+            return FAULT
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """stdout and stderr that take text in any script, whatever the locale says; in the end as they were.
+
+    A caller may have put others in their place, as notebooks do: these may know of no encoding.
+    """
+    before = [(name, getattr(sys, name)) for name in ("stdin", "stdout", "stderr")]
+    codings = [
+        (stream, {"encoding": stream.encoding, "errors": stream.errors})
+        for _, stream in before
+        if hasattr(stream, "reconfigure")
+    ]
+    for name, stream in before[1:]:
+        if stream is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for name, stream in before:
+            if getattr(getattr(sys, name), "name", None) == os.devnull:  # a stand-in
+                getattr(sys, name).close()
+            setattr(sys, name, stream)
+        for _, stream in before[1:]:
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError, AttributeError):
+                _drop_pending(stream)
+        for stream, coding in codings:
+            with contextlib.suppress(OSError, ValueError):
+                if (stream.encoding, stream.errors) != tuple(coding.values()):
+                    stream.reconfigure(**coding)
+
+
+def _drop_pending(stream: TextIO) -> None:
+    """Text that a full disk or a closed pipe does not take: Python would fail once more when it ends, with an
+    exit code of its own.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        number = stream.fileno()
+        kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, number)
+            stream.flush()
+        finally:
+            os.dup2(kept, number)
+            os.close(kept)
+            os.close(null)
+
+
+_ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTPE]i?B)")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say of an error that is lack of memory, on any device; None for every other error."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text == "can't start new thread":
+        return "no thread can be started: too little memory, or a limit on processes (ulimit -u)"
+    if not lacks_memory(error):
+        return None
+    asked = "more memory was asked for than there is"
+    if found := _ASKED.search(text):
+        size = round(float(found[1]) * 1024 ** "bKMGTPE".index(found[2][0]))
+        asked = f"{size:,} bytes ({size / 1e9:,.3f} GB) more were asked for than there are"
+    remedy = "take a --dtype of fewer bits, a shorter text, fewer texts at a time, or more memory"
+    return f"too little memory: {asked}; {remedy}"
+
+
+def say(line: str) -> None:
+    """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
+    rank = os.environ.get("RANK", "0")  # torchrun's: one of several processes says which it is
+    who = "qwen_ref" if rank == "0" else f"qwen_ref, rank {rank}"
+    to_stderr(f"{who}: {printable(line)}")
+
+
+def to_stderr(text: str, end: str = "\n") -> None:
+    """Text as it is; for a line of ours there is say."""
+    try:
+        sys.stderr.write(text + end)  # at once: two ranks may speak at a time
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # a full disk behind it must not cost the result on stdout
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person is at the other end of a stream. One of a notebook may not know."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # ValueError: it is closed
+        return False
+
+
+def on_stdout(text: str) -> str:
+    """Text for stdout: a terminal does not get to obey what a model or a file says. A pipe gets all of it."""
+    return printable(text, kept="\n\t") if is_terminal(sys.stdout) else text
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Text without the controls that a terminal would obey, all but those kept."""
+    return "".join(
+        c if c.isprintable() or c in kept else " " if c.isspace() else ascii(c)[1:-1] for c in text
+    )
+
+
+def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON, in which there is no NaN and no infinity: null stands for them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(each) for key, each in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=default)
+
+
+class Progress:
+    """One line on stderr with what is done and the time left, redrawn in a terminal, else every 10 s."""
+
+    def __init__(self, what: str, unit: str = "GB") -> None:
+        self.what, self.unit = what, unit
+        self.interval = 0.1 if is_terminal(sys.stderr) else 10.0
+        self.start = self.shown = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self.shown > self.start and is_terminal(sys.stderr):
+            to_stderr("")
+            self.shown = self.start
+
+    def update(self, done: int, total: int) -> None:
+        if done == total:
+            return self._end_line()
+        now = time.monotonic()
+        if now - self.shown < self.interval or os.environ.get("RANK", "0") != "0":  # one rank speaks for all
+            return
+        self.shown = now
+        left = (now - self.start) * (total - done) / max(done, 1)
+        count = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self.unit == "GB" else f"{done} of {total}"
+        line = f"qwen_ref: {self.what} {count} {self.unit}, {left:.0f} s left"
+        if is_terminal(sys.stderr):
+            to_stderr(f"\r{line}", end="    ")
+        else:
+            to_stderr(line)

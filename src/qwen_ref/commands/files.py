@@ -1,0 +1,198 @@
+"""Files that commands read and write: prompts and texts, outputs that are whole or not there."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from qwen_ref.commands.cli import is_terminal, not_utf8, out_of_memory, say
+from qwen_ref.config import LARGEST_TEXT, InputError, read_bytes
+
+
+def bundled_checkpoint() -> Path:
+    """The trained tiny checkpoint that comes with the project: in the package, or in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "weights"
+    return installed if installed.is_dir() else package.parents[1] / "weights"
+
+
+def read_prompt(argument: str | None, file: Path | None) -> str:
+    """The prompt from a command's argument (see utf8), from a file, or from stdin for "-" or neither.
+
+    One line end of a file or of stdin is dropped at its end: `echo` and editors add it.
+    Raises ValueError for what is not UTF-8.
+    """
+    if file is not None:
+        if argument is not None:
+            raise InputError("the prompt is given twice: as an argument and with --file")
+        text = read_text(file)
+    elif argument is None or argument == "-":
+        if sys.stdin is None:
+            raise InputError("stdin is closed; give the prompt as an argument or with --file")
+        if is_terminal(sys.stdin):
+            say("reading the prompt from the terminal; end it with Ctrl-D")
+        encoded = from_stdin(LARGEST_TEXT + 1)
+        if len(encoded) > LARGEST_TEXT:
+            raise InputError(f"stdin has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
+        text = decoded("stdin", encoded)
+    else:
+        return argument
+    return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, exactly; a pipe, as `<(command)`, and a device will do."""
+    return decoded(str(path), read_bytes(path, LARGEST_TEXT, streams=True))
+
+
+def from_stdin(most: int = -1, line: bool = False) -> bytes:
+    """The next line of stdin, or all that is left, up to so many bytes. A StringIO there has only text."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)
+    found = stream.readline(most) if line else stream.read(most)
+    return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else found
+
+
+def decoded(source: str, encoded: bytes) -> str:
+    """The text of UTF-8 bytes, exactly; ValueError, which names the source, for anything else."""
+    try:
+        return encoded.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(not_utf8(source, error)) from None
+
+
+# Files that a command writes
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+_CHECKPOINT_FILE = re.compile(r"(gptq_)?model.*\.(safetensors|json)|.*config\.json|qwen\.tiktoken")
+_SYSTEM = (("/", "proc"), ("/", "sys"))
+_REGULAR = "give the name of a regular file; what is printed goes to stdout by itself"
+
+
+def output_path(path: str | Path, option: str = "", args: argparse.Namespace | None = None) -> Path:
+    """Where a file is to be written, links followed. option: what names it. args: the command's.
+
+    To be called before any work: it raises InputError where no file can be written, where what is there is no
+    regular file, which a whole file cannot be written to, only put in the place of, and where it is what
+    another option names, or a file of a folder that one names: it would be lost.
+    """
+    itself, path, there = path, Path(path), None
+    try:
+        folder = Path(os.path.realpath(path.parent))
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            there = os.stat(path)
+        problem = _output_problem(folder, target, there)
+        if problem is None and there is not None and args is not None:
+            problem = _read_elsewhere(itself, target, args)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        problem = str(getattr(error, "strerror", error))
+    if problem is not None:
+        raise InputError(f"{option} {path}: cannot be written: {problem}".strip())
+    return target
+
+
+def _read_elsewhere(itself: str | Path, target: Path, args: argparse.Namespace) -> str | None:
+    """Why an existing file must stay: another option names it, or the checkpoint that it belongs to."""
+    given = [
+        other for value in vars(args).values() for other in (value if isinstance(value, list) else [value])
+    ]
+    for other in given:
+        if not isinstance(other, Path) or other is itself or not os.path.exists(other):
+            continue
+        inside = other.is_dir() and _CHECKPOINT_FILE.fullmatch(target.name) is not None
+        if os.path.samefile(target.parent if inside else target, other):
+            return f"it is there, and the command reads {other}, which would be lost; give another name"
+    return None
+
+
+def _output_problem(folder: Path, target: Path, there: os.stat_result | None) -> str | None:
+    """Why a file cannot be written. folder: where it, or the link to it, stands; there: what is there now."""
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        return "it is a folder; give the name of a file"
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        return f"it is {_KINDS.get(stat.S_IFMT(there.st_mode), 'no regular file')}; {_REGULAR}"
+    if folder == Path("/dev") or folder.parts[:2] in _SYSTEM:  # /dev/stdout may be a regular file
+        return f"it is one of the system's files; {_REGULAR}"
+    if there is not None and any(_is_open_as(number, there) for number in (1, 2)):
+        return "it is where stdout or stderr goes; give the name of another file"
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}"
+    if not os.access(target.parent, os.W_OK):
+        return f"nothing can be written to {target.parent}"
+    return None
+
+
+def _is_open_as(number: int, there: os.stat_result) -> bool:
+    """Whether a file is the one that is open under a number."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(number), there)
+    return False
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those around it; InputError where there cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path} is no folder, or lies in a file; give another folder") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be made: {getattr(error, 'strerror', error)}") from None
+
+
+def unfinished_name(target: Path) -> Path:
+    """A name beside target for what is not complete yet: no one can guess it, and it is short."""
+    return target.with_name(f".qwen_ref-{secrets.token_hex(8)}.part")
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which is called path once the block is done. After an error nothing is left of it.
+
+    A link stays a link; a file that is replaced keeps its mode. Raises InputError where it cannot be written.
+    """
+    target = output_path(path)
+    part = unfinished_name(target)
+    try:
+        with part.open("x+b") as file:  # "x": it is neither there nor a link
+            if target.exists():
+                shutil.copymode(target, part)
+            yield file
+        _replace(part, target)
+    except OSError as error:
+        of_this = error.filename in (None, str(part))  # an error of write() names no file
+        if not of_this or isinstance(error, ConnectionError) or out_of_memory(error):
+            raise
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _replace(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except PermissionError as error:
+        raise InputError(
+            f"{target}: cannot be replaced: {error.strerror or error}; where another program has it open, as "
+            "on Windows, close that, or give another name"
+        ) from None
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """A file, whole or not at all (see new_file); text in UTF-8, with its line ends as they are."""
+    with new_file(path) as file:  # a name of the system's that is no UTF-8 may be in the text
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)

@@ -1,0 +1,240 @@
+"""`python -m qwen_ref.generate`: a prompt and a checkpoint folder in, text out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.commands.cli import Parser, Progress, integer, on_stdout, run, say, utf8
+from qwen_ref.commands.files import read_prompt
+from qwen_ref.commands.ranks import Ranks
+from qwen_ref.commands.settings import (
+    Clock,
+    add_model_option,
+    add_options,
+    chosen_settings,
+    describe,
+    dtype_name,
+    length_note,
+    load,
+    on_every_rank,
+    open_folder,
+    read_defaults,
+)
+from qwen_ref.config import InputError, require_folder, shown
+from qwen_ref.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwen_ref.decoding.lookup import Passes
+    from qwen_ref.decoding.streaming import TextStream
+    from qwen_ref.generate import Step
+    from qwen_ref.model import Qwen
+
+# The command
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.generate",
+        description="Continue a prompt with a first-generation Qwen checkpoint. "
+        "The text goes to stdout, everything else to stderr.",
+        epilog="Defaults come from the folder's generation_config.json; without one, decoding is greedy.",
+    )
+    add = parser.add_argument
+    add(
+        "prompt",
+        type=utf8,
+        nargs="?",
+        help="the text to continue; - or nothing reads stdin (one newline at its end is dropped)",
+    )
+    add("--file", type=Path, help="read the prompt from this file (one newline at its end is dropped)")
+    add_model_option(parser)
+    add_options(parser)
+    add(
+        "--stop",
+        type=utf8,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    add(
+        "--lookup",
+        nargs="?",
+        type=_draft_tokens,
+        const=True,
+        metavar="N",
+        help="after the prompt: guess up to N tokens a pass (default: 8) from the text so far; "
+        "the same greedy text in fewer passes where it repeats itself",
+    )
+    add(
+        "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in the prompt"
+    )
+    add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
+    add("--json", action="store_true", help="print one JSON object at the end")
+    return parser
+
+
+def _draft_tokens(argument: str) -> int:
+    try:
+        return integer(argument)
+    except ValueError:
+        message = f"{shown(argument)} is no number of tokens; a prompt goes before --lookup"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    """A rank that only computes: rank 0 reads the prompt, samples and prints."""
+    from qwen_ref.decoding.lookup import Passes
+
+    request = json.loads(ranks.share(None))
+    ranks.meet(args.device)
+    model = load(args, folder, ranks)
+    for _ in _loop(model, request, Passes(), None):
+        pass
+    return 0
+
+
+def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    require_folder(folder)
+    prompt = read_prompt(args.prompt, args.file)
+    config, tokenizer = open_folder(folder)
+    prompt_ids = tokenizer.encode(prompt, allowed_special="all" if args.allow_special else ())
+    if not prompt_ids:
+        raise InputError("the prompt is empty; give it as an argument, with --file or on stdin")
+    defaults = read_defaults(folder, tokenizer)
+    settings = chosen_settings(args, defaults)
+    stop_texts = (*defaults.stop_texts, *args.stop)
+    if "" in stop_texts:
+        raise InputError("--stop is empty: it would end every text at once")
+    request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
+    if args.lookup is not None:
+        _check_lookup(args, folder, settings)
+        request["lookup"] = args.lookup
+    ranks.share(json.dumps(request))
+    ranks.meet(args.device)
+    model = load(args, folder, ranks)
+    say(describe(settings, defaults.stop_ids, stop_texts))
+    if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
+        say(note)
+
+    from qwen_ref.decoding.lookup import Passes
+    from qwen_ref.decoding.streaming import TextStream
+
+    clock, passes = Clock(), Passes()
+    # Closed by its end in any case: the other ranks are waiting for its next step.
+    with (
+        Progress("prompt", unit="tokens") as progress,
+        contextlib.closing(_loop(model, request, passes, progress.update)) as steps,
+    ):
+        watched = clock.watch(ranks.until_interrupted(steps))
+        stream = TextStream(watched, tokenizer, defaults.stop_ids, stop_texts)
+        text, code = _print_stream(stream, args, tokenizer)
+    if args.json:
+        report = {
+            "prompt": prompt,
+            "text": text,
+            "finish_reason": stream.finish_reason or "interrupted",
+            "tokens": [_token_report(step, tokenizer) for step in stream.steps],
+            "settings": {
+                "dtype": dtype_name(model),
+                "device": args.device,
+                **settings,
+                "stop": list(stop_texts),
+            },
+            "prompt_tokens": len(prompt_ids),
+            "prefill_tokens_per_second": clock.prefill_rate(len(prompt_ids)),
+            "decode_tokens_per_second": clock.decode_rate(),
+        }
+        if args.lookup is not None:
+            each = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
+            report["lookup"] = {**dataclasses.asdict(passes), **each}
+        print(on_stdout(json.dumps(report, ensure_ascii=False)), flush=True)
+    say(clock.report(len(prompt_ids)) + ("" if args.lookup is None else f"; {_passes_report(passes)}"))
+    return code
+
+
+def _loop(
+    model: Qwen, request: dict[str, Any], passes: Passes, progress: Callable[[int, int], None] | None
+) -> Iterator[Step]:
+    """The loop that rank 0's command asks every rank for."""
+    from qwen_ref.decoding.lookup import GREEDY, generate_lookup
+    from qwen_ref.generate import generate
+
+    if "lookup" not in request:
+        return generate(model, **request, progress=progress)
+    names = ("prompt_ids", "max_new_tokens", "stop_ids", *GREEDY)
+    settings = {name: request[name] for name in names}
+    draft_tokens = request["lookup"]
+    return generate_lookup(model, **settings, draft_tokens=draft_tokens, passes=passes, progress=progress)
+
+
+def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where --lookup cannot be, with where the other settings come from and the remedy."""
+    from qwen_ref.decoding.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, check_lookup
+
+    if args.lookup is True:
+        args.lookup = DRAFT_TOKENS
+    check_lookup(LONGEST_MATCH, args.lookup)
+    wrong = [name for name, greedy in GREEDY.items() if settings[name] != greedy]
+    if wrong:
+        config = folder / "generation_config.json"
+        there = [
+            f"{name}={settings[name]:g}" + ("" if getattr(args, name) is not None else f" (from {config})")
+            for name in wrong
+        ]
+        remedy = [f"--{name.replace('_', '-')} {GREEDY[name]:g}" for name in wrong]
+        raise InputError(f"--lookup is greedy only, without {' and '.join(there)}; add {' '.join(remedy)}")
+
+
+def _passes_report(passes: Passes) -> str:
+    repeated = f" ({passes.repeated} of them repeated for close calls)" if passes.repeated else ""
+    each = f"{passes.tokens_per_pass:.1f} tokens per pass"
+    return f"lookup: {passes.tokens} tokens in {passes.passes} passes{repeated}, {each}"
+
+
+def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:
+    """Prints as the options ask while the stream runs; the whole text and the exit code."""
+    text, code = "", 0
+    characters = steps = 0  # printed
+
+    def show() -> None:
+        nonlocal characters, steps
+        # What is to be printed counts as printed before it is: Ctrl-C in between must not print it twice.
+        new_text, characters = text[characters:], len(text)
+        new_steps, steps = stream.steps[steps:], len(stream.steps)
+        if args.json:
+            return
+        if not args.logprobs:
+            print(on_stdout(new_text), end="", flush=True)
+            return
+        for step in new_steps:
+            token = _token_report(step, tokenizer)
+            quoted = json.dumps(token["text"], ensure_ascii=False)
+            print(on_stdout(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}"), flush=True)
+
+    try:
+        for piece in stream:
+            text += piece
+            show()
+    except KeyboardInterrupt:
+        text, code = text + stream.flush(), 130
+    show()
+    if not args.json and not args.logprobs:
+        print(flush=True)
+    return text, code
+
+
+def _token_report(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
+    text = tokenizer.decode([step.token]) if step.token < tokenizer.n_vocab else "\ufffd"
+    return {"id": step.token, "text": text, "logprob": step.logprob}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run)."""
+    return run(_parser(), lambda args: on_every_rank(args, _lead, _follow), arguments)

@@ -1,0 +1,167 @@
+"""`python -m qwen_ref.checkpoint inspect FOLDER`: what a model weighs, for every rank that shares it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from qwen_ref.checkpoint import (
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    STORED_DTYPES,
+    open_checkpoint,
+    tensor_table,
+)
+from qwen_ref.commands.cli import Parser, run
+from qwen_ref.commands.sizes import Kind, cache_bytes, expected, kinds, packed_kinds, weight_bytes
+from qwen_ref.config import (
+    LARGEST_LENGTH,
+    InputError,
+    QwenConfig,
+    require_folder,
+)
+from qwen_ref.quantize.config import GPTQConfig
+from qwen_ref.quantize.gptq import (
+    unpackable,
+)
+
+
+def report(
+    config: QwenConfig, rows: Sequence[Kind], ranks: int, context: int, dtype: torch.dtype
+) -> Iterator[str]:
+    """The lines of `inspect`: a table of the tensors, then what a rank must hold."""
+    yield (
+        f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads of {config.kv_channels}, "
+        f"hidden size {config.hidden_size}, MLP {config.mlp_width}, vocabulary {config.vocab_size}"
+    )
+    yield ""
+    cells = [("tensor", "count", "form", "cut", "shape", "bytes", "shape of a rank", "bytes of a rank")]
+    for row in rows:
+        cells.append(
+            (
+                row.name,
+                str(row.count),
+                row.form,
+                row.spec.cut or "whole",
+                " × ".join(map(str, row.spec.shape)),
+                f"{weight_bytes(row):,}",
+                " × ".join(map(str, row.spec.shape_of_rank(ranks))),
+                f"{weight_bytes(row, ranks):,}",
+            )
+        )
+    if ranks == 1:  # without the cut and what it gives
+        cells = [line[:3] + line[4:6] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(
+            cell.rjust(width) if title.startswith(("count", "bytes")) else cell.ljust(width)
+            for title, cell, width in zip(cells[0], line, widths, strict=True)
+        ).rstrip()
+    yield ""
+    stored, own = (sum(weight_bytes(row, n) for row in rows) for n in (1, ranks))
+    packed = packed_kinds(rows)
+    copied = sum(weight_bytes(row, ranks) for row in packed or rows if packed or row.spec.cut == "columns")
+    cache, own_cache = (cache_bytes(config, context, dtype, n) for n in (1, ranks))
+    count = sum(row.count * math.prod(row.spec.shape) for row in rows)
+    name = str(dtype).removeprefix("torch.")
+    yield _total(f"weights, {count:,} parameters", stored, own, ranks)
+    yield _total(f"keys and values of {context:,} positions, {name}", cache, own_cache, ranks)
+    yield _total("together", stored + cache, own + own_cache, ranks)
+    if ranks > 1:
+        yield (
+            f"on the CPU each rank copies {_bytes(copied)}, its part of "
+            f"{'the packed weights' if packed else 'what is cut by columns'}; "
+            "all other large weights stay in the mapped files"
+        )
+
+
+def _total(what: str, whole: int, each: int, ranks: int) -> str:
+    return f"{what}: {_bytes(whole)}" + (f"; each of {ranks} ranks: {_bytes(each)}" if ranks > 1 else "")
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} bytes ({count / 1e9:.3f} GB)"
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """The command."""
+    path = Path(args.folder)
+    stored = None
+    if not os.path.exists(args.folder):  # False, too, for what no path can be
+        try:
+            config = QwenConfig.preset(args.folder.lower())
+        except InputError as error:
+            raise InputError(f"{args.folder or repr('')}: no such folder, and {error}") from None
+    elif not path.is_dir():
+        if path.suffix != ".json" or path.name == INDEX_NAME:
+            require_folder(path)
+        config = QwenConfig.from_json(path)
+    elif path.is_dir() and not _has_weights(path):
+        config = QwenConfig.from_json(path / "config.json")
+    else:
+        config, stored = open_checkpoint(path)
+    config.check_ranks(args.tp)
+    gptq = None
+    if path.exists():
+        gptq = GPTQConfig.from_json(path if path.is_file() else path / "config.json")
+    if gptq is not None:
+        gptq.check_ranks(config, args.tp)
+    context = config.seq_length if args.context is None else args.context
+    if not 1 <= context <= LARGEST_LENGTH:
+        raise InputError(f"--context {context} must be from 1 to {LARGEST_LENGTH}")
+    table = tensor_table(config)
+    if gptq is not None and (problem := unpackable(table, gptq)) is not None:
+        raise InputError(f"{path}: {problem}")
+    rows = kinds(table, expected(table, gptq) if stored is None else stored)
+    if stored is None:
+        forms = " and ".join(sorted({row.form for row in rows}))
+        print(f"from the configuration alone: weights as they should be, in {forms}")
+    dtype = STORED_DTYPES[rows[0].stored.dtype]
+    print("\n".join(report(config, rows, args.tp, context, dtype)))
+    biases = sum(
+        row.count * row.stored.zero_bias.nbytes for row in packed_kinds(rows) if row.stored.zero_bias
+    )
+    if biases:
+        whose = "that such files often have" if stored is None else "of the files"
+        print(f"not counted: {biases:,} bytes of zero biases {whose}; none is kept in memory")
+    sys.stdout.flush()
+    return 0
+
+
+def _has_weights(folder: Path) -> bool:
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    return any(path.name == INDEX_NAME or path.suffix in suffixes for path in folder.iterdir())
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.checkpoint", description="Look at a checkpoint without loading it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        help="tensors, shapes, dtypes, and the bytes of each rank",
+        description="Print every kind of tensor, its cut, and what a rank must hold. No weight is read.",
+    )
+    inspect.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="a checkpoint folder, a folder with config.json alone, or one of 1.8b, 7b, 14b, 72b",
+    )
+    inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
+    inspect.add_argument(
+        "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m qwen_ref.checkpoint`; returns its exit code (see cli.run)."""
+
+    return run(_parser(), inspect, arguments)

@@ -1,0 +1,89 @@
+"""One cache for texts that begin alike, generated or scored: of a new one, only what differs is computed.
+
+A chat's next context is its last one, the answer and a question more. So the cache is rewound to where both
+texts part, by moving its length back: what stands behind is overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.config import whole
+from qwen_ref.generate import Step, begun, checked_ids, generate
+
+if TYPE_CHECKING:
+    from qwen_ref.model import KVCache, Qwen
+
+
+class PrefixCache:
+    """`generate`, time after time, with what the last text left in the cache.
+
+    What comes out is what `generate` gives without it, but for rounding: positions computed in other passes
+    round otherwise. Dynamic NTK fixes its base by the length of the whole prompt: where a longer prompt has
+    another base, nothing can be kept. Memory grows with the texts. Several ranks use theirs alike.
+    """
+
+    def __init__(self, model: Qwen) -> None:
+        self.model = model
+        self.kept = 0  # positions of the last prompt that were there already
+        self._cache: KVCache | None = None
+        self._ids: list[int] = []  # the first cache.length of them are in the cache
+        self._steps: Generator[Step] | None = None
+
+    def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
+    ) -> Iterator[Step]:
+        """As qwen_ref.generate.generate, which has the settings, all but cache.
+
+        There is one text at a time: an iterator that is still running ends with the next call.
+        """
+        prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
+        cache = self.rewind(prompt_ids, len(prompt_ids) + whole("max_new_tokens", max_new_tokens) - 1)
+        steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
+
+        def watched() -> Generator[Step | None]:
+            try:
+                with contextlib.closing(steps):
+                    yield None  # see begun
+                    for step in steps:
+                        self._ids.append(step.token)
+                        yield step
+            except ValueError:  # logits that are not finite: so may be what is cached
+                self._cache = None
+                raise
+
+        self._steps = begun(watched())
+        return self._steps
+
+    def rewind(self, prompt_ids: list[int], length: int, prompt_length: int | None = None) -> KVCache:
+        """A cache that takes up to so many positions, and holds as much of the prompt as can be kept.
+
+        The caller puts the rest of the prompt behind it, the last token at least. prompt_length: what fixes
+        dynamic NTK's base, where that is not the prompt alone.
+        """
+        if self._steps is not None:
+            self._steps.close()  # it would go on with what is in the cache now
+        prompt_length = prompt_length or len(prompt_ids)
+        before, self._ids, self.kept = self._ids, list(prompt_ids), 0
+        if self._cache is None or not self._same_base(prompt_length):
+            self._cache = None  # its memory is needed for the next one
+            with self.model.group.together():
+                self._cache = self.model.new_cache(1, len(prompt_ids))
+        else:
+            held = min(self._cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
+            while self.kept < held and before[self.kept] == prompt_ids[self.kept]:
+                self.kept += 1
+            self._cache.length = self.kept
+        self._cache.max_length, self._cache.prompt_length = length, prompt_length
+        return self._cache
+
+    def _same_base(self, prompt_length: int) -> bool:
+        from qwen_ref.model import ntk_alpha
+
+        config = self.model.config
+        if not config.use_dynamic_ntk:
+            return True
+        before, now = (ntk_alpha(n, config.seq_length) for n in (self._cache.prompt_length, prompt_length))
+        return before == now

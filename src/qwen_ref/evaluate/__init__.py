@@ -1,0 +1,1 @@
+"""lm-evaluation-harness on a checkpoint: `python -m qwen_ref.evaluate`."""

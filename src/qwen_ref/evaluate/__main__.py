@@ -1,0 +1,328 @@
+"""`python -m qwen_ref.evaluate`: a checkpoint on the tasks of lm-evaluation-harness (the extra "eval").
+
+MMLU, C-Eval, GSM8K and some thousand other tasks, as the field runs them; and task files of one's own. The
+harness is imported inside the functions, and only here and in harness.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import logging
+import math
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_ref.commands.cli import Parser, as_json, on_stdout, out_of_memory, run, say, utf8
+from qwen_ref.commands.files import decoded, output_path, write_whole
+from qwen_ref.commands.ranks import Ranks
+from qwen_ref.commands.settings import (
+    add_load_options,
+    add_model_option,
+    load,
+    on_every_rank,
+    open_folder,
+    read_defaults,
+)
+from qwen_ref.config import InputError, read_bytes, require_folder
+from qwen_ref.parallel import RankLost
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+Declared = tuple[str, str]  # "group" or "task", and its name
+
+_DECLARATION = re.compile(r"^(group|task):[ \t]*['\"]?([^\s'\"\[#]+)", re.MULTILINE)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m qwen_ref.evaluate",
+        description="Run tasks of lm-evaluation-harness on a first-generation Qwen checkpoint. "
+        "The table goes to stdout, everything else to stderr.",
+        epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote "
+        "is run unless --run-unsafe-code is.",
+    )
+    add = parser.add_argument
+    add_model_option(parser)
+    add(
+        "--tasks",
+        type=_names,
+        required=True,
+        metavar="TASK,TASK,…",
+        help="names of the harness (wildcards allowed), task files (.yaml), or folders of them",
+    )
+    add(
+        "--include-path",
+        "--include_path",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="where the harness finds more tasks by name",
+    )
+    add(
+        "--num-fewshot",
+        "--num_fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question (default: the task's)",
+    )
+    add(
+        "--limit",
+        type=float,
+        metavar="N",
+        help="only the first N questions of each task; below 1, that part of them",
+    )
+    add(
+        "--apply-chat-template",
+        "--apply_chat_template",
+        action="store_true",
+        help="ask in ChatML, for chat checkpoints",
+    )
+    add(
+        "--system", type=utf8, metavar="TEXT", help="the system message, or what stands before every question"
+    )
+    add(
+        "--gen-kwargs", "--gen_kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks"
+    )
+    add(
+        "--batch-size",
+        "--batch_size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="texts at a time (default: %(default)s)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens of a question with its answer; of longer ones the beginning is cut off "
+        "(default: what the model was trained on)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="for tasks that sample or draw their examples (default: %(default)s)",
+    )
+    add("--output", type=Path, metavar="FILE.json", help="write results and every question and answer here")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--download", action="store_true", help="let data sets be downloaded")
+    add(
+        "--run-unsafe-code",
+        action="store_true",
+        help="run the programs that the model writes, as HumanEval does",
+    )
+    add_load_options(parser)
+    return parser
+
+
+def _names(argument: str) -> list[str]:
+    names = [name.strip() for name in argument.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{argument!r} names no task")
+    return names
+
+
+def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    """What every rank does: the harness asks the same of each."""
+    require_folder(folder)
+    for name, least in (("num_fewshot", 0), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    if args.limit is not None and not 0 < args.limit < math.inf:
+        raise InputError(f"--limit {args.limit:g} must be a number above 0")
+    if args.output is not None:
+        output_path(args.output, "--output", args)
+    files = _task_files(args.tasks)
+    _, tokenizer = open_folder(folder)
+    defaults = read_defaults(folder, tokenizer)
+    simple_evaluate, manager = _harness(args, files)
+    tasks = _tasks(manager, args.tasks, files)
+    ranks.meet(args.device)
+    model = load(args, folder, ranks)
+
+    from qwen_ref.evaluate.harness import MARK, HarnessModel
+
+    adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
+    with contextlib.redirect_stdout(sys.stderr), _readable_errors("running", args.tasks):
+        results = simple_evaluate(
+            adapter,
+            tasks=tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            task_manager=manager,
+            apply_chat_template=args.apply_chat_template,
+            system_instruction=args.system,
+            gen_kwargs=args.gen_kwargs,
+            confirm_run_unsafe_code=args.run_unsafe_code,
+            random_seed=args.seed,
+            numpy_random_seed=args.seed,
+            torch_random_seed=args.seed,
+            fewshot_random_seed=args.seed,
+        )
+    if ranks.rank > 0:
+        return 0
+    if adapter.truncated:
+        say(
+            f"note: {adapter.truncated} requests lost the beginning of their context, to fit into "
+            f"{adapter.max_length} tokens; --max-length allows more"
+        )
+    if adapter.apart:
+        say(
+            f"note: {adapter.apart} requests were encoded in two parts, context and continuation: together "
+            "a token would reach across their border"
+        )
+    results["config"].update(
+        {"model": str(folder), "model_args": {"dtype": args.dtype, "device": args.device}}
+    )
+    whole = as_json(results, default=str).replace(MARK, "") + "\n"
+    results.pop("samples", None)
+    print(on_stdout(as_json(results, default=str) if args.json else _table(results)), flush=True)
+    if args.output is not None:
+        write_whole(args.output, whole)
+    return 0
+
+
+def _task_files(names: list[str]) -> dict[Path, Declared | None]:
+    """The task files that are named, and those of the folders that are, with what they say they are.
+
+    A folder may hold other .yaml files, which task files include. ValueError for a file that is not there.
+    """
+    found: dict[Path, Declared | None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = {file: _declared(file) for file in sorted(path.glob("*.yaml"))}
+            if not any(inside.values()):
+                raise InputError(f"{name} has no .yaml file with a task or a group")
+            found.update((file, declared) for file, declared in inside.items() if declared)
+        elif path.suffix == ".yaml" or path.is_file():
+            if not path.exists():
+                raise InputError(f"{name}: no such task file")
+            if path.suffix != ".yaml":
+                raise InputError(f"{name}: the name of a task file must end in .yaml")
+            found[path] = _declared(path)
+    return found
+
+
+def _declared(file: Path) -> Declared | None:
+    """("group" or "task", name), as the file says on a line of its own."""
+    lines = dict(_DECLARATION.findall(decoded(str(file), read_bytes(file))))
+    return next(((kind, lines[kind]) for kind in ("group", "task") if kind in lines), None)
+
+
+def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tuple[Any, TaskManager]:
+    """The harness's own loop and its index of tasks; ValueError where it is not installed."""
+    if not args.download:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    if args.run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the harness asks for it a second time
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"evaluation takes lm-evaluation-harness ({error}); pip install 'qwen_ref[eval]' brings it"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    included = list(args.include_path or [])
+    for path in included:
+        if not path.is_dir():
+            raise InputError(f"--include-path {path} is no folder")
+    included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _readable_errors("reading the tasks of", included or ["the harness"]),
+    ):
+        return simple_evaluate, TaskManager(include_path=included or None)
+
+
+def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | None]) -> list[Any]:
+    """The tasks and groups of these names and files, with their data sets."""
+    known: list[str] = []
+    for name in names:
+        if Path(name).is_dir() or Path(name).suffix == ".yaml":
+            continue
+        matches = manager.match_tasks([name])
+        if not matches:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=4)
+            hint = f" (near: {', '.join(near)})" if near else ""
+            raise InputError(
+                f"the harness knows no task {name!r}{hint}; --include-path and .yaml files add tasks of "
+                "your own"
+            )
+        known += matches
+    # The harness knows what a group's parts are where it knows the group by its name, not by its file.
+    known += [declared[1] for declared in files.values() if declared and declared[0] == "group"]
+    with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
+        by_name = manager.load(list(dict.fromkeys(known)))
+        rest = [
+            str(file)
+            for file, declared in files.items()
+            if declared is None or (declared[0] == "task" and declared[1] not in by_name["tasks"])
+        ]
+        by_file = manager.load(rest)
+    groups, children = by_name["groups"], by_name["group_map"].values()
+    inside = {child for names in children for child in names}
+    of_groups = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    top = [group for name, group in groups.items() if name not in inside]
+    alone = [task for name, task in by_name["tasks"].items() if name not in of_groups]
+    return top + alone + list(by_file["tasks"].values())
+
+
+@contextlib.contextmanager
+def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
+    """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
+    try:
+        yield
+    except RankLost:
+        raise
+    except Exception as error:
+        if out_of_memory(error) or (_is_ours(error) and not isinstance(error, InputError)):
+            raise
+        causes = [f"{type(error).__name__}: {error}"]
+        if error.__cause__ is not None:  # such as the line of a data set that is no JSON
+            causes.append(str(error.__cause__))
+        message = textwrap.shorten("; ".join(cause.strip(": \n") for cause in causes), 400, placeholder=" …")
+        remedy = ""
+        if "offline" in message.lower() or isinstance(error, ConnectionError):
+            remedy = "; fetch the data set first, or give --download"
+        raise InputError(f"{doing} {', '.join(map(str, tasks))}: {message}{remedy}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error came up in this project's model, not in the harness, its caller and its helper."""
+    ours = False
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call to the innermost
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("qwen_ref.", "lm_eval.")):
+            ours = module.startswith("qwen_ref.") and module != __name__
+    return ours
+
+
+def _table(results: dict[str, Any]) -> str:
+    from lm_eval.utils import make_table
+
+    parts = [make_table(results)]
+    if results.get("groups"):
+        parts.append(make_table(results, "groups"))
+    return "\n".join(part.rstrip("\n") for part in parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.run)."""
+    return run(_parser(), lambda args: on_every_rank(args, _evaluate, _evaluate), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
