@@ -40,6 +40,7 @@ vocab: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # What Qwen computes, step by step: one page with all figures, build/walkthrough.html.
 walkthrough: .venv/installed
