@@ -1,4 +1,7 @@
-"""The published config.json of first-generation Qwen, read and checked: what the architecture needs."""
+"""The published config.json of first-generation Qwen, read and checked: what the architecture needs.
+
+The end of the file has what all files need for values from outside: numbers, files, and messages about them.
+"""
 
 from __future__ import annotations
 
@@ -23,57 +26,6 @@ class InputError(ValueError):
     """
 
 
-def whole(name: str, value: object, least: int = 1, most: int = 2**40) -> int:
-    """A whole number of any type, as an int; InputError, with its name, for anything else."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name}={shown(value)} must be a whole number") from None
-    if number < least:
-        raise InputError(f"{name}={shown(value)} must be at least {least}")
-    if number > most:
-        raise InputError(f"{name}={shown(value)} must be at most {most}")
-    return number
-
-
-def whole_numbers(name: str, ids: Iterable[int]) -> list[int]:
-    """Python's, from integers of any library; InputError for what is no list of integers."""
-    try:
-        if isinstance(ids, str | bytes | dict):
-            raise TypeError
-        # A tensor's own elements are tensors, of which operator.index makes 1 where they are True.
-        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
-        if bool in map(type, found):
-            raise TypeError
-        return list(map(operator.index, found))
-    except TypeError:
-        raise InputError(f"{name} must be a list of token ids, whole numbers, not {shown(ids)}") from None
-
-
-# Lack of memory, as torch and other libraries say it in a RuntimeError. On accelerators torch has a class for
-# it: torch.OutOfMemoryError, whose name is enough here.
-_LACK = re.compile(
-    r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
-    r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"
-    r"|^MPS backend out of memory|^(?:CUDA|HIP) error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
-    r"|Cuda failure .*'out of memory'|^std::bad_alloc$",
-    re.DOTALL,
-)
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception is lack of memory, on any device, and nothing else."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and _LACK.search(str(error)) is not None)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, ImportError) and "failed to map segment from shared object" in str(error))
-    )
-
-
 # Spellings of the early 7B revisions. padded_vocab_size is not here: those files carry it beside vocab_size.
 _EARLY_SPELLINGS = {
     "n_embd": "hidden_size",
@@ -82,7 +34,7 @@ _EARLY_SPELLINGS = {
     "ffn_hidden_size": "intermediate_size",
 }
 
-# Keys that change what is computed, with the only value computed here: what a file that lacks one means.
+# Keys that change what is computed, each with the only value that is computed here. A missing key means it.
 _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "model_type": ("qwen", "only first-generation Qwen is implemented"),
     "no_bias": (True, "only the q, k, v projection may have a bias"),
@@ -148,8 +100,7 @@ class QwenConfig:
         raw = read_json_object(path)
         try:
             values, problems = _architecture(raw)
-            problems += _value_problems(values)
-            if problems:
+            if problems := problems + _value_problems(values):
                 raise InputError("; ".join(problems))
             return cls(**values)
         except ValueError as error:
@@ -187,42 +138,39 @@ class QwenConfig:
     def __post_init__(self) -> None:
         problems = _value_problems(vars(self))
         if not problems:
-            if self.num_attention_heads * self.kv_channels != self.hidden_size:
-                problems.append(
-                    f"num_attention_heads={self.num_attention_heads} times kv_channels={self.kv_channels} "
-                    f"must be hidden_size={self.hidden_size}"
-                )
-            if self.kv_channels % 2:
-                problems.append(
-                    f"kv_channels={self.kv_channels} must be even: rotation pairs the halves of a head"
-                )
-            if self.use_dynamic_ntk and self.kv_channels == 2:
-                problems.append(
-                    "kv_channels=2 is too small for use_dynamic_ntk, which divides by kv_channels - 2"
-                )
-            if self.intermediate_size % 2:
-                problems.append(
-                    f"intermediate_size={self.intermediate_size} must be even: it counts gate and up together"
-                )
-            if self.use_logn_attn and self.seq_length < 2:
-                problems.append(
-                    f"seq_length={self.seq_length} must be at least 2 for use_logn_attn: log(1) is 0"
-                )
+            D, H, K = self.hidden_size, self.num_attention_heads, self.kv_channels
+            ntk, width, length = self.use_dynamic_ntk, self.intermediate_size, self.seq_length
+            wrong = {
+                f"num_attention_heads={H} times kv_channels={K} must be hidden_size={D}": H * K != D,
+                f"kv_channels={K} must be even: rotation pairs the halves of a head": K % 2 > 0,
+                f"kv_channels={K} is too small for use_dynamic_ntk, which divides by kv_channels - 2": ntk
+                and K == 2,
+                f"intermediate_size={width} must be even: it counts gate and up together": width % 2 > 0,
+                f"seq_length={length} must be at least 2 for use_logn_attn: log(1) is 0": self.use_logn_attn
+                and length < 2,
+            }
+            problems = [problem for problem, there in wrong.items() if there]
         if problems:
             raise InputError("; ".join(problems))
+
+
+_PRESETS = {  # the fields in their order
+    "1.8b": QwenConfig(2048, 24, 16, 128, 11008, 151936, 8192, 1e4, 1e-6, True, True),
+    "7b": QwenConfig(4096, 32, 32, 128, 22016, 151936, 8192, 1e4, 1e-6, True, True),
+    "14b": QwenConfig(5120, 40, 40, 128, 27392, 152064, 2048, 1e4, 1e-6, True, True),
+    "72b": QwenConfig(8192, 80, 64, 128, 49152, 152064, 32768, 1e6, 1e-6, False, False),
+}
 
 
 def _value_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with each value by itself, for any of QwenConfig's fields."""
     problems = []
-    for field in fields(QwenConfig):
-        if field.name not in values:
-            continue
-        name, value = field.name, values[field.name]
+    for name, kind in ((field.name, field.type) for field in fields(QwenConfig) if field.name in values):
+        value = values[name]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if field.type == "bool":
+        if kind == "bool":
             right, wanted = isinstance(value, bool), "true or false"
-        elif field.type == "int":
+        elif kind == "int":
             right = number and isinstance(value, int) and 1 <= value <= _LARGEST[name]
             wanted = f"a whole number from 1 to {_LARGEST[name]}"
         else:
@@ -235,8 +183,7 @@ def _value_problems(values: dict[str, Any]) -> list[str]:
 
 def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """QwenConfig's fields from a parsed config.json, early spellings resolved, and what is not supported."""
-    model_type = raw.get("model_type", "qwen")
-    if model_type != "qwen":
+    if (model_type := raw.get("model_type", "qwen")) != "qwen":
         raise InputError(
             f'model_type is {shown(model_type)}; only first-generation Qwen, "qwen", is implemented'
         )
@@ -258,15 +205,36 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             )
     if "padded_vocab_size" in raw:  # the rows that the tensors really have
         values["vocab_size"] = raw["padded_vocab_size"]
-    missing = [field.name for field in fields(QwenConfig) if field.name not in values]
-    if missing:
+    if missing := [field.name for field in fields(QwenConfig) if field.name not in values]:
         problems.append(f"missing {', '.join(missing)}")
     return values, problems
 
 
-def either(numbers: Iterable[int]) -> str:
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} or {last}" if most else last
+# Numbers from outside, and how messages show what was given
+
+
+def whole(name: str, value: Any, least: int = 1, most: int = 2**40) -> int:
+    """A whole number of any type, as an int; InputError, with its name, for anything else."""
+    try:
+        number = operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise InputError(f"{name}={shown(value)} must be a whole number") from None
+    if not least <= number <= most:
+        limit = f"at least {least}" if number < least else f"at most {most}"
+        raise InputError(f"{name}={shown(value)} must be {limit}")
+    return number
+
+
+def whole_numbers(name: str, ids: Any) -> list[int]:
+    """Python's, from integers of any library; InputError for what is no list of integers."""
+    try:
+        # A tensor's own elements are tensors, of which operator.index makes 1 where they are True.
+        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        if isinstance(ids, str | bytes | dict) or bool in map(type, found):
+            raise TypeError
+        return list(map(operator.index, found))
+    except TypeError:
+        raise InputError(f"{name} must be a list of token ids, whole numbers, not {shown(ids)}") from None
 
 
 _short = reprlib.Repr()
@@ -288,6 +256,43 @@ def some(items: Iterable[str], separator: str = ", ", longest: int = 200, most: 
     return separator.join(named[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def either(numbers: Iterable[int]) -> str:
+    """ "1, 2 or 4"."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+# Lack of memory, as torch and other libraries say it in a RuntimeError. On accelerators torch has a class for
+# it: torch.OutOfMemoryError, whose name is enough here.
+_LACK = re.compile(
+    r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
+    r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"
+    r"|^MPS backend out of memory|^(?:CUDA|HIP) error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
+    r"|Cuda failure .*'out of memory'|^std::bad_alloc$",
+    re.DOTALL,
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception is lack of memory, on any device, and nothing else."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and _LACK.search(str(error)) is not None)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, ImportError) and "failed to map segment from shared object" in str(error))
+    )
+
+
+# Files from outside. The bounds are many times what a release has: a file of another kind costs no memory.
+
+LARGEST_JSON = 2**24  # bytes. A published config.json has 1 KB, the largest index 0.2 MB
+LARGEST_VOCABULARY = 2**26  # bytes. The published qwen.tiktoken has 2.6 MB
+_GIT_LFS_START = b"version https://git-lfs"
+_GIT_LFS = "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
+
 def require_folder(folder: str | Path) -> None:
     """Raises ValueError where a checkpoint's folder is none."""
     if os.path.isdir(folder):  # False, too, for paths that no folder can have
@@ -298,83 +303,57 @@ def require_folder(folder: str | Path) -> None:
     raise InputError(f"{str(folder) or repr('')}: not a folder; {remedy}")
 
 
-# The most bytes that are read of a file, by its kind: many times what any release has, and so little that a
-# file of another kind costs no memory to speak of. (A safetensors header has its own bound in the format.)
-LARGEST_JSON = 2**24  # 16 MiB. A published config.json has 1 KB, the largest index 0.2 MB
-LARGEST_VOCABULARY = 2**26  # 64 MiB. The published qwen.tiktoken has 2.6 MB
-LARGEST_TEXT = 2**28  # 256 MiB. A prompt as long as the longest context, 32,768 tokens, has 0.2 MB
-
-GIT_LFS_START = b"version https://git-lfs"
-GIT_LFS_PROBLEM = "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-
-
-def open_file(path: str | Path, *, streams: bool = False) -> BinaryIO:
-    """A regular file, opened to be read; OSError for any other, which may never end or never begin.
-
-    streams: pipes and devices are opened, too. A pipe that nobody writes to ends at once.
-    """
+def open_file(path: str | Path) -> BinaryIO:
+    """A regular file, opened to be read; OSError for any other, which may never end or never begin."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
-    taken = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFCHR) if streams else (stat.S_IFREG,)
-    if kind not in taken:
+    if kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'a device')}, not a file")
-    no_wait = getattr(os, "O_NONBLOCK", 0)  # otherwise to open a pipe waits for one who writes
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait))  # noqa: SIM115
-    if no_wait:
-        os.set_blocking(file.fileno(), True)
-    return file
-
-
-def read_bytes(path: str | Path, largest: int = LARGEST_JSON, *, streams: bool = False) -> bytes:
-    """The content of a file of at most so many bytes; ValueError, naming it, where it cannot be had.
-
-    Only a regular file is read; with streams a pipe or a device, too: a text from `<(command)` is one.
-    """
-    name = str(path) or "''"
-    try:
-        with open_file(path, streams=streams) as file:
-            content = file.read(largest + 1)
-            if not content and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EPIPE, "it is a pipe, and nothing writes to it")
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        raise InputError(f"{name}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    if len(content) > largest:
-        raise InputError(f"{name}: larger than {largest >> 20} MiB, the most that is read of such a file")
-    if content.startswith(GIT_LFS_START):
-        raise InputError(f"{name}: {GIT_LFS_PROBLEM}")
-    return content
+    return open(path, "rb")
 
 
 def file_problem(path: str | Path) -> str | None:
     """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
     try:
         with open_file(path) as file:
-            start = file.read(len(GIT_LFS_START))
-    except (OSError, ValueError) as error:
+            return _GIT_LFS if file.read(len(_GIT_LFS_START)) == _GIT_LFS_START else None
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         return f"cannot be read: {getattr(error, 'strerror', error)}"
-    return GIT_LFS_PROBLEM if start == GIT_LFS_START else None
+
+
+def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
+    """The content of a file of at most so many bytes; ValueError, naming it, where it cannot be had."""
+    problem = None
+    try:
+        with open_file(path) as file:
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            problem = f"larger than {largest >> 20} MiB, the most that is read of such a file"
+        elif content.startswith(_GIT_LFS_START):
+            problem = _GIT_LFS
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read: {getattr(error, 'strerror', error)}"
+    if problem is not None:
+        raise InputError(f"{str(path) or repr('')}: {problem}")
+    return content
 
 
 def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text. Raises ValueError for what is none and for a key with two values."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        for name, value in pairs:
+            if found[name] is not value and found[name] != value:
+                raise InputError(f"{shown(name)} is given twice, with different values")
+        return found
+
+    def number(digits: str) -> float:  # one that no float can hold is an infinity, as 1e999 is
+        return int(digits) if len(digits) < 309 else float(digits)
+
     try:
-        return json.loads(content, parse_int=_integer, object_pairs_hook=_object)
+        return json.loads(content, parse_int=number, object_pairs_hook=unique)
     except RecursionError:
         raise InputError("it is nested too deeply") from None
-
-
-def _integer(digits: str) -> int | float:
-    """One that no float can hold is an infinity, as 1e999 is: no field takes it, and none overflows."""
-    return int(digits) if len(digits) < 309 else float(digits)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = [name for name, value in pairs if found[name] is not value and found[name] != value]
-        if twice:
-            raise InputError(f"{shown(twice[0])} is given twice, with different values")
-    return found
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -387,29 +366,3 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise InputError(f"{path}: holds a JSON {type(parsed).__name__}, not an object")
     return parsed
-
-
-def _published(
-    layers: int, heads: int, intermediate: int, vocab: int, seq_length: int, base: float, long: bool
-) -> QwenConfig:
-    return QwenConfig(
-        hidden_size=128 * heads,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        kv_channels=128,
-        intermediate_size=intermediate,
-        vocab_size=vocab,
-        seq_length=seq_length,
-        rotary_emb_base=base,
-        layer_norm_epsilon=1e-6,
-        use_dynamic_ntk=not long,
-        use_logn_attn=not long,
-    )
-
-
-_PRESETS = {
-    "1.8b": _published(24, 16, 11008, 151936, 8192, 1e4, long=False),
-    "7b": _published(32, 32, 22016, 151936, 8192, 1e4, long=False),
-    "14b": _published(40, 40, 27392, 152064, 2048, 1e4, long=False),
-    "72b": _published(80, 64, 49152, 152064, 32768, 1e6, long=True),
-}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwen_ref.commands.cli import is_terminal, not_utf8, out_of_memory, say
-from qwen_ref.config import LARGEST_TEXT, InputError, read_bytes
+from qwen_ref.config import InputError, read_bytes
+
+LARGEST_TEXT = 2**28  # 256 MiB. A prompt as long as the longest context, 32,768 tokens, has 0.2 MB
 
 
 def bundled_checkpoint() -> Path:
@@ -51,7 +54,27 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
 
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, exactly; a pipe, as `<(command)`, and a device will do."""
-    return decoded(str(path), read_bytes(path, LARGEST_TEXT, streams=True))
+    return decoded(str(path), read_stream(path))
+
+
+def read_stream(path: Path) -> bytes:
+    """The bytes of a text's file. It may be a pipe, as `<(command)` is, or a device."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind not in (stat.S_IFIFO, stat.S_IFCHR):
+            return read_bytes(path, LARGEST_TEXT)
+        no_wait = getattr(os, "O_NONBLOCK", 0)  # otherwise to open a pipe waits for one who writes
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait)) as file:
+            if no_wait:
+                os.set_blocking(file.fileno(), True)
+            content = file.read(LARGEST_TEXT + 1)
+        if not content and kind == stat.S_IFIFO:
+            raise OSError(errno.EPIPE, "it is a pipe, and nothing writes to it")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > LARGEST_TEXT:
+        raise InputError(f"{path}: larger than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
+    return content
 
 
 def from_stdin(most: int = -1, line: bool = False) -> bytes:

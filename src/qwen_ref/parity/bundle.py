@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
-from qwen_ref.commands.files import new_file
-from qwen_ref.config import LARGEST_TEXT, InputError, QwenConfig, file_problem, parse_json, read_bytes, shown
+from qwen_ref.commands.files import new_file, read_stream
+from qwen_ref.config import InputError, QwenConfig, file_problem, parse_json, shown
 
 FORMAT_VERSION = 1
 
@@ -548,7 +548,7 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
     Lists of unequal length are rows of a batch, padded on the left with 0.
     """
-    text = read_bytes(path, LARGEST_TEXT, streams=True).decode("utf-8", errors="replace").strip()
+    text = read_stream(path).decode("utf-8", errors="replace").strip()
     try:
         found = parse_json(text) if text.startswith("[") else _plain_ids(text)
     except ValueError as error:

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.commands.files import write_whole
+from qwen_ref.commands.files import LARGEST_TEXT, write_whole
 from qwen_ref.config import (
-    LARGEST_TEXT,
     InputError,
     parse_json,
     read_bytes,
