@@ -28,7 +28,7 @@ from qwen_ref import load_model
 from qwen_ref.commands.generate import main
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.watch import _Watch
-from qwen_ref.parallel import Launch, launched
+from qwen_ref.parallel import launched
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"

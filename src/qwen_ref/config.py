@@ -154,14 +154,6 @@ class QwenConfig:
             raise InputError("; ".join(problems))
 
 
-_PRESETS = {  # the fields in their order
-    "1.8b": QwenConfig(2048, 24, 16, 128, 11008, 151936, 8192, 1e4, 1e-6, True, True),
-    "7b": QwenConfig(4096, 32, 32, 128, 22016, 151936, 8192, 1e4, 1e-6, True, True),
-    "14b": QwenConfig(5120, 40, 40, 128, 27392, 152064, 2048, 1e4, 1e-6, True, True),
-    "72b": QwenConfig(8192, 80, 64, 128, 49152, 152064, 32768, 1e6, 1e-6, False, False),
-}
-
-
 def _value_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with each value by itself, for any of QwenConfig's fields."""
     problems = []
@@ -208,6 +200,14 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if missing := [field.name for field in fields(QwenConfig) if field.name not in values]:
         problems.append(f"missing {', '.join(missing)}")
     return values, problems
+
+
+_PRESETS = {  # the fields in their order
+    "1.8b": QwenConfig(2048, 24, 16, 128, 11008, 151936, 8192, 1e4, 1e-6, True, True),
+    "7b": QwenConfig(4096, 32, 32, 128, 22016, 151936, 8192, 1e4, 1e-6, True, True),
+    "14b": QwenConfig(5120, 40, 40, 128, 27392, 152064, 2048, 1e4, 1e-6, True, True),
+    "72b": QwenConfig(8192, 80, 64, 128, 49152, 152064, 32768, 1e6, 1e-6, False, False),
+}
 
 
 # Numbers from outside, and how messages show what was given

@@ -15,8 +15,8 @@ if __name__ == "__main__":  # python -m qwen_ref.generate
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from qwen_ref.model import KVCache, Qwen
 from qwen_ref.parallel import Group, RankLost
 from qwen_ref.sampling import check_finite, check_parameters, distribution, overflow, scaled
 
-CHUNK = (
-    1024  # tokens of a prompt in one pass: matrix products at full speed, and little memory beside weights
-)
+CHUNK = 1024  # tokens in one pass: products of matrices have their full speed, activations stay small
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -41,25 +39,31 @@ class Step(NamedTuple):
     logprob: float
 
 
+class Sampling(NamedTuple):
+    """How a token is chosen from its logits: see sampling.py. Temperature 0 is greedy and draws nothing."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # None: a new one each time
+
+
 def generate_uncached(
     model: Qwen,
     prompt_ids: Sequence[int],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    stop_ids: Collection[int] = (),
-) -> Iterator[Step]:
+    stop_ids: Iterable[int] = (),
+    **sampling: Any,
+) -> Generator[Step]:
     """What `generate` yields, the obvious way: it is the oracle that the cached loop is tested against.
 
     No key and no value is kept from one pass to the next. The empty cache of each pass only tells the model
     how long the prompt is, because dynamic NTK chooses its base by that.
     """
-    sampling = (temperature, top_k, top_p, repetition_penalty)
-    (prompt,), stop_ids = _checked(model, [prompt_ids], max_new_tokens, sampling, seed, stop_ids)
-    generators = _generators(model, 1, temperature, seed)
+    how = Sampling(**sampling)
+    (prompt,), ends = _checked(model, [prompt_ids], max_new_tokens, how, stop_ids)
+    generators = _generators(model, 1, how)
 
     def steps() -> Iterator[tuple[Step, bool]]:
         ids = torch.tensor([prompt], device="cpu")  # (1, T)
@@ -67,9 +71,9 @@ def generate_uncached(
             with torch.inference_mode():
                 cache = model.new_cache(1, ids.shape[1], prompt_length=len(prompt))
                 logits = model(ids, cache=cache)[:, -1]  # (1, V): of the token that follows the text
-                (step,) = choose(model, logits, ids, [0], sampling, generators)
-                ids = torch.cat((ids, torch.tensor([[step.token]], device="cpu")), dim=1)
-            yield step, step.token in stop_ids or n == max_new_tokens
+                (step,) = choose(model, logits, ids, [0], how, generators)
+                ids = torch.cat((ids, torch.tensor([[step.token]], device="cpu")), dim=1)  # (1, T + 1)
+            yield step, step.token in ends or n == max_new_tokens
 
     return in_step(model.group, steps())
 
@@ -83,17 +87,16 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
-    stop_ids: Collection[int] = (),
+    stop_ids: Iterable[int] = (),
     cache: KVCache | None = None,
     progress: Progress | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Yields the tokens that continue prompt_ids, one by one; a stop id is the last one yielded.
 
     temperature 0 is greedy; qwen_ref.sampling explains the others. The same seed gives the same tokens.
     cache: one that holds a beginning of prompt_ids, at least one token short of all, and has room for the
     rest. Only what is new is computed. At the end the cache holds all but the last token yielded. Dynamic
-    NTK's α stays that of the prompt with which the cache was begun; decoding.PrefixCache knows when to begin
-    anew.
+    NTK's α stays that of the prompt with which the cache was begun (decoding.PrefixCache begins anew).
     progress: called while the prompt is computed, with its tokens done and all of them.
     Raises ValueError for an empty prompt, ids or parameters out of range, and a cache that does not fit.
 
@@ -101,8 +104,8 @@ def generate(
     >>> tokenizer.decode(step.token for step in generate(model, ids, max_new_tokens=5))
     '雷克雅未克（R'
     """
-    sampling = (temperature, top_k, top_p, repetition_penalty)
-    rows = generate_batch(model, [prompt_ids], max_new_tokens, *sampling, seed, stop_ids, cache, progress)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)._asdict()
+    rows = generate_batch(model, [prompt_ids], max_new_tokens, stop_ids, cache, progress, **sampling)
 
     def single() -> Generator[Step | None]:
         with contextlib.closing(rows):
@@ -115,16 +118,12 @@ def generate(
 
 def generate_batch(
     model: Qwen,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int]],
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    stop_ids: Collection[int] = (),
+    stop_ids: Iterable[int] = (),
     cache: KVCache | None = None,
     progress: Progress | None = None,
+    **sampling: Any,
 ) -> Generator[list[Step | None]]:
     """Continues prompts of any lengths together; yields a step for every row, None for rows that have ended.
 
@@ -135,20 +134,20 @@ def generate_batch(
     With several ranks, every rank makes the same calls and takes the same steps. When one rank closes its
     iterator, the iterators of all ranks end. Close an iterator that you keep before you use the model again.
     """
-    sampling = (temperature, top_k, top_p, repetition_penalty)
-    checked, stop_ids = _checked(model, prompts, max_new_tokens, sampling, seed, stop_ids, cache)
-    B, longest = len(checked), max(map(len, checked))
+    how = Sampling(**sampling)
+    rows, ends = _checked(model, prompts, max_new_tokens, how, stop_ids, cache)
+    B, longest = len(rows), max(map(len, rows))
     end = longest + max_new_tokens
     if cache is None:
         with model.group.together():
             cache = model.new_cache(B, end - 1)  # the last token is never fed back
     ids = torch.full((B, end), -1, device="cpu")  # -1: no token
-    for row, prompt in enumerate(checked):
+    for row, prompt in enumerate(rows):
         ids[row, longest - len(prompt) : longest] = torch.tensor(prompt, device="cpu")
     mask = (ids[:, :longest] >= 0).long()
     # What stands for padding and behind a row's end: of its own tokens, so that no other can spoil the row.
-    fillers = ids.gather(1, mask.argmax(dim=1, keepdim=True))  # (B, 1)
-    generators = _generators(model, B, temperature, seed)
+    fillers = torch.tensor([prompt[:1] for prompt in rows], device="cpu")  # (B, 1)
+    generators = _generators(model, B, how)
     cache.text_end, start = None, cache.length
 
     def steps() -> Iterator[tuple[list[Step | None], bool]]:
@@ -162,15 +161,15 @@ def generate_batch(
                 told = progress if n == longest else None
                 last = prefill(model, new, cache, mask if held == 0 else None, progress=told)  # (B, D)
                 logits = model.lm_head(last, only_rank_0=True)  # (B, V) on rank 0, which samples; else None
-                chosen = choose(model, logits, ids[:, :n], live, sampling, generators)
-            rows: list[Step | None] = [None] * B
-            for row, step in zip(live, chosen, strict=True):
-                rows[row], ids[row, n] = step, step.token
-            live = [row for row, step in zip(live, chosen, strict=True) if step.token not in stop_ids]
-            held = n
+                chosen = dict(
+                    zip(live, choose(model, logits, ids[:, :n], live, how, generators), strict=True)
+                )
+            for row, step in chosen.items():
+                ids[row, n] = step.token
+            live, held = [row for row, step in chosen.items() if step.token not in ends], n
             if len(live) < B and cache.text_end is None:
                 cache.text_end = n + 1  # the last token of a row that has ended; what follows is none of its
-            yield rows, not live or n + 1 == end
+            yield [chosen.get(row) for row in range(B)], not live or n + 1 == end
 
     return in_step(model.group, steps())
 
@@ -208,20 +207,13 @@ def in_chunks(
         yield states
 
 
-def prefill(
-    model: Qwen,
-    input_ids: Tensor,
-    cache: KVCache,
-    attention_mask: Tensor | None = None,
-    *,
-    progress: Progress | None = None,
-) -> Tensor:
+def prefill(model: Qwen, input_ids: Tensor, cache: KVCache, *mask: Tensor | None, **progress: Any) -> Tensor:
     """in_chunks for the sake of the cache; returns the states of the last position, (B, D).
 
     >>> last = prefill(model, input_ids, model.new_cache(1, 32768))
     >>> model.lm_head(last)  # (B, V): the logits of the next token
     """
-    for states in in_chunks(model, input_ids, cache, attention_mask, progress=progress):
+    for states in in_chunks(model, input_ids, cache, *mask, **progress):
         last = states[:, -1]
     return last
 
@@ -234,32 +226,33 @@ def choose(
     logits: Tensor | None,
     previous_ids: Tensor,
     live: Sequence[int],
-    sampling: tuple[float, int, float, float],
+    sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> list[Step]:
     """The next step of each live row: rank 0 draws it from its logits (B, V), then every rank is told.
 
-    previous_ids: (B, N), on the CPU. sampling: temperature, top_k, top_p and repetition_penalty.
-    generators: one a row, none where the temperature is 0.
+    previous_ids: (B, N), on the CPU. generators: one a row, none where the temperature is 0.
     All that the host learns of a step comes in one transfer, which waits for the device.
     """
     group, weight, problem = model.group, model.embed.weight, None
     wide = torch.promote_types(weight.dtype, torch.float32)
     drawn = torch.full((2, len(live)), torch.nan, dtype=wide, device=weight.device)
-    if group.rank == 0 and logits is not None:
+    if group.rank > 0:
+        logits = None
+    if logits is not None:
         try:
             drawn = _draw(logits, previous_ids, live, sampling, generators)
         except Exception as error:  # lack of memory, say
             problem = error
     tokens, logprobs = group.from_rank_0(drawn).tolist()
-    if any(map(math.isnan, logprobs)):
+    not_finite = [row for row, logprob in zip(live, logprobs, strict=True) if math.isnan(logprob)]
+    if not_finite:
         with group.together():
             if problem is not None:
                 raise problem
-            if group.rank == 0 and logits is not None:
-                row = live[[*map(math.isnan, logprobs)].index(True)]
-                check_finite(logits[row], f"row {row}: " if len(logits) > 1 else "")
-                raise overflow(sampling[0], sampling[3])
+            if logits is not None:
+                check_finite(logits[not_finite[0]], f"row {not_finite[0]}: " if len(logits) > 1 else "")
+                raise overflow(sampling.temperature, sampling.repetition_penalty)
     return list(map(Step, map(int, tokens), logprobs))
 
 
@@ -267,14 +260,14 @@ def _draw(
     logits: Tensor,
     previous_ids: Tensor,
     live: Sequence[int],
-    sampling: tuple[float, int, float, float],
+    sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """Tokens and their log-probabilities, (2, rows), of the live rows of logits (B, V); NaN: not finite.
 
     Tokens are floating-point numbers here: float32 holds every id up to 2^24. Nothing waits for the device.
     """
-    temperature, top_k, top_p, penalty = sampling
+    temperature, top_k, top_p, penalty, _ = sampling
     if len(live) < len(logits):
         logits, previous_ids = logits[live], previous_ids[live]
     ready = scaled(logits, previous_ids.to(logits.device), temperature, penalty)
@@ -294,15 +287,15 @@ def _draw(
     return torch.stack((tokens.to(chosen.dtype), chosen.where(finite, torch.nan)))
 
 
-def _generators(model: Qwen, rows: int, temperature: float, seed: int | None) -> list[torch.Generator]:
+def _generators(model: Qwen, rows: int, sampling: Sampling) -> list[torch.Generator]:
     """One for each row, so that a row draws what it draws alone; none for greedy decoding."""
     generators = []
-    for row in range(rows if temperature > 0 else 0):
+    for row in range(rows if sampling.temperature > 0 else 0):
         generators.append(torch.Generator(device=model.embed.weight.device))
-        if seed is None:
+        if sampling.seed is None:
             generators[row].seed()
         else:
-            generators[row].manual_seed((seed + row) % 2**63)
+            generators[row].manual_seed((sampling.seed + row) % 2**63)
     return generators
 
 
@@ -311,43 +304,34 @@ def _generators(model: Qwen, rows: int, temperature: float, seed: int | None) ->
 
 def _checked(
     model: Qwen,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Sequence[int]],
     max_new_tokens: int,
-    sampling: tuple[float, int, float, float],
-    seed: int | None,
-    stop_ids: Collection[int],
+    sampling: Sampling,
+    stop_ids: Iterable[int],
     cache: KVCache | None = None,
 ) -> tuple[list[list[int]], frozenset[int]]:
     """The prompts and the stop ids. ValueError where something is out of range, or differs between ranks."""
     with model.group.together():
-        check_settings(max_new_tokens, *sampling, seed)
-        checked = [checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
-        if not checked:
+        check_settings(max_new_tokens, sampling)
+        rows = [checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
+        if not rows:
             raise InputError("there is no prompt to continue")
         if cache is not None:
-            _check_room(cache, checked, max_new_tokens)
+            _check_room(cache, [len(prompt) for prompt in rows], max_new_tokens)
         ends = checked_stop_ids(stop_ids)
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    how = ", ".join(f"{name}={value}" for name, value in zip(names, (*sampling, seed), strict=True))
-    asked = {"the prompt": checked, "sampling": how, "the end": (max_new_tokens, sorted(ends))}
-    asked["what the cache holds"] = None if cache is None else cache.length
-    model.group.require_same("this generation", asked)
-    return checked, ends
+    how = ", ".join(f"{name}={value}" for name, value in sampling._asdict().items())
+    asked = {"the prompt": rows, "sampling": how, "the end": (max_new_tokens, sorted(ends))}
+    held = {"what the cache holds": None if cache is None else cache.length}
+    model.group.require_same("this generation", {**asked, **held})
+    return rows, ends
 
 
-def check_settings(
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> None:
+def check_settings(max_new_tokens: int, sampling: Sampling) -> None:
     """Raises ValueError where a setting of the loop is out of range."""
-    check_parameters(temperature, top_k, top_p, repetition_penalty)
+    check_parameters(*sampling[:4])
     whole("max_new_tokens", max_new_tokens, most=LARGEST_LENGTH)
-    if seed is not None:
-        whole("seed", seed, least=0, most=2**63 - 1)
+    if sampling.seed is not None:
+        whole("seed", sampling.seed, least=0, most=2**63 - 1)
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
@@ -368,34 +352,27 @@ def checked_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
     return frozenset(whole_numbers("stop_ids", stop_ids))
 
 
-def _check_room(cache: KVCache, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises ValueError where a caller's cache cannot take these prompts."""
-    longest = max(map(len, prompts))
+def _check_room(cache: KVCache, lengths: list[int], max_new_tokens: int) -> None:
+    """Raises ValueError where a caller's cache cannot take prompts of these lengths."""
+    B, held, longest = len(lengths), cache.length, max(lengths)
     needed = longest + max_new_tokens - 1
-    if needed > cache.max_length or cache.batch_size != len(prompts):
-        raise InputError(
-            f"{len(prompts)} × {needed} positions are needed, the cache has {cache.batch_size} × "
-            f"{cache.max_length}; make it with a larger max_length or the right batch_size"
-        )
-    if cache.length == 0:
-        return
-    if cache.length >= longest:
-        raise InputError(
-            f"the cache holds {cache.length} positions, the longest prompt has {longest} tokens: prompts "
-            "must begin with what it holds and be longer"
-        )
-    if cache.text_end is not None and cache.length > cache.text_end:
-        raise InputError(
-            f"a row of this cache ended after {cache.text_end} positions, and the cache holds "
-            f"{cache.length}: set its length to {cache.text_end} or less, or use a new cache"
-        )
-    held = [0] * len(prompts) if cache.padding is None else cache.padding.tolist()
-    wanted = [longest - len(prompt) for prompt in prompts]
-    if held != wanted:
-        raise InputError(
-            f"the rows of the cache begin with padding of {shown(held)} positions, these prompts would need "
-            f"{shown(wanted)}: continue every row by as many tokens, or use a new cache"
-        )
+    padding = [0] * B if cache.padding is None else cache.padding.tolist()
+    wanted, text_end = [longest - length for length in lengths], cache.text_end or held
+    problems = {
+        f"{B} × {needed} positions are needed, the cache has {cache.batch_size} × {cache.max_length}; make "
+        "it with a larger max_length or the right batch_size": needed > cache.max_length
+        or cache.batch_size != B,
+        f"the cache holds {held} positions, the longest prompt has {longest} tokens: prompts must begin with "
+        "what it holds and be longer": held >= longest,
+        f"a row of this cache ended after {text_end} positions, and the cache holds {held}: set its length "
+        f"to {text_end} or less, or use a new cache": held > text_end,
+        f"the rows of the cache begin with padding of {shown(padding)} positions, these prompts would need "
+        f"{shown(wanted)}: continue every row by as many tokens, or use a new cache": held > 0
+        and padding != wanted,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise InputError(problem)
 
 
 # The end, on all ranks at once

@@ -1,25 +1,25 @@
 """Tensor parallelism by hand: the ranks, the two collectives between them, and the layers cut among them.
 
-A rank is one of several processes that share a model, and its number. Ranks exchange tensors in collectives,
-to which all must come: in an all-reduce each gives a tensor and all get the sum; in a gather one of them, or
-all, get what each gave, side by side. torch.distributed does this for a process group, over gloo between CPUs
-and over nccl between GPUs.
+A rank is a process that shares a model with other processes; its number is also called its rank. Ranks
+exchange tensors in collectives, which every rank must call: in an all-reduce each rank gives a tensor and all
+get the sum; in a gather one rank, or all, get what each gave, side by side. torch.distributed does this for a
+process group: by gloo between CPUs, by nccl between GPUs.
 
 A layer's weight W has shape (out, in), and y = x Wᵀ. There are two ways to cut it (Shoeybi et al. 2019,
-section 3):
+section 3). Their names are those of the paper, which writes y = x A: a column of A is a row of our W.
 
-    column-parallel  each rank has some of the outputs: it needs all of x and sends nothing
-    row-parallel     each rank has some of the inputs: what the ranks get is added up, one all-reduce
+    column-parallel  cuts the rows of W: each rank computes some of the outputs, from all of x
+    row-parallel     cuts the columns of W: each rank reads some of the inputs; an all-reduce adds up
 
-The names are those of the paper, which writes y = x A: a column of A is a row of W. In pairs the two meet:
-what the first leaves on a rank is just what the second needs there, so attention and MLP add up once each.
+The output of a column-parallel layer is exactly the input that a row-parallel layer needs on the same rank.
+So attention needs one all-reduce, and so does the MLP.
 
     embed                 rows of W: each rank knows some tokens → one all-reduce
     qkv → out             heads: rows of W in each third of qkv; columns of W in out → one all-reduce
     gate, up → down       channels: rows of W in gate and up; columns of W in down → one all-reduce
     lm_head               rows of W: each rank scores some tokens → one gather
 
-With one rank every layer is the plain one of torch.nn, and there is nobody to talk to.
+With one rank every layer is the plain nn.Linear or nn.Embedding, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,9 +41,7 @@ from torch import Tensor, nn
 
 from qwen_ref.config import InputError, lacks_memory, shown
 
-TIMEOUT = 60.0  # seconds that a rank waits for another; torch's own default is half an hour
 _ANY_TEXT = ("utf-8", "surrogatepass")  # codes every str
-_LOST = "another rank is gone or did not answer in time"
 # What gloo and the store say of a lost connection, where their errors have no class of their own.
 _CONNECTION = re.compile(r"connection|timed? ?out|broken pipe|by peer", re.IGNORECASE)
 
@@ -53,14 +51,14 @@ class RankLost(ConnectionError):
 
 
 class RankFailed(RuntimeError):
-    """Another rank had an error that is none of the user's; it raises that one itself."""
+    """Another rank had an error that is not the user's; that rank raises the error itself."""
 
 
 class Group:
     """The ranks that share one model: which of them this is, how many there are, and what they can do.
 
-    Every method is called by all ranks alike, in the same order. It raises RankLost where another rank is
-    gone or does not come within the process group's timeout.
+    Every rank must call the same methods in the same order. They raise RankLost where another rank is gone or
+    does not come within the process group's timeout.
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
@@ -73,7 +71,7 @@ class Group:
         """All-reduce: the sum of every rank's x, the same bits on all. x may be overwritten with it."""
         if self.size > 1:
             x = x.contiguous()
-            with lost_ranks_named(_LOST):
+            with lost_ranks_named():
                 dist.all_reduce(x, group=self.process_group)
         return x
 
@@ -82,14 +80,14 @@ class Group:
         if self.size == 1:
             return x
         x = x.contiguous()
-        receives = self.rank == 0 or not only_rank_0
-        parts = [torch.empty_like(x) for _ in range(self.size)] if receives else None
-        with lost_ranks_named(_LOST):
-            if only_rank_0:
-                dist.gather(x, parts, self._global_rank_0(), self.process_group)
+        parts = [torch.empty_like(x) for _ in range(self.size if self.rank == 0 or not only_rank_0 else 0)]
+        with lost_ranks_named():
+            if only_rank_0:  # torch asks for the number that rank 0 has in the default group
+                first = 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
+                dist.gather(x, parts or None, first, self.process_group)
             else:
                 dist.all_gather(parts, x, group=self.process_group)
-        return None if parts is None else torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1) if parts else None
 
     # What follows from the two
 
@@ -105,19 +103,18 @@ class Group:
         """Every rank's text, in the order of the ranks."""
         if self.size == 1:
             return [text]
-        device = self._device()
-        encoded = torch.tensor(list(text.encode(*_ANY_TEXT)), dtype=torch.uint8, device=device)
-        lengths = self.gather(torch.tensor([len(encoded)], device=device)).tolist()
+        encoded = torch.tensor(list(text.encode(*_ANY_TEXT)), dtype=torch.uint8, device=self._device())
+        lengths = self._gathered(torch.tensor([len(encoded)], device=encoded.device)).tolist()
         if max(lengths) == 0:
             return [""] * self.size
         padded = encoded.new_zeros(max(lengths))
         padded[: len(encoded)] = encoded
-        rows = self.gather(padded).view(self.size, -1)
+        rows = self._gathered(padded).view(self.size, -1)
         return [bytes(row[:n].tolist()).decode(*_ANY_TEXT) for row, n in zip(rows, lengths, strict=True)]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks do what stands inside, or all raise what kept one of them from it.
+        """All ranks do what stands inside, or all raise the error that stopped one of them.
 
         That is an InputError where the user can do something about it: for an InputError, an error of the
         system, too little memory. A rank with any other error raises that one, and the others RankFailed.
@@ -125,28 +122,34 @@ class Group:
         if self.size == 1:
             yield
             return
-        problem, cause = "", None
+        problem, cause, ours = "", None, False
         try:
             yield
         except RankLost:
             raise
         except Exception as error:
             cause, text = error, str(error) or type(error).__name__
-            for_the_user = isinstance(error, InputError | OSError) or lacks_memory(error)
-            problem = json.dumps((for_the_user, text if for_the_user else f"{type(error).__name__}: {text}"))
+            ours = not (isinstance(error, InputError | OSError) or lacks_memory(error))
+            problem = json.dumps((not ours, f"{type(error).__name__}: {text}" if ours else text))
         found = [(rank, *json.loads(text)) for rank, text in enumerate(self.texts(problem)) if text]
         if not found:
             return
         rank, for_the_user, text = min(found, key=lambda each: each[1])  # what is ours goes first
         if for_the_user:
             raise InputError(f"rank {rank}: {text}") from cause
-        if cause is not None and not json.loads(problem)[0]:
+        if cause is not None and ours:
             raise cause
         raise RankFailed(f"rank {rank} failed: {text}") from cause
 
-    def require_same(self, who: str, values: dict[str, object]) -> None:
+    def require_same(self, who: str, values: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
-        facts = [(f"{name} is {shown(value)}", _digest(value)) for name, value in values.items()]
+        if self.size == 1:
+            return
+
+        def digest(value: object) -> str:  # tells values apart that are too long to be shown
+            return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+        facts = [(f"{name} is {shown(value)}", digest(value)) for name, value in values.items()]
         (first, first_facts), *others = map(json.loads, self.texts(json.dumps((who, facts))))
         for rank, (other, other_facts) in enumerate(others, start=1):
             for (fact, mark), (wanted, wanted_mark) in zip(other_facts, first_facts, strict=False):
@@ -156,18 +159,14 @@ class Group:
                         f"on rank 0 {wanted}; give every rank the same"
                     )
 
-    def _global_rank_0(self) -> int:
-        """The number of this group's rank 0 in the default group, which torch asks for."""
-        return 0 if self.process_group is None else dist.get_global_rank(self.process_group, 0)
+    def _gathered(self, x: Tensor) -> Tensor:
+        gathered = self.gather(x)
+        assert gathered is not None
+        return gathered
 
     def _device(self) -> str:
         """Where small messages travel: through the CPU if the process group has a way there."""
         return "cpu" if "cpu" in dist.get_backend_config(self.process_group) else "cuda"
-
-
-def _digest(value: object) -> str:
-    """What tells values apart also where they are too long to be shown."""
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 ONE_RANK = Group(0, 1)
@@ -184,15 +183,15 @@ class HeadParallelLinear(nn.Linear):
     """The fused q, k, v of this rank's heads: x (…, D) → (…, 3 · H · K), [q, k, v] one after another.
 
     Its rows are three stretches of the published weight, one in each third: an even cut of the whole would
-    give the first ranks queries only. On the CPU they are used where they lie in the mapped file, as a view
-    (3, H · K, D); everywhere else they are one matrix (3 · H · K, D), and with one rank they always are.
+    give the first ranks queries only. On the CPU the stretches stay in the mapped file, as a view
+    (3, H · K, D). Everywhere else, and with one rank, they are one matrix (3 · H · K, D).
     """
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
         super().__init__(in_features, out_features // group.size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # once: it may be dequantised each time
+        weight = self.weight  # once: a packed weight is dequantised each time
         if weight.ndim == 2:
             return F.linear(x, weight, self.bias)
         thirds = zip(weight, self.bias.chunk(3), strict=True)
@@ -203,7 +202,7 @@ class RowParallelLinear(nn.Linear):
     """y = Σ over the ranks of x Wᵀ for their shares of the inputs: W is (out, in / ranks), cut by columns.
 
     The ranks' parts are added in float32 and rounded once, so that more ranks do not round more. Qwen has no
-    bias here; one would be added after the sum, lest every rank add it.
+    bias here; it would have to be added after the sum, or every rank would add it.
     """
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
@@ -220,7 +219,7 @@ def unrounded_linear(x: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
     """x Wᵀ in float32 though x and W are narrower; wider ones keep their dtype.
 
     torch has this product for CUDA only. Elsewhere some rows of W at a time are widened, into a buffer that
-    stays in the processor's cache: decoding takes no longer for it, since W is still read from memory once.
+    stays in the processor's cache. A decode step takes no longer for it: W is still read from memory once.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == wide:
@@ -258,95 +257,11 @@ class VocabularyParallelHead(nn.Linear):
         self.group = group
 
     def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
-        """only_rank_0: for sampling, which one rank does; the others get None."""
+        """only_rank_0: for sampling, which rank 0 does; the other ranks get None."""
         return self.group.gather(super().forward(x), only_rank_0)
 
 
 # Who takes part
-
-
-class Launch(NamedTuple):
-    """What torchrun tells a process: its rank of how many, its place on its machine, where the ranks meet."""
-
-    rank: int
-    size: int
-    local_rank: int
-    address: str
-    port: int
-
-
-def launched() -> Launch | None:
-    """torchrun's variables; None where the process was started alone. ValueError where some are missing."""
-    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
-        return None
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        there = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
-        raise InputError(
-            f"{there or 'RANK and WORLD_SIZE'} in the environment without {', '.join(missing)}: start the "
-            "ranks with torchrun, which sets them all, or unset WORLD_SIZE and RANK to run alone"
-        )
-    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    local_rank = _number("LOCAL_RANK") if os.environ.get("LOCAL_RANK") else rank
-    if not (0 <= rank < size and local_rank >= 0 and 0 < port < 2**16):
-        raise InputError(
-            f"{rank=}, {size=}, {local_rank=} and {port=} in the environment cannot be: RANK and LOCAL_RANK "
-            "count from 0 to WORLD_SIZE - 1, MASTER_PORT is at most 65535"
-        )
-    return Launch(rank, size, local_rank, os.environ["MASTER_ADDR"], port)
-
-
-def _number(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise InputError(f"{name}={os.environ[name]!r} in the environment must be a whole number") from None
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether an error of torch.distributed is that of a connection. Others, such as of shapes, are ours."""
-    return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
-
-
-@contextlib.contextmanager
-def lost_ranks_named(message: str) -> Iterator[None]:
-    """Raises RankLost with the message for the error of a connection; any other error stays what it is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise RankLost(f"{message}: {first_line(error)}") from error
-
-
-def require_distributed() -> None:
-    """Raises InputError where this torch was built without torch.distributed."""
-    if not dist.is_available():
-        raise InputError(
-            "several ranks need torch.distributed, which this build of torch does not have; install a build "
-            "that has it, or run one process without RANK and WORLD_SIZE"
-        )
-
-
-def start_process_group(device: str, timeout: float = TIMEOUT, store: dist.Store | None = None) -> None:
-    """torch's default process group, by torchrun's variables: gloo for CPU tensors, nccl for CUDA's.
-
-    store: where the ranks meet; by default a connection of its own to where torchrun's variables say.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} cannot be used: torch finds no CUDA device")
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    where = {}
-    if store is not None:
-        launch = launched()
-        where = {"store": store, "rank": launch.rank, "world_size": launch.size}
-    with lost_ranks_named("the process group did not come about"):
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def group_size(group: str | dist.ProcessGroup | None) -> int:
@@ -354,20 +269,19 @@ def group_size(group: str | dist.ProcessGroup | None) -> int:
     if group is None:
         return 1
     require_distributed()
-    if group == "world":
-        if dist.is_initialized():
-            return dist.get_world_size()
-        launch = launched()
-        if launch is None:
+    if group == "world" and not dist.is_initialized():
+        try:
+            return int(os.environ["WORLD_SIZE"])
+        except (KeyError, ValueError):
             raise InputError(
-                'group="world" needs several processes: start them with torchrun, or leave group out for one'
-            )
-        return launch.size
+                'group="world" needs several processes: start them with torchrun, which sets WORLD_SIZE, or '
+                "leave group out for one"
+            ) from None
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputError("this rank is not in the process group that it was given")
-    if not isinstance(group, dist.ProcessGroup):
+    if group != "world" and not isinstance(group, dist.ProcessGroup):
         raise InputError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
-    return dist.get_world_size(group)
+    return dist.get_world_size(None if group == "world" else group)
 
 
 def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
@@ -376,11 +290,25 @@ def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
         return ONE_RANK
     if group == "world" and not dist.is_initialized():
         start_process_group(device)
-    if group == "world" or group is dist.group.WORLD:
-        group = None
+    ours = None if group == "world" or group is dist.group.WORLD else group
     atexit.unregister(_destroy_process_groups)  # once is enough
     atexit.register(_destroy_process_groups)
-    return Group(dist.get_rank(group), dist.get_world_size(group), group)
+    return Group(dist.get_rank(ours), dist.get_world_size(ours), ours)
+
+
+def start_process_group(device: str, timeout: float = 60.0, **where: Any) -> None:
+    """torch's default process group: gloo for CPU tensors, nccl for CUDA's. A rank waits for timeout seconds.
+
+    where: store, rank and world_size. By default torchrun's variables in the environment say where to meet.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} cannot be used: torch finds no CUDA device")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    try:
+        with lost_ranks_named("the process group did not come about"):
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
+    except ValueError as error:
+        raise InputError(f"{error}: start the ranks with torchrun, which sets all that they need") from None
 
 
 def _destroy_process_groups() -> None:
@@ -395,9 +323,8 @@ def own_device(device: str, size: int) -> str:
         return device
     if device != "cuda":
         raise InputError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
-    launch = launched()
     count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if launch is None else launch.local_rank
+    index = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or torch.cuda.current_device())
     # SLURM and others show each process one device, its own. torchrun by itself shows all to all.
     if count == 1 and ("LOCAL_WORLD_SIZE" not in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ):
         index = 0
@@ -408,3 +335,30 @@ def own_device(device: str, size: int) -> str:
         )
     torch.cuda.set_device(index)
     return f"cuda:{index}"
+
+
+def require_distributed() -> None:
+    """Raises InputError where this torch was built without torch.distributed."""
+    if not dist.is_available():
+        raise InputError(
+            "several ranks need torch.distributed, which this build of torch does not have; install a build "
+            "that has it, or run one process without RANK and WORLD_SIZE"
+        )
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed is that of a connection. Others, such as of shapes, are ours."""
+    return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def lost_ranks_named(message: str = "another rank is gone or did not answer in time") -> Iterator[None]:
+    """Raises RankLost with the message for the error of a connection; any other error stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise RankLost(
+            f"{message}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error

@@ -6,27 +6,23 @@
 
 The pieces there are `It`, `'s`, ` `, `2`, `0`, `2`, `4`. A piece that is itself a token is taken whole; any
 other starts as single bytes, of which the adjacent pair with the lowest rank is merged first, until no pair
-is a token.
+is a token. fast/tokenizer.py gives the same ids sooner, and so does engine="tiktoken".
 """
 
 from __future__ import annotations
 
-import base64
 import binascii
 import codecs
-import operator
-import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import cache, cached_property
+from collections.abc import Callable, Collection, Iterable
 from heapq import heapify, heappop, heappush
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
-from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes, shown, whole_numbers
+from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes, shown, some, whole_numbers
 
 # The published split pattern. \p{N} without a "+" is what makes every digit a piece of its own.
 PATTERN = (
@@ -38,11 +34,12 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
 _LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would make the memory unbounded
 _SINGLE_BYTES = [bytes([value]) for value in range(256)]
-_ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what errors="surrogateescape" decodes to
 
 # Characters that may be combining marks: \p{Cn} is what regex's Unicode does not know and Python's may.
 # Every 16th character is looked at first: a run of 128 marks holds 8 of them.
 _LONG_RUN, _LONG_RUN_SAMPLED = regex.compile(r"[\p{M}\p{Cn}]{128,}"), regex.compile(r"[\p{M}\p{Cn}]{8}")
+
+Self = TypeVar("Self", bound="Tokenizer")
 
 
 class Tokenizer:
@@ -65,8 +62,7 @@ class Tokenizer:
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(_SINGLE_BYTES):
             raise InputError("tokens must be distinct and hold each of the 256 single bytes")
-        self._pieces = _Memo(self._encode_piece)
-        self._parts = _Memo(self._merge)
+        self._pieces = Memo(self._encode_piece)
         self._tiktoken = None
         if engine == "tiktoken":
             import tiktoken
@@ -76,7 +72,7 @@ class Tokenizer:
             )
 
     @classmethod
-    def from_file(cls, path: str | Path, engine: str = "python") -> Tokenizer:
+    def from_file(cls: type[Self], path: str | Path, engine: str = "python") -> Self:
         """Reads a qwen.tiktoken file: per line a token's bytes in base64, a space, its rank.
 
         Raises ValueError, naming the line, for bad base64, for gaps and duplicates, for missing single bytes.
@@ -92,11 +88,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise InputError(f"text must be a str, not {shown(text)}")
-        text = nfc(text)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = nfc(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         allowed = self._allowed(allowed_special)
         if self._tiktoken is not None:
             try:
@@ -123,13 +115,12 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], skip_special_tokens: bool = False) -> bytes:
         """The exact bytes of ids."""
-        tokens = []
-        for token in whole_numbers("ids", ids):
+        ids = whole_numbers("ids", ids)
+        for token in ids:
             if not 0 <= token < self.n_vocab:
                 raise InputError(f"no token has id {shown(token)}; ids go from 0 to {self.n_vocab - 1}")
-            if not (skip_special_tokens and token >= self._n_regular):
-                tokens.append(self._bytes[token])
-        return b"".join(tokens)
+        end = self._n_regular if skip_special_tokens else self.n_vocab
+        return b"".join(self._bytes[token] for token in ids if token < end)
 
     def _allowed(self, allowed_special: Collection[str]) -> set[str]:
         if isinstance(allowed_special, str) and allowed_special == "all":
@@ -142,33 +133,25 @@ class Tokenizer:
             raise InputError(
                 f'allowed_special must be "all" or a collection of tokens, not {shown(allowed_special)}'
             ) from None
-        unknown = allowed - self.special_ids.keys()
-        if unknown:
+        if unknown := allowed - self.special_ids.keys():
             raise InputError(
-                f"no special token is named {', '.join(sorted(map(shown, unknown))[:8])}; "
-                "there are <|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
+                f"no special token is named {some(sorted(map(shown, unknown)), most=8)}; there are "
+                "<|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
             )
         return allowed
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        return list(chain.from_iterable(map(self._pieces.__getitem__, split(text))))
+        return list(chain.from_iterable(map(self._pieces.__getitem__, self._split(text))))
+
+    def _split(self, text: str) -> list[str]:
+        return split(text)
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
         rank = self._ranks.get(piece.encode())
-        if rank is not None:
-            return (rank,)
-        if piece.isascii():
-            return self._merge(piece)
-        # Chinese is written without spaces: its pieces are clauses, which hardly recur, but their parts do.
-        # A part is never looked up as a token at once: only a whole piece is.
-        return tuple(chain.from_iterable(map(self._parts.__getitem__, self._seams.cut(piece))))
+        return self._merge(piece) if rank is None else (rank,)
 
-    def _merge(self, part: str) -> tuple[int, ...]:
-        return tuple(merge_pairs(part.encode(), self._ranks))
-
-    @cached_property
-    def _seams(self) -> _Seams:  # made when the first text needs it: it takes a look at every token
-        return _Seams(self._ranks)
+    def _merge(self, piece: str) -> tuple[int, ...]:
+        return tuple(merge_pairs(piece.encode(), self._ranks))
 
 
 def nfc(text: str) -> str:
@@ -176,18 +159,17 @@ def nfc(text: str) -> str:
 
     Python sorts the combining marks behind a character by insertion: a run of them takes quadratic time
     unless it is in order already. Long runs are decomposed and sorted first, which does not change the
-    normal form.
+    normal form: neighbours of nonzero combining class by that class, equal ones in the order they have.
     """
+
+    def in_canonical_order(marks: str) -> str:
+        decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
+        runs = groupby(decomposed, lambda mark: unicodedata.combining(mark) > 0)
+        return "".join(chain.from_iterable(sorted(run, key=unicodedata.combining) for _, run in runs))
+
     if _LONG_RUN_SAMPLED.search(text[::16]):
-        text = _LONG_RUN.sub(lambda run: _in_canonical_order(run.group()), text)
+        text = _LONG_RUN.sub(lambda run: in_canonical_order(run.group()), text)
     return unicodedata.normalize("NFC", text)
-
-
-def _in_canonical_order(marks: str) -> str:
-    """Decomposed; neighbours of nonzero combining class sorted by it, equal ones in the order they have."""
-    decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
-    runs = groupby(decomposed, lambda mark: unicodedata.combining(mark) > 0)
-    return "".join(chain.from_iterable(sorted(run, key=unicodedata.combining) for _, run in runs))
 
 
 def split(text: str) -> list[str]:
@@ -196,34 +178,10 @@ def split(text: str) -> list[str]:
     >>> split("It's 2024")
     ['It', "'s", ' ', '2', '0', '2', '4']
     """
-    # Characters beyond U+FFFF are two units of UTF-16. Asking so takes a tenth of a search for them.
-    beyond_bmp = len(text.encode("utf-16-le", "surrogatepass")) > 2 * len(text)
-    pattern = regex.compile(PATTERN) if beyond_bmp else _bmp_pattern()
-    return pattern.findall(text)
+    return regex.findall(PATTERN, text)
 
 
-@cache
-def _bmp_pattern() -> re.Pattern[str]:
-    """PATTERN for the standard library's re, which finds the same pieces in half the time that regex takes.
-
-    re knows neither \\p{L} nor \\p{N}, and its \\s has four characters more. They are spelled out as regex
-    has them, up to U+FFFF: re is slow with sets that go beyond.
-    """
-    plane = "".join(map(chr, range(0x10000)))
-
-    def members(of: str) -> str:
-        return "".join(
-            f"\\u{ord(run[0]):04x}-\\u{ord(run[-1]):04x}" for run in regex.findall(f"{of}+", plane)
-        )
-
-    L, N, S = members(r"\p{L}"), members(r"\p{N}"), members(r"\s")
-    return re.compile(
-        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n{L}{N}]?[{L}]+|[{N}]| ?[^{S}{L}{N}]+[\r\n]*"
-        rf"|[{S}]*[\r\n]+|[{S}]+(?![^{S}])|[{S}]+"
-    )
-
-
-class _Memo(dict):
+class Memo(dict[str, Any]):
     """function(text), remembered; what is known costs one lookup. When it is full, it starts again."""
 
     def __init__(self, function: Callable[[str], Any]) -> None:
@@ -237,48 +195,6 @@ class _Memo(dict):
                 self.clear()
             self[text] = result
         return result
-
-
-class _Seams:
-    """Where no merge can ever cross: between two characters of which no token holds any bytes together.
-
-    What lies between two seams is encoded by itself with the same result: no merge in it touches another.
-    """
-
-    def __init__(self, tokens: Iterable[bytes]) -> None:
-        ascii_characters = [chr(value) for value in range(128)]
-        self._pairs = {left + right for left in ascii_characters for right in ascii_characters}
-        self._lefts: set[str] = set()  # a token holds this character and the beginning of some next one
-        self._rights: set[str] = set()  # a token holds this character and the end of some previous one
-        ragged: list[bytes] = []  # tokens of the end of one character and the beginning of the next
-        for token in tokens:
-            if token.isascii():
-                continue
-            # Parts of characters decode to surrogates, one a byte; they only stand at a token's two ends.
-            text = token.decode("utf-8", errors="surrogateescape")
-            whole = text.strip(_ESCAPED_BYTES)
-            self._pairs.update(map(operator.add, whole, whole[1:]))
-            if whole and not text.startswith(whole):
-                self._rights.add(whole[0])
-            if whole and not text.endswith(whole):
-                self._lefts.add(whole[-1])
-            if not whole and any(byte >= 0xC0 for byte in token[1:]):
-                ragged.append(token)
-        self._ragged = re.compile(b"|".join(map(re.escape, ragged))) if ragged else None
-
-    def cut(self, piece: str) -> Iterator[str]:
-        """The parts of a piece."""
-        if self._ragged and self._ragged.search(piece.encode()):
-            yield piece
-            return
-        lefts, rights = self._lefts, self._rights
-        start = 0
-        inside_a_token = map(self._pairs.__contains__, map(operator.add, piece, piece[1:]))
-        for position, inside in enumerate(inside_a_token, 1):
-            if not inside and piece[position - 1] not in lefts and piece[position] not in rights:
-                yield piece[start:position]
-                start = position
-        yield piece[start:]
 
 
 def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
@@ -337,57 +253,37 @@ class StreamDecoder:
 
 def read_ranks(path: str | Path) -> list[bytes]:
     """The tokens of a qwen.tiktoken file in the order of their ranks, checked to be 0, 1, 2, …"""
-    content = read_bytes(path, LARGEST_VOCABULARY)
-    return _tokens_if_canonical(content) or _tokens_line_by_line(content, path)
-
-
-def _tokens_if_canonical(content: bytes) -> list[bytes] | None:
-    """The tokens of a file without fault, in half the time: it is what they would be written as, in order."""
-    try:
-        tokens = list(map(binascii.a2b_base64, content.split()[::2]))
-    except ValueError:
-        return None
-    lines = (
-        b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens)
-    )
-    distinct = set(tokens)
-    complete = len(distinct) == len(tokens) and b"" not in distinct and distinct.issuperset(_SINGLE_BYTES)
-    return tokens if complete and b"".join(lines) == content else None
-
-
-def _tokens_line_by_line(content: bytes, path: str | Path) -> list[bytes]:
-    """The tokens of any file of the format, or what is wrong with it."""
-    lines = content.splitlines()
     tokens: dict[int, bytes] = {}
     line_of: dict[bytes, int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_bytes(path, LARGEST_VOCABULARY).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            encoded, rank_digits = line.split()
-            if not rank_digits.isdigit():  # int() takes more, such as 1_0
-                raise ValueError
-            token, rank = base64.b64decode(encoded, validate=True), int(rank_digits)
-        except (ValueError, binascii.Error):
+            encoded, digits = line.split()
+            token, rank = binascii.a2b_base64(encoded), int(digits)
+            if binascii.b2a_base64(token, newline=False) != encoded or not digits.isdigit():
+                raise ValueError  # a2b_base64 passes over what is no base64; int() takes more, such as 1_0
+        except ValueError:
             raise InputError(
                 f"{path}, line {number}: not a token in base64, a space and its rank: {line[:60]!r}"
             ) from None
+        problem = ""
         if rank in tokens:
-            raise InputError(f"{path}, line {number}: rank {rank} is given twice")
-        if token in line_of:
-            raise InputError(f"{path}, line {number}: the token of line {line_of[token]} again, {token!r}")
-        if not token:
-            raise InputError(f"{path}, line {number}: a token of no bytes")
+            problem = f"rank {rank} is given twice"
+        elif token in line_of:
+            problem = f"the token of line {line_of[token]} again, {token!r}"
+        elif not token:
+            problem = "a token of no bytes"
+        if problem:
+            raise InputError(f"{path}, line {number}: {problem}")
         tokens[rank], line_of[token] = token, number
-    gap = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
-    if gap is not None:
+    if gaps := set(range(len(tokens))) - tokens.keys():
         raise InputError(
-            f"{path}: no token has rank {gap}; {len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
+            f"{path}: no token has rank {min(gaps)}; {len(tokens)} tokens need ranks 0 to {len(tokens) - 1}"
         )
-    bytes_missing = [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]
-    if bytes_missing:
-        shown = ", ".join(f"0x{value:02x}" for value in bytes_missing[:8])
+    if missing := [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]:
+        named = ", ".join(f"0x{value:02x}" for value in missing[:8])
         raise InputError(
-            f"{path}: {len(bytes_missing)} of the 256 single bytes are no token: {shown} …; is it cut short?"
+            f"{path}: {len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
         )
     return [tokens[rank] for rank in range(len(tokens))]

@@ -51,8 +51,7 @@ def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
         return Ranks()
     # torch, which reads this when it is imported, reports a lost connection with stacks of C++.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from qwen_ref.commands.watch import WatchedRanks
-    from qwen_ref.parallel import launched
+    from qwen_ref.commands.watch import WatchedRanks, launched
 
     launch = launched()
     if folder is not None and launch is not None:

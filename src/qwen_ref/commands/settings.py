@@ -24,6 +24,7 @@ from qwen_ref.config import (
     read_json_object,
     shown,
 )
+from qwen_ref.fast.tokenizer import FastTokenizer
 from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, GPTQConfig
 from qwen_ref.tokenizer import Tokenizer
 
@@ -138,9 +139,9 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         stop_texts=tuple(stop_text(word) for word in words if len(word) > 1),
         max_window_size=value("max_window_size", None, int),
     )
-    from qwen_ref.generate import check_settings
+    from qwen_ref.generate import Sampling, check_settings
 
-    check_settings(*defaults[:5])
+    check_settings(defaults.max_new_tokens, Sampling(*defaults[1:5]))
     window = defaults.max_window_size
     if window is not None and not 1 <= window <= _LARGEST_WINDOW:
         raise InputError(f"max_window_size={window} must be from 1 to {_LARGEST_WINDOW} tokens")
@@ -191,9 +192,10 @@ def chosen_settings(args: argparse.Namespace, defaults: Defaults) -> dict[str, A
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     found["seed"] = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
-    from qwen_ref.generate import check_settings
+    from qwen_ref.generate import Sampling, check_settings
 
-    check_settings(**found)
+    sampling = {name: value for name, value in found.items() if name != "max_new_tokens"}
+    check_settings(found["max_new_tokens"], Sampling(**sampling))
     return found
 
 
@@ -240,7 +242,7 @@ def on_every_rank(
 def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:
     """A checkpoint's configuration and its tokenizer; ValueError where they do not belong together."""
     config = QwenConfig.from_json(folder / "config.json")
-    tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
+    tokenizer = FastTokenizer.from_file(folder / "qwen.tiktoken")
     if tokenizer.n_vocab > config.vocab_size:
         raise InputError(
             f"{folder}: qwen.tiktoken has {tokenizer.n_vocab} ids, the model vocab_size={config.vocab_size}"

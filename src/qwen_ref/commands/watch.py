@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import Store
@@ -29,9 +29,7 @@ from qwen_ref.commands import cli
 from qwen_ref.commands.ranks import TIMEOUT, Ranks
 from qwen_ref.config import InputError, lacks_memory
 from qwen_ref.parallel import (
-    Launch,
     RankLost,
-    first_line,
     is_lost,
     lost_ranks_named,
     require_distributed,
@@ -39,6 +37,45 @@ from qwen_ref.parallel import (
 )
 
 _RUNS = itertools.count()  # of Ranks in this process; all ranks count alike
+
+
+class Launch(NamedTuple):
+    """What torchrun tells a process: its rank of how many, its place on its machine, where the ranks meet."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def launched() -> Launch | None:
+    """torchrun's variables; None where the process was started alone. ValueError where some are missing."""
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return None
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        there = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
+        raise InputError(
+            f"{there or 'RANK and WORLD_SIZE'} in the environment without {', '.join(missing)}: start the "
+            "ranks with torchrun, which sets them all, or unset WORLD_SIZE and RANK to run alone"
+        )
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    local_rank = _number("LOCAL_RANK") if os.environ.get("LOCAL_RANK") else rank
+    if not (0 <= rank < size and local_rank >= 0 and 0 < port < 2**16):
+        raise InputError(
+            f"{rank=}, {size=}, {local_rank=} and {port=} in the environment cannot be: RANK and LOCAL_RANK "
+            "count from 0 to WORLD_SIZE - 1, MASTER_PORT is at most 65535"
+        )
+    return Launch(rank, size, local_rank, os.environ["MASTER_ADDR"], port)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise InputError(f"{name}={os.environ[name]!r} in the environment must be a whole number") from None
 
 
 class WatchedRanks(Ranks):
@@ -105,7 +142,13 @@ class WatchedRanks(Ranks):
         That every rank lives is the watch's business. A group that the caller has started is used as it is.
         """
         if not dist.is_initialized():
-            start_process_group(device, 10 * 24 * 3600, self._for_group)
+            start_process_group(
+                device,
+                10 * 24 * 3600,
+                store=self._for_group,
+                rank=self.rank,
+                world_size=self.size,
+            )
             self._ours = True
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
@@ -294,7 +337,7 @@ class _Watch(threading.Thread):
             except RuntimeError as error:
                 if not self.leaving:
                     fault = f"{_keeper()} is gone" if is_lost(error) else "the watch over the ranks failed"
-                    self._end(f"{fault}: {first_line(error)}")
+                    self._end(f"{fault}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
             self._over.wait(self.interval)
 
     def _end(self, message: str, code: int = 1) -> None:

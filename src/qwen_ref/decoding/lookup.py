@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen_ref.config import InputError, whole
-from qwen_ref.generate import Step, check_settings, checked_ids, checked_stop_ids, choose, in_step
+from qwen_ref.generate import Sampling, Step, check_settings, checked_ids, checked_stop_ids, choose, in_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def generate_lookup(
 
     group = model.group
     with group.together():
-        check_settings(max_new_tokens, temperature, 0, 1.0, repetition_penalty)
+        check_settings(max_new_tokens, Sampling(temperature, repetition_penalty=repetition_penalty))
         if (temperature, repetition_penalty) != tuple(GREEDY.values()):
             raise InputError(
                 f"lookup is greedy only: {temperature=} must be 0 and {repetition_penalty=} must be 1"
@@ -137,7 +137,7 @@ def generate_lookup(
         exact = cache.length
         logits = model.lm_head(last, only_rank_0=True)
         # The penalty of 1 asks for no earlier ids.
-        return choose(model, logits, torch.tensor([ids], device="cpu"), [0], (0.0, 0, 1.0, 1.0), [])
+        return choose(model, logits, torch.tensor([ids], device="cpu"), [0], Sampling(), [])
 
     def judged(draft: list[int]) -> tuple[list[Step], bool]:
         """The right ones of draft and the model's next token; False where a close call ends them sooner."""
