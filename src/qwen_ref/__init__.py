@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_ref import chat, perplexity, quantize, sampling
-    from qwen_ref.checkpoint import load_model
     from qwen_ref.config import InputError, QwenConfig
+    from qwen_ref.fast.tokenizer import FastTokenizer as Tokenizer
+    from qwen_ref.loading import load_model
     from qwen_ref.model import KVCache, Qwen
-    from qwen_ref.tokenizer import StreamDecoder, Tokenizer
+    from qwen_ref.tokenizer import StreamDecoder
 
 __version__ = "0.1.0"
 
@@ -41,8 +42,7 @@ _HOME = {
     "Qwen": "model",
     "QwenConfig": "config",
     "StreamDecoder": "tokenizer",
-    "Tokenizer": "tokenizer",
-    "load_model": "checkpoint",
+    "load_model": "loading",
 }
 
 
@@ -50,6 +50,8 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: a command's --help must not wait for torch."""
     if name in _HOME:
         return getattr(import_module(f"qwen_ref.{_HOME[name]}"), name)
+    if name == "Tokenizer":
+        return import_module("qwen_ref.fast.tokenizer").FastTokenizer
     if name in __all__:
         return import_module(f"qwen_ref.{name}")
     raise AttributeError(f"module 'qwen_ref' has no attribute {name!r}")

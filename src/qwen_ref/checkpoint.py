@@ -1,9 +1,8 @@
-"""From a published checkpoint folder to a model: the table of its tensors, their checks, the mapped weights.
+"""From a published checkpoint folder to a model: the table of its tensors, and the mapped weights.
 
-A folder holds config.json and either one model.safetensors or several files and
-model.safetensors.index.json. Everything that can be wrong with the folder is found before a weight is read,
-and reported at once.
-`python -m qwen_ref.checkpoint inspect` prints what a folder holds.
+A folder holds config.json and either one model.safetensors or several files and model.safetensors.index.json.
+qwen_ref.load_model, in loading/, does what load_model here does. Before, it looks for everything that can be
+wrong with a folder. `python -m qwen_ref.checkpoint inspect` prints what a folder holds.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ if __name__ == "__main__":  # python -m qwen_ref.checkpoint
 
     raise SystemExit(main())
 
-import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -26,17 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qwen_ref.config import (
-    InputError,
-    QwenConfig,
-    file_problem,
-    read_json_object,
-    require_folder,
-    shown,
-    some,
-)
+from qwen_ref.config import InputError, QwenConfig, read_json_object, shown, some
 from qwen_ref.model import Qwen
-from qwen_ref.parallel import ONE_RANK, Group, group_size, join, own_device
+from qwen_ref.parallel import join
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,13 +36,10 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # safetensors' names of the dtypes that weights may have.
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# The dtypes of each kind of tensor. A GPTQ checkpoint has packed tensors and scales, too.
-KINDS = {"weights": tuple(STORED_DTYPES), "packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
-_IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
+IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -120,7 +107,7 @@ def tensor_table(config: QwenConfig) -> list[TensorSpec]:
 def load_model(
     folder: str | Path,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     group: str | ProcessGroup | None = None,
     *,
     packed: bool = False,
@@ -129,7 +116,6 @@ def load_model(
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
     dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
-    device: "cpu", "cuda", …; with several ranks "cuda" gives each rank the device with its number.
     group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
     is torch.distributed's default process group, started from torchrun's variables if need be (with a timeout
     of 60 s); or any ProcessGroup. All ranks then make the same calls.
@@ -140,24 +126,11 @@ def load_model(
     On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
     the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
     a rank that are cut by columns are copied, and its bias of q, k and v.
-    Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
-    MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
-    ConnectionError, where a rank is gone.
+    Raises ValueError where the folder is not in the published form, and RankLost where a rank is gone.
     """
-    size = group_size(group)
-    check_cut(folder, size)
-    ranks = join(group, device)
-    with ranks.together():
-        target = _device(own_device(device, size))
-        config, stored = open_checkpoint(folder)
-        wanted = compute_dtype(dtype, stored)
-        if packed and not any(tensor.packed for tensor in stored.values()):
-            raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
-        marks = fingerprint(config, wanted, stored) if size > 1 else {}
-    ranks.require_same(str(folder), marks)
-    check_packed(folder, stored, ranks)
-
-    table = tensor_table(config)
+    ranks, target = join(group, str(device)), torch.device(device)
+    config, stored = open_checkpoint(folder)
+    table, wanted, size = tensor_table(config), compute_dtype(dtype, stored), ranks.size
     total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
     if progress is not None:
         progress(done, total)
@@ -191,59 +164,16 @@ class NoInitialisation(TorchFunctionMode):
         return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
-def check_cut(folder: str | Path, ranks: int) -> None:
-    """Raises ValueError where the folder's model cannot be cut for so many ranks.
-
-    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
-    """
-    try:
-        config, gptq = QwenConfig.from_json(Path(folder) / "config.json"), packing(folder)
-    except ValueError:
-        return
-    config.check_ranks(ranks)
-    if gptq is not None:
-        gptq.check_ranks(config, ranks)
-
-
-def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: Mapping[str, Stored]) -> dict[str, object]:
-    """What tells models apart: the configuration, the dtype, and each tensor's first row, as a hash.
-
-    Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
-    """
-    marks: dict[str, object] = {**vars(config), "dtype": dtype}
-    for name, tensor in stored.items():
-        content = tensor.start().contiguous().view(torch.uint8).numpy().tobytes()
-        marks[f"the start of {name}"] = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return marks
-
-
 def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
     """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
     kinds = sorted({tensor.dtype for tensor in stored.values()})
-    if len(kinds) > 1:
+    if name == "auto" and len(kinds) > 1:
         raise InputError(
-            f"the weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
+            f"weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
         )
-    return STORED_DTYPES[kinds[0]]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # an assertion: torch built without CUDA
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise InputError(f"device {name!r} cannot be used: {reason}") from None
-    if device.type == "meta":
-        raise InputError("device 'meta' cannot be used: it holds no values")
-    return device
-
-
-# A folder, opened and checked. A GPTQ release packs its matrices: quantize/gptq.py knows what it has instead.
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return STORED_DTYPES[kinds[0]] if name == "auto" else DTYPES[name]
 
 
 class StoredTensor(NamedTuple):
@@ -253,18 +183,7 @@ class StoredTensor(NamedTuple):
     published: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-
-    @property
-    def packed(self) -> bool:
-        return False
-
-    @property
-    def form(self) -> str:
-        return dtype_name(STORED_DTYPES[self.dtype])
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return (self,)
+    packed: bool = False  # a GPTQ weight is: quantize/gptq.py has StoredPacked, which stands where this does
 
     @property
     def nbytes(self) -> int:
@@ -279,7 +198,7 @@ class StoredTensor(NamedTuple):
         return self.file.get_tensor(self.published)
 
     def part(self, spec: TensorSpec, rank: int, ranks: int, device: torch.device | None = None) -> Tensor:
-        """A rank's part, a view. device: where a weight that is packed would be dequantised."""
+        """A rank's part, a view. device: where a packed weight would be dequantised."""
         return spec.part(self.read(), rank, ranks)
 
     def start(self) -> Tensor:
@@ -302,173 +221,57 @@ def packing(folder: str | Path) -> GPTQConfig | None:
 
 
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
-    """The configuration and, by published name, every tensor of the table; ValueError with all faults."""
-    require_folder(folder)
-    folder = Path(folder)
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
-    problems: list[str] = []
-    config = gptq = None
-    try:
-        config = QwenConfig.from_json(folder / "config.json")
-        gptq = packing(folder)
-    except ValueError as error:
-        problems.append(str(error))
-        config = None
-    weight_map, files = _weight_files(folder, problems)
-    found, unread = _read_headers(folder, files, weight_map, problems)
-    if config is None:
-        raise _refusal(folder, problems)
-    table, optional, contradiction = tensor_table(config), set(), None
-    if gptq is None:
-        expected = {spec.published: (spec.shape, "weights") for spec in table}
-        packed = [name for name in expected if f"{name.removesuffix('.weight')}.qweight" in found]
-        if packed:
-            contradiction = (
-                f"{some(packed)}: packed weights, but neither config.json's quantization_config nor "
-                "quantize_config.json says how"
-            )
-    else:
-        from qwen_ref.quantize import gptq as packed_tensors
+    """The configuration and, by published name, every tensor of the table.
 
-        expected, optional = packed_tensors.expected(table, gptq)
-        contradiction = packed_tensors.contradiction(table, gptq, found)
-    if contradiction is not None:
-        problems.append(contradiction)
-    elif files:
-        problems += _compare(expected, optional, found, complete=not unread)
-    if problems and gptq is not None:  # all that can be known is said at once
-        problems += packed_tensors.known_problems(table, gptq, found)
-    if problems:
-        raise _refusal(folder, problems)
-    return config, dict(found) if gptq is None else packed_tensors.with_packed(table, gptq, found)
-
-
-def check_packed(folder: str | Path, stored: Mapping[str, Stored], ranks: Group = ONE_RANK) -> None:
-    """Raises ValueError with all that is wrong with a GPTQ checkpoint's scales, zero points and groups.
-
-    They are a twentieth of the checkpoint. Each rank reads some of them, and all hear of everything.
+    Raises ValueError for files that cannot be read, and tensors that are not those of the table.
     """
-    packed = [tensor for tensor in stored.values() if tensor.packed]
-    with ranks.together():
-        own = "\n".join(line for tensor in packed[ranks.rank :: ranks.size] for line in tensor.problems())
-    problems = [line for text in ranks.texts(own) for line in text.splitlines()]
-    if problems:
-        raise _refusal(folder, problems)
+    config, gptq = QwenConfig.from_json(Path(folder) / "config.json"), packing(folder)
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        found |= read_headers(path)
+    table = tensor_table(config)
+    if gptq is not None:
+        from qwen_ref.quantize.gptq import with_packed
 
-
-def _refusal(folder: str | Path, problems: list[str]) -> InputError:
-    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-    return InputError(f"{folder}: {count}{some(problems, '; ', longest=4000)}")
-
-
-def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The index's map from tensor to file (empty without an index) and the files to open."""
-    indexed, single = (os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME))
-    if indexed and single:
-        problems.append(f"both {SINGLE_NAME} and {INDEX_NAME} are there; remove the one that is not meant")
-        return {}, []
-    if indexed:
-        try:
-            weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
-        except ValueError as error:
-            problems.append(str(error))
-            return {}, []
-        if not isinstance(weight_map, dict) or not weight_map:
-            problems.append(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
-            return {}, []
-        refused = [file for file in weight_map.values() if not _is_plain_safetensors_name(file)]
-        if refused:
-            problems.append(
-                f"{INDEX_NAME}: weight_map may name only .safetensors files in the folder itself, "
-                f"not {some(dict.fromkeys(map(shown, refused)))}"
-            )
-            return {}, []
-        return weight_map, sorted(set(weight_map.values()))
-    if single:
-        return {}, [SINGLE_NAME]
-    by_autogptq = [path.name for path in folder.glob("gptq_model-*.safetensors")]  # as it names its file
-    if len(by_autogptq) == 1:
-        return {}, by_autogptq
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    problems.append(
-        f"{some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; use "
-        "the safetensors release"
-        if pickles
-        else f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder"
-    )
-    return {}, []
-
-
-def _is_plain_safetensors_name(file: object) -> bool:
-    named = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
-    return named and not set(str(file)) & set("/\\:")
-
-
-def _read_headers(
-    folder: Path, files: list[str], weight_map: dict[str, str], problems: list[str]
-) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Every tensor by its published name, and the files that could not be read."""
-    found: dict[str, StoredTensor] = {}
-    place: dict[str, str] = {}
-    duplicates = []
-    unread = set()
-    for file in files:
-        problem = file_problem(folder / file)
-        if problem is None:
-            try:
-                handle = safe_open(folder / file, framework="pt")
-                for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
-                    if name.endswith(_IGNORED_SUFFIXES):
-                        continue
-                    if name in place:
-                        duplicates.append(f"{name} ({place[name]} and {file})")
-                        continue
-                    header = handle.get_slice(name)
-                    found[name] = StoredTensor(handle, name, tuple(header.get_shape()), header.get_dtype())
-                    place[name] = file
-            except (SafetensorError, OSError) as error:
-                problem = f"not a complete safetensors file ({error}); fetch it again"
-        if problem is not None:
-            problems.append(f"{file}: {problem}")
-            unread.add(file)
-    if duplicates:
-        problems.append(f"tensors stored twice: {some(duplicates)}")
-    misplaced = [
-        f"{name} (not in {file})"
-        for name, file in weight_map.items()
-        if file not in unread and place.get(name) != file and not name.endswith(_IGNORED_SUFFIXES)
+        found = with_packed(table, gptq, found)
+    wrong = [
+        spec.published for spec in table if getattr(found.get(spec.published), "shape", ()) != spec.shape
     ]
-    if misplaced:
-        problems.append(f"{INDEX_NAME} and the files disagree: {some(misplaced)}")
-    return found, unread
+    wrong += sorted(found.keys() - {spec.published for spec in table})
+    if wrong:
+        raise InputError(f"{folder}: tensors are missing, or not those of config.json: {some(wrong)}")
+    return config, found
 
 
-def _compare(
-    expected: Mapping[str, tuple[tuple[int, ...], str]],
-    optional: Collection[str],
-    found: Mapping[str, StoredTensor],
-    complete: bool,
-) -> Iterator[str]:
-    """What the headers contradict; expected: shape and kind by name. complete: all files were read."""
-    missing = [name for name in expected if name not in found and name not in optional]
-    if missing and complete:
-        yield f"missing tensors: {some(missing)}"
-    if extra := sorted(found.keys() - expected.keys()):
-        yield f"tensors that the configuration has no place for: {some(extra)}"
-    there = {name: (found[name], *wanted) for name, wanted in expected.items() if name in found}
-    shaped = [
-        f"{name} is {list(tensor.shape)}, should be {list(shape)}"
-        for name, (tensor, shape, _) in there.items()
-        if tensor.shape != shape
-    ]
-    if shaped:
-        yield f"shapes that contradict config.json: {some(shaped)}"
-    for kind, dtypes in KINDS.items():
-        typed = [
-            f"{name} is {tensor.dtype}"
-            for name, (tensor, _, its_kind) in there.items()
-            if its_kind == kind and tensor.dtype not in dtypes
-        ]
-        if typed:
-            yield f"{kind} must be {', '.join(dtypes)}: {some(typed)}"
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder, by its index if it has one."""
+    folder = Path(folder)
+    if not os.path.lexists(folder / INDEX_NAME):
+        by_autogptq = sorted(folder.glob("gptq_model-*.safetensors"))[:1]  # as it names its file
+        return [folder / SINGLE_NAME] if os.path.lexists(folder / SINGLE_NAME) else by_autogptq
+    weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
+    files = dict.fromkeys(map(str, weight_map.values()))
+    if refused := [shown(file) for file in files if not _is_plain(file)]:
+        only = "weight_map may name only .safetensors files in the folder itself"
+        raise InputError(f"{INDEX_NAME}: {only}, not {some(refused)}")
+    return [folder / file for file in sorted(files)]
+
+
+def _is_plain(file: str) -> bool:
+    return file.endswith(".safetensors") and file.isprintable() and not set(file) & set("/\\:")
+
+
+def read_headers(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name."""
+    found = {}
+    try:
+        file = safe_open(path, framework="pt")
+        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            if not name.endswith(IGNORED_SUFFIXES):
+                header = file.get_slice(name)
+                found[name] = StoredTensor(file, name, tuple(header.get_shape()), header.get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path.name}: not a complete safetensors file ({error}); fetch it again") from None
+    return found

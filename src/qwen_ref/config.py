@@ -1,6 +1,6 @@
 """The published config.json of first-generation Qwen, read and checked: what the architecture needs.
 
-The end of the file has what all files need for values from outside: numbers, files, and messages about them.
+What all files need for values from outside, and for messages about them, stands at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 class InputError(ValueError):
@@ -27,12 +27,8 @@ class InputError(ValueError):
 
 
 # Spellings of the early 7B revisions. padded_vocab_size is not here: those files carry it beside vocab_size.
-_EARLY_SPELLINGS = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "ffn_hidden_size": "intermediate_size",
-}
+_EARLY_SPELLINGS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}
+_EARLY_SPELLINGS |= {"n_head": "num_attention_heads", "ffn_hidden_size": "intermediate_size"}
 
 # Keys that change what is computed, each with the only value that is computed here. A missing key means it.
 _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
@@ -51,15 +47,9 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
 
 LARGEST_LENGTH = 2**30  # of a text, in tokens
 # Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
-_LARGEST = {
-    "hidden_size": 2**20,
-    "num_hidden_layers": 10_000,
-    "num_attention_heads": 2**16,
-    "kv_channels": 2**16,
-    "intermediate_size": 2**24,
-    "vocab_size": 2**24,  # float32, in which ids travel between devices, holds no more
-    "seq_length": LARGEST_LENGTH,
-}
+# float32, in which ids travel between devices, holds no more than 2^24 of them.
+_LARGEST = {"hidden_size": 2**20, "num_hidden_layers": 10_000, "num_attention_heads": 2**16}
+_LARGEST |= {"kv_channels": 2**16, "intermediate_size": 2**24, "vocab_size": 2**24, "seq_length": 2**30}
 
 
 @dataclass(frozen=True)
@@ -94,8 +84,7 @@ class QwenConfig:
     def from_json(cls, path: str | Path) -> QwenConfig:
         """Reads a published config.json. Nothing that it names (`auto_map`) is ever imported or executed.
 
-        Raises ValueError for a file that is missing or no JSON object, for missing keys, for another
-        `model_type` and for anything that this project does not compute, always by name.
+        Raises ValueError, by name, for missing keys and for anything that is not computed here.
         """
         raw = read_json_object(path)
         try:
@@ -139,17 +128,21 @@ class QwenConfig:
         problems = _value_problems(vars(self))
         if not problems:
             D, H, K = self.hidden_size, self.num_attention_heads, self.kv_channels
-            ntk, width, length = self.use_dynamic_ntk, self.intermediate_size, self.seq_length
-            wrong = {
-                f"num_attention_heads={H} times kv_channels={K} must be hidden_size={D}": H * K != D,
-                f"kv_channels={K} must be even: rotation pairs the halves of a head": K % 2 > 0,
-                f"kv_channels={K} is too small for use_dynamic_ntk, which divides by kv_channels - 2": ntk
-                and K == 2,
-                f"intermediate_size={width} must be even: it counts gate and up together": width % 2 > 0,
-                f"seq_length={length} must be at least 2 for use_logn_attn: log(1) is 0": self.use_logn_attn
-                and length < 2,
-            }
-            problems = [problem for problem, there in wrong.items() if there]
+            width, length = self.intermediate_size, self.seq_length
+            wrong = (
+                (H * K != D, f"num_attention_heads={H} times kv_channels={K} must be hidden_size={D}"),
+                (K % 2, f"kv_channels={K} must be even: rotation pairs the halves of a head"),
+                (
+                    self.use_dynamic_ntk and K == 2,
+                    f"kv_channels={K} is too small for use_dynamic_ntk",
+                ),
+                (width % 2, f"intermediate_size={width} must be even: it counts gate and up together"),
+                (
+                    self.use_logn_attn and length < 2,
+                    f"seq_length={length} must be at least 2 for use_logn_attn",
+                ),
+            )
+            problems = [problem for there, problem in wrong if there]
         if problems:
             raise InputError("; ".join(problems))
 
@@ -158,7 +151,7 @@ def _value_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with each value by itself, for any of QwenConfig's fields."""
     problems = []
     for name, kind in ((field.name, field.type) for field in fields(QwenConfig) if field.name in values):
-        value = values[name]
+        value, low, high = values[name], 1.0, 1e12
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if kind == "bool":
             right, wanted = isinstance(value, bool), "true or false"
@@ -166,7 +159,7 @@ def _value_problems(values: dict[str, Any]) -> list[str]:
             right = number and isinstance(value, int) and 1 <= value <= _LARGEST[name]
             wanted = f"a whole number from 1 to {_LARGEST[name]}"
         else:
-            low, high = (0.0, 1.0) if name == "layer_norm_epsilon" else (1.0, 1e12)
+            low, high = (0.0, 1.0) if name == "layer_norm_epsilon" else (low, high)
             right, wanted = number and low < value <= high, f"a number above {low:g} and at most {high:g}"
         if not right:
             problems.append(f"{name}={shown(value)} must be {wanted}")
@@ -176,9 +169,7 @@ def _value_problems(values: dict[str, Any]) -> list[str]:
 def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """QwenConfig's fields from a parsed config.json, early spellings resolved, and what is not supported."""
     if (model_type := raw.get("model_type", "qwen")) != "qwen":
-        raise InputError(
-            f'model_type is {shown(model_type)}; only first-generation Qwen, "qwen", is implemented'
-        )
+        raise InputError(f'model_type is {shown(model_type)}; only first-generation Qwen, "qwen", is known')
     problems = [
         f"{key}={shown(raw[key])} is not supported, only {json.dumps(value)}: {reason}"
         for key, (value, reason) in _SUPPORTED_VALUES.items()
@@ -186,15 +177,12 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ]
     kv_heads, heads = raw.get("num_key_value_heads"), raw.get("num_attention_heads", raw.get("n_head"))
     if kv_heads is not None and kv_heads != heads:
-        problems.append(
-            f"num_key_value_heads={shown(kv_heads)} is not supported: every query head has its own keys"
-        )
+        problems.append(f"num_key_value_heads={shown(kv_heads)} is not supported: each head has its own keys")
     values = {field.name: raw[field.name] for field in fields(QwenConfig) if field.name in raw}
     for early, name in _EARLY_SPELLINGS.items():
         if early in raw and values.setdefault(name, raw[early]) != raw[early]:
-            problems.append(
-                f"{name}={shown(values[name])} and its early spelling {early}={shown(raw[early])} disagree"
-            )
+            both = f"{name}={shown(values[name])} and its early spelling {early}={shown(raw[early])}"
+            problems.append(f"{both} disagree")
     if "padded_vocab_size" in raw:  # the rows that the tensors really have
         values["vocab_size"] = raw["padded_vocab_size"]
     if missing := [field.name for field in fields(QwenConfig) if field.name not in values]:
@@ -208,9 +196,6 @@ _PRESETS = {  # the fields in their order
     "14b": QwenConfig(5120, 40, 40, 128, 27392, 152064, 2048, 1e4, 1e-6, True, True),
     "72b": QwenConfig(8192, 80, 64, 128, 49152, 152064, 32768, 1e6, 1e-6, False, False),
 }
-
-
-# Numbers from outside, and how messages show what was given
 
 
 def whole(name: str, value: Any, least: int = 1, most: int = 2**40) -> int:
@@ -262,79 +247,53 @@ def either(numbers: Iterable[int]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-# Lack of memory, as torch and other libraries say it in a RuntimeError. On accelerators torch has a class for
-# it: torch.OutOfMemoryError, whose name is enough here.
+# Lack of memory, as torch and other libraries say it. On accelerators torch has a class for it, whose name is
+# enough here: torch.OutOfMemoryError.
 _LACK = re.compile(
     r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
     r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"
     r"|^MPS backend out of memory|^(?:CUDA|HIP) error: (?:out of memory|CUBLAS_STATUS_ALLOC_FAILED)"
-    r"|Cuda failure .*'out of memory'|^std::bad_alloc$",
+    r"|Cuda failure .*'out of memory'|^std::bad_alloc$|failed to map segment from shared object",
     re.DOTALL,
 )
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an exception is lack of memory, on any device, and nothing else."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and _LACK.search(str(error)) is not None)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, ImportError) and "failed to map segment from shared object" in str(error))
-    )
+    said = isinstance(error, RuntimeError | ImportError) and _LACK.search(str(error)) is not None
+    by_number = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return said or by_number or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-# Files from outside. The bounds are many times what a release has: a file of another kind costs no memory.
-
+# Bounds of files, many times what a release has: a file of another kind costs no memory.
 LARGEST_JSON = 2**24  # bytes. A published config.json has 1 KB, the largest index 0.2 MB
 LARGEST_VOCABULARY = 2**26  # bytes. The published qwen.tiktoken has 2.6 MB
-_GIT_LFS_START = b"version https://git-lfs"
-_GIT_LFS = "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
+_GIT_LFS = b"version https://git-lfs"
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def require_folder(folder: str | Path) -> None:
-    """Raises ValueError where a checkpoint's folder is none."""
-    if os.path.isdir(folder):  # False, too, for paths that no folder can have
-        return
-    remedy = "a checkpoint is a folder with config.json in it"
-    if os.path.exists(folder):
-        remedy = f"give the folder that it is in, {os.path.dirname(folder) or '.'}"
-    raise InputError(f"{str(folder) or repr('')}: not a folder; {remedy}")
-
-
-def open_file(path: str | Path) -> BinaryIO:
-    """A regular file, opened to be read; OSError for any other, which may never end or never begin."""
-    kind = stat.S_IFMT(os.stat(path).st_mode)
-    if kind != stat.S_IFREG:
-        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'a device')}, not a file")
-    return open(path, "rb")
-
-
-def file_problem(path: str | Path) -> str | None:
+def file_problem(path: str | Path, largest: float = math.inf) -> str | None:
     """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
     try:
-        with open_file(path) as file:
-            return _GIT_LFS if file.read(len(_GIT_LFS_START)) == _GIT_LFS_START else None
+        there = os.stat(path)
+        if not stat.S_ISREG(there.st_mode):  # it may never end or never begin
+            kind = _KINDS.get(stat.S_IFMT(there.st_mode), "a device")
+            return f"cannot be read: it is {kind}, not a file"
+        with open(path, "rb") as file:
+            if file.read(len(_GIT_LFS)) == _GIT_LFS:
+                return "a Git LFS pointer, not the file itself; run `git lfs pull` in the folder"
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         return f"cannot be read: {getattr(error, 'strerror', error)}"
+    if there.st_size > largest:
+        return f"larger than {int(largest) >> 20} MiB, the most that is read of such a file"
+    return None
 
 
 def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
     """The content of a file of at most so many bytes; ValueError, naming it, where it cannot be had."""
-    problem = None
-    try:
-        with open_file(path) as file:
-            content = file.read(largest + 1)
-        if len(content) > largest:
-            problem = f"larger than {largest >> 20} MiB, the most that is read of such a file"
-        elif content.startswith(_GIT_LFS_START):
-            problem = _GIT_LFS
-    except (OSError, ValueError) as error:
-        problem = f"cannot be read: {getattr(error, 'strerror', error)}"
-    if problem is not None:
+    if problem := file_problem(path, largest):
         raise InputError(f"{str(path) or repr('')}: {problem}")
-    return content
+    return Path(path).read_bytes()
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -342,9 +301,8 @@ def parse_json(content: bytes | str) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        for name, value in pairs:
-            if found[name] is not value and found[name] != value:
-                raise InputError(f"{shown(name)} is given twice, with different values")
+        if twice := [name for name, value in pairs if found[name] is not value and found[name] != value]:
+            raise InputError(f"{shown(twice[0])} is given twice, with different values")
         return found
 
     def number(digits: str) -> float:  # one that no float can hold is an infinity, as 1e999 is

@@ -1,27 +1,32 @@
 """What first-generation Qwen computes, exactly: a decoder-only transformer, in the order in which data flows.
 
-What differs from Llama 2:
+A text comes in as token ids. An embedding turns each id into a vector of D numbers, the residual stream.
+Every layer changes this stream twice: attention adds what a position reads from itself and earlier positions,
+then the MLP adds what it computes from each position alone. After the last layer the output head turns the
+stream into logits: a score for every token of the vocabulary. The logits at a position tell which token
+comes next.
+
+The same as Llama 2: residual blocks with the norm in front (pre-norm), RMSNorm, rotary positions, SwiGLU, an
+untied output head. What differs:
 - q, k and v come from one fused projection, with the only bias in the model; its rows are stacked [q; k; v].
 - Every query head has its own keys and values at every size; Llama 2 70B groups them.
-- Dimensions i and i + K/2 of a head turn together; Meta's code pairs neighbours, Hugging Face's does as here.
+- Dimensions i and i + K/2 of a head turn together. Meta's code pairs neighbours; Hugging Face's does as here.
 - The 72B's rotary embedding has base 1e6 ("extended base"): 24 of a head's 64 pairs of dimensions turn less
   than once within 32k positions, where base 1e4 leaves 4.
 - The smaller models keep base 1e4 and raise it for prompts beyond the trained length (dynamic NTK), and scale
   queries there by the logarithm of their position (LogN).
 - The embedding and the output head have more rows than the tokenizer has ids.
 
-What does not: pre-norm residual blocks, RMSNorm, SwiGLU, an output head of its own.
-
 One letter a dimension, here and in every shape comment:
     B  batch         T  new positions      S  positions attended to: those cached and the T new ones
     D  hidden size   H  heads (of a rank)  K  size of one head
     F  MLP width     V  vocabulary
 
-Weights, activations and the cache have the model's dtype. RMSNorm and the rotation work inside in float32, or
-in float64 in a float64 model, where nothing drops below it: that model is the truth for the other dtypes.
+Weights, activations and the cache have the model's dtype. RMSNorm and the rotation work inside in float32. A
+float64 model is float64 throughout; every other dtype is judged against it.
 
-Several ranks may share a model: each has some of the heads, of the MLP's channels and of the vocabulary. How
-a weight is cut is said where its layer is declared; parallel.py has those layers and what the ranks exchange.
+Several ranks may share a model. Each has some of the heads, of the MLP's channels and of the vocabulary. A
+comment beside each layer says which part of its weight W (out, in) a rank has; parallel.py has the layers.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.config import InputError, QwenConfig, lacks_memory, whole
-from qwen_ref.parallel import (
+from qwen_ref.parallel import (  # with one rank they are nn.Linear and nn.Embedding
     ONE_RANK,
     ColumnParallelLinear,
     Group,
@@ -64,14 +69,11 @@ def _inner_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# Where the tokens stand: computed once per forward pass, used by every layer.
-
-
 class Positions(NamedTuple):
-    """What attention must know of the positions of the T new tokens; rows differ only by padding."""
+    """What attention must know of the T new positions. Batch rows have different ones only when padded."""
 
-    cos: Tensor  # (1 or B, T, 1, K)
-    sin: Tensor  # (1 or B, T, 1, K)
+    cos: Tensor  # (1 or B, T, 1, K/2)
+    sin: Tensor  # (1 or B, T, 1, K/2)
     query_scale: Tensor | None  # (1 or B, T, 1, 1): LogN, in the models that use it
     mask: Tensor | None  # (1 or B, 1, T, S), True: the query sees the key; None: plainly causal
 
@@ -86,11 +88,10 @@ def ntk_alpha(prompt_length: int, seq_length: int) -> int:
 
 
 def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Radians per position of pair i of dimensions: base^(−2i/K) for i < K/2 → (prompts, K/2).
+    """The angle that pair i of dimensions turns per position: base^(−2i/K) for i < K/2 → (prompts, K/2).
 
-    Su et al. 2021, section 3.2.2. With dynamic NTK the base is first multiplied by α^(K/(K−2)), which
-    stretches the slowest wavelength by α and leaves the fastest as it is; α belongs to a prompt, not to the
-    model.
+    Su et al. 2021, section 3.2.2. With dynamic NTK the base is first multiplied by α^(K/(K−2)): the slowest
+    wavelength becomes α times as long, the fastest stays as it is. α is chosen per prompt, from its length.
     """
     K = config.kv_channels
     exponents = torch.arange(0, K, 2, dtype=dtype, device="cpu") / K
@@ -104,17 +105,15 @@ def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype:
 
 
 def rotation_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · frequency for both halves of a head: (B, T), (B, K/2) → (B, T, 1, K) each."""
-    angles = positions[:, :, None] * frequencies[:, None]  # (B, T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # (B, T, 1, K)
+    """cos and sin of position · frequency: (B, T), (B, K/2) → (B, T, 1, K/2) each."""
+    angles = (positions[:, :, None] * frequencies[:, None])[:, :, None]  # (B, T, 1, K/2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of dimensions (i, i + K/2) of x (B, T, H, K) by its angle."""
-    wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (B, T, H, K/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def logn_scale(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
@@ -138,7 +137,7 @@ class KVCache:
     """The keys and values of every position so far, allocated for max_length, owned by the caller.
 
     It also keeps what belongs to its sequences and not to the model: their padding on the left, and the
-    rotary frequencies that their prompts fixed. Generations with two caches cannot disturb each other.
+    rotary frequencies, set once from each prompt's length. So two caches cannot disturb each other.
     Where max_length is raised later, memory grows as positions come, to twice as much each time.
     """
 
@@ -150,12 +149,12 @@ class KVCache:
         self.batch_size, _, self.max_length, _ = shape
         self.length = 0  # positions filled
         self.prompt_length = prompt_length  # None: that of the first call
-        self.padding: Tensor | None = None  # (B,), on the CPU; None: no row is padded
+        self.padding: Tensor | None = None  # (B,), on the CPU, or None if no row is padded
         self.text_end: int | None = None  # behind it a row of a batch holds no text (generate.py)
         self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a layer's T new positions (B, H, T, K), returns all S; the model then moves `length`."""
+        """Writes a layer's T new positions (B, H, T, K), returns all S. hidden_states moves `length`."""
         end = self.length + k.shape[2]
         self.make_room(layer, end, self.keys, self.values)
         self.keys[layer][:, :, self.length : end] = k
@@ -176,9 +175,6 @@ def widened(x: Tensor, size: int) -> Tensor:
     return torch.cat((x, x.new_empty(*x.shape[:2], size - x.shape[2], *x.shape[3:])), dim=2)
 
 
-# The layers
-
-
 class Attention(nn.Module):
     """softmax(q kᵀ / √K) v for every head, causal (Vaswani et al. 2017, section 3.2.1)."""
 
@@ -186,8 +182,10 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.head_size = config.kv_channels
-        self.qkv = HeadParallelLinear(D, 3 * D, group)  # D → 3 · H · K: the rows of its heads
-        self.out = RowParallelLinear(D, D, group)  # H · K → D: the columns of its heads
+        self.qkv = HeadParallelLinear(
+            D, 3 * D, group
+        )  # D → 3 · H · K: rows of W, one per channel of its heads
+        self.out = RowParallelLinear(D, D, group)  # H · K → D: columns of W, one per channel of its heads
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -204,10 +202,12 @@ class Attention(nn.Module):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """What every query reads from the values of the positions that it sees."""
+        """What every query (B, H, T, K) reads from the values of the positions that it sees."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, K)
-        # The flag counts from the first key: right for a whole prompt. One new token sees every key.
+        # The call computes softmax(q kᵀ / √K + mask) v: scores (B, H, T, S), where the mask is 0 at positions
+        # that a query sees and −∞ elsewhere. is_causal stands for such a mask without storing it, but lines
+        # query 0 up with key 0: right only if T = S. A single new token sees every key and needs no mask.
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
@@ -218,9 +218,9 @@ class MLP(nn.Module):
     def __init__(self, config: QwenConfig, group: Group) -> None:
         super().__init__()
         D, width = config.hidden_size, config.mlp_width
-        self.gate = ColumnParallelLinear(D, width, group)  # the rows of its channels
+        self.gate = ColumnParallelLinear(D, width, group)  # D → F: rows of W, one per channel that it owns
         self.up = ColumnParallelLinear(D, width, group)
-        self.down = RowParallelLinear(width, D, group)  # the columns of its channels
+        self.down = RowParallelLinear(width, D, group)  # F → D: columns of W, one per channel that it owns
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x) * F.silu(self.gate(x)))
@@ -261,20 +261,21 @@ class Qwen(nn.Module):
         """Logits (B, T, V), in the model's dtype: at every position, of the token that follows it.
 
         input_ids: (B, T), int64, on the CPU or on the model's device.
-        attention_mask: (B, T), 1 for a token, 0 for padding, which stands on the left only. A padded row
-        gives what it gives alone; logits at padding mean nothing.
-        cache: the T positions are appended to those it holds. All at once, in chunks or singly gives the same
-        result. It remembers the first call's mask, which may be longer than T: that of the whole prompt.
+        attention_mask: (B, T), 1 for a token, 0 for padding, on the left only. Padding does not change the
+        logits of a row's tokens. The logits at padding mean nothing.
+        cache: the T new positions are appended to those in it. The result is the same for a text in one call,
+        in chunks or token by token. cache=None: one full forward pass. The cache remembers the first call's
+        mask, which may be longer than T: that of the whole prompt.
         Raises ValueError for ids outside the vocabulary, wrong shapes, padding elsewhere and a full cache.
-        With several ranks, all call it with the same arguments, and all get all logits.
+        With several ranks, all make the same calls and get all logits.
         """
         return self.lm_head(self.hidden_states(input_ids, attention_mask, cache))
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """What lm_head reads, (B, T, D). Prefill wants no more than lm_head(states[:, -1]): V is large."""
-        self._check(input_ids, attention_mask, cache)
+        """What lm_head reads, (B, T, D). For prefill apply lm_head to the last position only: V is large."""
+        check_inputs(self.config.vocab_size, input_ids, attention_mask, cache)
         x = self.embed(input_ids)  # (B, T, D)
         at = self._positions(x, attention_mask, cache)
         for layer, block in enumerate(self.blocks):
@@ -288,9 +289,9 @@ class Qwen(nn.Module):
     ) -> KVCache:
         """An empty cache for batch_size rows of up to max_length positions.
 
-        prompt_length: for a prompt that comes in several calls, its length: dynamic NTK fixes the base by it,
-        and takes the first call for the whole prompt otherwise. Raises ValueError where the memory cannot be
-        had: 2 · layers · B · max_length · H · K numbers, which a CPU takes only as they are written.
+        prompt_length: the whole length of a prompt that comes in several calls, from which dynamic NTK picks
+        its base. None means the first call's length. Raises ValueError where there is not enough memory for
+        2 · layers · B · max_length · H · K numbers. On a CPU memory is taken only as it is written.
         """
         batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
         if prompt_length is not None:
@@ -314,7 +315,7 @@ class Qwen(nn.Module):
         if cache is not None and past > 0:
             padding, frequencies = cache.padding, cache.frequencies
         else:
-            padding = None if attention_mask is None else _left_padding(attention_mask.cpu())
+            padding = None if attention_mask is None else left_padding(attention_mask.cpu())
             length = T if attention_mask is None else attention_mask.shape[1]
             if cache is not None and cache.prompt_length is not None:
                 length = cache.prompt_length
@@ -337,39 +338,38 @@ class Qwen(nn.Module):
             mask = causal_mask(T, past + T, padding, x.device)
         return Positions(cos, sin, query_scale, mask)
 
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
+
+def check_inputs(V: int, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
+    """Raises ValueError for ids, a mask or a cache that do not fit each other or the vocabulary of V rows."""
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
+        what = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        raise InputError(f"input_ids must be int64 of shape (batch, at least one token), not {what}")
+    # Ids on the CPU are checked without waiting for another device: the loops keep theirs there.
+    low, high = torch.stack(torch.aminmax(input_ids)).tolist()
+    if low < 0 or high >= V:
+        raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
+    (B, T), begun = input_ids.shape, cache is not None and cache.length > 0
+    if attention_mask is not None:
+        shape = tuple(attention_mask.shape)
+        longer = cache is not None and not begun and shape[:-1] == (B,) and shape[-1] > T
+        if shape != (B, T) and not longer:
             raise InputError(
-                f"input_ids must be int64 of shape (batch, at least one token), not {input_ids.dtype} "
-                f"{tuple(input_ids.shape)}"
+                f"attention_mask {shape} must have the shape of input_ids {(B, T)}; positions already cached "
+                "are not repeated in it"
             )
-        # Ids on the CPU are checked without waiting for another device: the loops keep theirs there.
-        (low, high), V = torch.stack(torch.aminmax(input_ids)).tolist(), self.config.vocab_size
-        if low < 0 or high >= V:
-            raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
-        B, T = input_ids.shape
-        if attention_mask is not None and attention_mask.shape != (B, T):
-            first_chunk = cache is not None and cache.length == 0
-            if not first_chunk or attention_mask.shape[:-1] != (B,) or attention_mask.shape[1] < T:
-                raise InputError(
-                    f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
-                    f"{(B, T)}; positions already cached are not repeated in it"
-                )
-        if cache is None:
-            return
-        if cache.batch_size != B:
-            raise InputError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
-        if cache.length + T > cache.max_length:
-            raise InputError(
-                f"{T} tokens do not fit behind the {cache.length} cached: the cache holds "
-                f"{cache.max_length}; make it with a larger max_length"
-            )
-        if cache.length > 0 and attention_mask is not None and not (attention_mask == 1).all():
+        if begun and not (attention_mask == 1).all():
             raise InputError("padding can only come first: the cache remembers the first attention_mask")
+    if cache is not None and cache.batch_size != B:
+        raise InputError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
+    if cache is not None and cache.length + T > cache.max_length:
+        raise InputError(
+            f"{T} tokens do not fit behind the {cache.length} cached: the cache holds {cache.max_length}; "
+            "make it with a larger max_length"
+        )
 
 
-def _left_padding(attention_mask: Tensor) -> Tensor | None:
-    """How many positions of padding each row of (B, T) begins with → (B,); None where no row has any."""
+def left_padding(attention_mask: Tensor) -> Tensor | None:
+    """How many positions of padding each row of (B, T) begins with → (B,); None if no row has any."""
     T = attention_mask.shape[1]
     padding = (attention_mask == 0).sum(dim=1)
     real = torch.arange(T, device="cpu") >= padding[:, None]  # (B, T)

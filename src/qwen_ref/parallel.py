@@ -63,8 +63,8 @@ class Group:
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size = rank, size
-        # None is torch's default one. A reference to that one would keep gloo's threads alive beyond the end
-        # of the interpreter, which aborts the process.
+        # None is torch's default one. A reference to it would keep gloo's threads alive beyond the end of the
+        # interpreter, which aborts the process.
         self.process_group = process_group
 
     def sum(self, x: Tensor) -> Tensor:
@@ -89,8 +89,6 @@ class Group:
                 dist.all_gather(parts, x, group=self.process_group)
         return torch.cat(parts, dim=-1) if parts else None
 
-    # What follows from the two
-
     def from_rank_0(self, x: Tensor) -> Tensor:
         """Rank 0's x on every rank; the others give a tensor like it."""
         return self.sum(x if self.rank == 0 else torch.zeros_like(x))
@@ -103,14 +101,16 @@ class Group:
         """Every rank's text, in the order of the ranks."""
         if self.size == 1:
             return [text]
-        encoded = torch.tensor(list(text.encode(*_ANY_TEXT)), dtype=torch.uint8, device=self._device())
-        lengths = self._gathered(torch.tensor([len(encoded)], device=encoded.device)).tolist()
-        if max(lengths) == 0:
-            return [""] * self.size
-        padded = encoded.new_zeros(max(lengths))
-        padded[: len(encoded)] = encoded
-        rows = self._gathered(padded).view(self.size, -1)
-        return [bytes(row[:n].tolist()).decode(*_ANY_TEXT) for row, n in zip(rows, lengths, strict=True)]
+        ours = text.encode(*_ANY_TEXT)
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=self._device())
+        sizes[self.rank] = len(ours)
+        longest = int(self.sum(sizes).max())
+        rows = torch.zeros(self.size, longest, dtype=torch.uint8, device=self._device())
+        rows[self.rank, : len(ours)] = torch.tensor(list(ours), dtype=torch.uint8)
+        every = (
+            zip(self.sum(rows).tolist(), sizes.tolist(), strict=True) if longest else [([], 0)] * self.size
+        )
+        return [bytes(row[:size]).decode(*_ANY_TEXT) for row, size in every]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -119,50 +119,49 @@ class Group:
         That is an InputError where the user can do something about it: for an InputError, an error of the
         system, too little memory. A rank with any other error raises that one, and the others RankFailed.
         """
-        if self.size == 1:
-            yield
-            return
-        problem, cause, ours = "", None, False
+        cause: Exception | None = None
         try:
             yield
         except RankLost:
             raise
         except Exception as error:
-            cause, text = error, str(error) or type(error).__name__
-            ours = not (isinstance(error, InputError | OSError) or lacks_memory(error))
-            problem = json.dumps((not ours, f"{type(error).__name__}: {text}" if ours else text))
-        found = [(rank, *json.loads(text)) for rank, text in enumerate(self.texts(problem)) if text]
+            if self.size == 1:
+                raise
+            cause = error
+        if self.size == 1:
+            return
+        users = isinstance(cause, InputError | OSError) or (cause is not None and lacks_memory(cause))
+        text = f"{'' if users else type(cause).__name__ + ': '}{str(cause) or type(cause).__name__}"
+        told = self.texts("" if cause is None else json.dumps((users, text)))
+        found = [(*json.loads(each), rank) for rank, each in enumerate(told) if each]
         if not found:
             return
-        rank, for_the_user, text = min(found, key=lambda each: each[1])  # what is ours goes first
-        if for_the_user:
+        its_users, text, rank = min(found, key=lambda each: each[0])  # what is ours goes first
+        if its_users:
             raise InputError(f"rank {rank}: {text}") from cause
-        if cause is not None and ours:
-            raise cause
-        raise RankFailed(f"rank {rank} failed: {text}") from cause
+        raise (
+            cause if cause is not None and not users else RankFailed(f"rank {rank} failed: {text}")
+        ) from cause
 
     def require_same(self, who: str, values: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
         if self.size == 1:
             return
-
-        def digest(value: object) -> str:  # tells values apart that are too long to be shown
-            return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
-
-        facts = [(f"{name} is {shown(value)}", digest(value)) for name, value in values.items()]
-        (first, first_facts), *others = map(json.loads, self.texts(json.dumps((who, facts))))
-        for rank, (other, other_facts) in enumerate(others, start=1):
-            for (fact, mark), (wanted, wanted_mark) in zip(other_facts, first_facts, strict=False):
-                if mark != wanted_mark:
+        # A digest tells values apart that are too long to be shown.
+        digests = [
+            hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest() for value in values.values()
+        ]
+        facts = [
+            (f"{name} is {shown(values[name])}", mark) for name, mark in zip(values, digests, strict=True)
+        ]
+        (first, wanted), *others = map(json.loads, self.texts(json.dumps((who, facts))))
+        for rank, (other, given) in enumerate(others, start=1):
+            for theirs, ours in zip(given, wanted, strict=False):
+                if theirs[1] != ours[1]:
                     raise InputError(
-                        f"rank {rank} ({other}) and rank 0 ({first}) differ: on rank {rank} {fact}, "
-                        f"on rank 0 {wanted}; give every rank the same"
+                        f"rank {rank} ({other}) and rank 0 ({first}) differ: on rank {rank} {theirs[0]}, "
+                        f"on rank 0 {ours[0]}; give every rank the same"
                     )
-
-    def _gathered(self, x: Tensor) -> Tensor:
-        gathered = self.gather(x)
-        assert gathered is not None
-        return gathered
 
     def _device(self) -> str:
         """Where small messages travel: through the CPU if the process group has a way there."""
@@ -182,9 +181,8 @@ class ColumnParallelLinear(nn.Linear):
 class HeadParallelLinear(nn.Linear):
     """The fused q, k, v of this rank's heads: x (…, D) → (…, 3 · H · K), [q, k, v] one after another.
 
-    Its rows are three stretches of the published weight, one in each third: an even cut of the whole would
-    give the first ranks queries only. On the CPU the stretches stay in the mapped file, as a view
-    (3, H · K, D). Everywhere else, and with one rank, they are one matrix (3 · H · K, D).
+    Its rows are a part of each third of the published weight: an even cut of the whole would give the first
+    ranks queries only. On the CPU of several ranks they are a view (3, H · K, D) of the mapped file.
     """
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
@@ -219,7 +217,7 @@ def unrounded_linear(x: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
     """x Wᵀ in float32 though x and W are narrower; wider ones keep their dtype.
 
     torch has this product for CUDA only. Elsewhere some rows of W at a time are widened, into a buffer that
-    stays in the processor's cache. A decode step takes no longer for it: W is still read from memory once.
+    stays in the processor's cache: W is still read from memory once.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == wide:
@@ -261,22 +259,17 @@ class VocabularyParallelHead(nn.Linear):
         return self.group.gather(super().forward(x), only_rank_0)
 
 
-# Who takes part
-
-
 def group_size(group: str | dist.ProcessGroup | None) -> int:
     """How many ranks load_model's `group` means, without starting or asking any of them."""
     if group is None:
         return 1
     require_distributed()
     if group == "world" and not dist.is_initialized():
-        try:
-            return int(os.environ["WORLD_SIZE"])
-        except (KeyError, ValueError):
+        if not os.environ.get("WORLD_SIZE", "").isdecimal():
             raise InputError(
-                'group="world" needs several processes: start them with torchrun, which sets WORLD_SIZE, or '
-                "leave group out for one"
-            ) from None
+                'group="world" needs several processes: start them with torchrun, or leave group out'
+            )
+        return int(os.environ["WORLD_SIZE"])
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputError("this rank is not in the process group that it was given")
     if group != "world" and not isinstance(group, dist.ProcessGroup):
@@ -312,37 +305,15 @@ def start_process_group(device: str, timeout: float = 60.0, **where: Any) -> Non
 
 
 def _destroy_process_groups() -> None:
-    """gloo's threads abort a process that ends without this."""
-    if dist.is_initialized():
+    if dist.is_initialized():  # gloo's threads abort a process that ends without this
         dist.destroy_process_group()
-
-
-def own_device(device: str, size: int) -> str:
-    """The device of this rank: "cuda" is the one with the number of its place on this machine."""
-    if size == 1 or not device.startswith("cuda"):
-        return device
-    if device != "cuda":
-        raise InputError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
-    count = torch.cuda.device_count()
-    index = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or torch.cuda.current_device())
-    # SLURM and others show each process one device, its own. torchrun by itself shows all to all.
-    if count == 1 and ("LOCAL_WORLD_SIZE" not in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ):
-        index = 0
-    if index >= count:
-        raise InputError(
-            f"this is rank {index} on its machine, which has {count} CUDA devices; start at most as many "
-            "ranks there"
-        )
-    torch.cuda.set_device(index)
-    return f"cuda:{index}"
 
 
 def require_distributed() -> None:
     """Raises InputError where this torch was built without torch.distributed."""
     if not dist.is_available():
         raise InputError(
-            "several ranks need torch.distributed, which this build of torch does not have; install a build "
-            "that has it, or run one process without RANK and WORLD_SIZE"
+            "several ranks need torch.distributed, which this build of torch lacks; install another"
         )
 
 
@@ -359,6 +330,4 @@ def lost_ranks_named(message: str = "another rank is gone or did not answer in t
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        raise RankLost(
-            f"{message}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise RankLost(f"{message}: {(str(error).strip() or 'no reason given').splitlines()[0]}") from error

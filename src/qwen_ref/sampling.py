@@ -33,7 +33,14 @@ def probabilities(
     tensor([[0.5000, 0.5000, 0.0000]])
     """
     check_parameters(temperature, top_k, top_p, repetition_penalty)
-    _check_shapes(logits, previous_ids)
+    if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits) or not logits.numel():
+        shapes = f"{tuple(logits.shape)} and {tuple(previous_ids.shape)}"
+        raise InputError(f"logits must be (B, V) and previous_ids (B, N), not {shapes}")
+    V = logits.shape[-1]
+    if previous_ids.numel() and (
+        previous_ids.dtype != torch.int64 or previous_ids.min() < -1 or previous_ids.max() >= V
+    ):
+        raise InputError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
     check_finite(logits)
     logits = scaled(logits, previous_ids, temperature, repetition_penalty)
     if not torch.isfinite(logits).all():
@@ -81,45 +88,28 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise InputError(f"{name}={shown(value)} must be a number")
+    whole("top_k", top_k, least=0)
     if temperature != 0 and not 1e-5 <= temperature <= 1e30:  # float32 holds both
         raise InputError(f"temperature={shown(temperature)} must be 0 (greedy) or from 1e-5 to 1e30")
-    whole("top_k", top_k, least=0)
     if not 0 < top_p <= 1:
         raise InputError(f"top_p={shown(top_p)} must be above 0 and at most 1 (no limit)")
     if not 1e-5 <= repetition_penalty <= 1e30:
-        raise InputError(
-            f"repetition_penalty={shown(repetition_penalty)} must be from 1e-5 to 1e30; 1 changes nothing"
-        )
-
-
-def _check_shapes(logits: Tensor, previous_ids: Tensor) -> None:
-    if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits) or not logits.numel():
-        raise InputError(
-            f"logits must be (B, V) and previous_ids (B, N), not {tuple(logits.shape)} and "
-            f"{tuple(previous_ids.shape)}"
-        )
-    if previous_ids.numel() == 0:
-        return
-    V = logits.shape[-1]
-    if previous_ids.dtype != torch.int64 or previous_ids.min() < -1 or previous_ids.max() >= V:
-        raise InputError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
+        value = shown(repetition_penalty)
+        raise InputError(f"repetition_penalty={value} must be from 1e-5 to 1e30; 1 changes nothing")
 
 
 def check_finite(logits: Tensor, whose: str = "") -> None:
     """Raises ValueError for NaN or infinite logits: sampled, they would pass for text."""
-    if torch.isfinite(logits).all():
-        return
-    nans, infinities = int(logits.isnan().sum()), int(logits.isinf().sum())
-    raise InputError(
-        f"{whose}{nans} NaN and {infinities} infinite among {logits.numel()} logits ({logits.dtype}): "
-        "nothing was sampled. In float16 large activations overflow: use bfloat16 or float32; otherwise "
-        "check the weights"
-    )
+    if not torch.isfinite(logits).all():
+        nans, infinities = int(logits.isnan().sum()), int(logits.isinf().sum())
+        raise InputError(
+            f"{whose}{nans} NaN and {infinities} infinite among {logits.numel()} logits ({logits.dtype}): "
+            "nothing was sampled. In float16 large activations overflow: use bfloat16 or float32; otherwise "
+            "check the weights"
+        )
 
 
 def overflow(temperature: float, repetition_penalty: float) -> InputError:
     """What to raise where finite logits are no longer finite after `scaled`."""
-    return InputError(
-        f"logits overflow with repetition_penalty={repetition_penalty} and temperature={temperature}; "
-        "bring them nearer to 1"
-    )
+    given = f"{repetition_penalty=} and {temperature=}"
+    return InputError(f"logits overflow with {given}; bring them nearer to 1")

@@ -6,7 +6,7 @@
 
 The pieces there are `It`, `'s`, ` `, `2`, `0`, `2`, `4`. A piece that is itself a token is taken whole; any
 other starts as single bytes, of which the adjacent pair with the lowest rank is merged first, until no pair
-is a token. fast/tokenizer.py gives the same ids sooner, and so does engine="tiktoken".
+is a token. qwen_ref.Tokenizer is FastTokenizer of fast/tokenizer.py: this one, sooner.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from __future__ import annotations
 import binascii
 import codecs
 import unicodedata
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from heapq import heapify, heappop, heappush
-from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
@@ -31,13 +30,7 @@ PATTERN = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-_REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
-_LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would make the memory unbounded
 _SINGLE_BYTES = [bytes([value]) for value in range(256)]
-
-# Characters that may be combining marks: \p{Cn} is what regex's Unicode does not know and Python's may.
-# Every 16th character is looked at first: a run of 128 marks holds 8 of them.
-_LONG_RUN, _LONG_RUN_SAMPLED = regex.compile(r"[\p{M}\p{Cn}]{128,}"), regex.compile(r"[\p{M}\p{Cn}]{8}")
 
 Self = TypeVar("Self", bound="Tokenizer")
 
@@ -62,7 +55,6 @@ class Tokenizer:
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(_SINGLE_BYTES):
             raise InputError("tokens must be distinct and hold each of the 256 single bytes")
-        self._pieces = Memo(self._encode_piece)
         self._tiktoken = None
         if engine == "tiktoken":
             import tiktoken
@@ -88,7 +80,7 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise InputError(f"text must be a str, not {shown(text)}")
-        text = nfc(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = self._nfc(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         allowed = self._allowed(allowed_special)
         if self._tiktoken is not None:
             try:
@@ -141,35 +133,14 @@ class Tokenizer:
         return allowed
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        return list(chain.from_iterable(map(self._pieces.__getitem__, self._split(text))))
+        return [token for piece in split(text) for token in self._encode_piece(piece)]
 
-    def _split(self, text: str) -> list[str]:
-        return split(text)
-
-    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+    def _encode_piece(self, piece: str) -> list[int]:
         rank = self._ranks.get(piece.encode())
-        return self._merge(piece) if rank is None else (rank,)
+        return merge_pairs(piece.encode(), self._ranks) if rank is None else [rank]
 
-    def _merge(self, piece: str) -> tuple[int, ...]:
-        return tuple(merge_pairs(piece.encode(), self._ranks))
-
-
-def nfc(text: str) -> str:
-    """unicodedata.normalize("NFC", text), in linear time.
-
-    Python sorts the combining marks behind a character by insertion: a run of them takes quadratic time
-    unless it is in order already. Long runs are decomposed and sorted first, which does not change the
-    normal form: neighbours of nonzero combining class by that class, equal ones in the order they have.
-    """
-
-    def in_canonical_order(marks: str) -> str:
-        decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
-        runs = groupby(decomposed, lambda mark: unicodedata.combining(mark) > 0)
-        return "".join(chain.from_iterable(sorted(run, key=unicodedata.combining) for _, run in runs))
-
-    if _LONG_RUN_SAMPLED.search(text[::16]):
-        text = _LONG_RUN.sub(lambda run: in_canonical_order(run.group()), text)
-    return unicodedata.normalize("NFC", text)
+    def _nfc(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text)
 
 
 def split(text: str) -> list[str]:
@@ -179,22 +150,6 @@ def split(text: str) -> list[str]:
     ['It', "'s", ' ', '2', '0', '2', '4']
     """
     return regex.findall(PATTERN, text)
-
-
-class Memo(dict[str, Any]):
-    """function(text), remembered; what is known costs one lookup. When it is full, it starts again."""
-
-    def __init__(self, function: Callable[[str], Any]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, text: str) -> Any:
-        result = self._function(text)
-        if len(text) <= _LONGEST_REMEMBERED:
-            if len(self) >= _REMEMBERED:
-                self.clear()
-            self[text] = result
-        return result
 
 
 def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:

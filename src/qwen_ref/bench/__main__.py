@@ -24,7 +24,8 @@ from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, 
 from qwen_ref.commands.files import bundled_checkpoint
 from qwen_ref.commands.ranks import TIMEOUT, Ranks, ranks_of_command, started_by_torchrun
 from qwen_ref.commands.settings import add_speed_options, load_as_asked, speed_options
-from qwen_ref.config import InputError, require_folder
+from qwen_ref.config import InputError
+from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.against and (launch or args.tp > 1):
         raise InputError("--against needs one process: leave --tp out")
     if not launch and args.tp > 1:
-        from qwen_ref.checkpoint import check_cut
+        from qwen_ref.loading.loader import check_cut
 
         with _folder(args) as folder:
             check_cut(folder, args.tp)
@@ -239,8 +240,8 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from qwen_ref.checkpoint import load_model
     from qwen_ref.commands.sizes import held_bytes, resident_bytes
+    from qwen_ref.loading.loader import load_model
 
     with Memory() as loading:
         start = time.perf_counter()

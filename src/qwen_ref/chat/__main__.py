@@ -32,7 +32,8 @@ from qwen_ref.commands.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.config import InputError, read_json_object, require_folder, shown
+from qwen_ref.config import InputError, read_json_object, shown
+from qwen_ref.loading.folder import require_folder
 
 if TYPE_CHECKING:
     pass

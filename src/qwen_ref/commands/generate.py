@@ -26,7 +26,8 @@ from qwen_ref.commands.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.config import InputError, require_folder, shown
+from qwen_ref.config import InputError, shown
+from qwen_ref.loading.folder import require_folder
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -11,21 +11,12 @@ from pathlib import Path
 
 import torch
 
-from qwen_ref.checkpoint import (
-    INDEX_NAME,
-    PICKLE_SUFFIXES,
-    STORED_DTYPES,
-    open_checkpoint,
-    tensor_table,
-)
+from qwen_ref.checkpoint import INDEX_NAME, STORED_DTYPES, tensor_table
 from qwen_ref.commands.cli import Parser, run
 from qwen_ref.commands.sizes import Kind, cache_bytes, expected, kinds, packed_kinds, weight_bytes
-from qwen_ref.config import (
-    LARGEST_LENGTH,
-    InputError,
-    QwenConfig,
-    require_folder,
-)
+from qwen_ref.config import LARGEST_LENGTH, InputError, QwenConfig
+from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.loader import PICKLE_SUFFIXES, open_checkpoint
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import (
     unpackable,

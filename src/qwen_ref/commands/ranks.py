@@ -55,7 +55,7 @@ def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
 
     launch = launched()
     if folder is not None and launch is not None:
-        from qwen_ref.checkpoint import check_cut
+        from qwen_ref.loading.loader import check_cut
 
         check_cut(folder, launch.size)
     return Ranks() if launch is None or launch.size == 1 else WatchedRanks(launch, timeout)

@@ -277,7 +277,7 @@ def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
 
 def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
     """load_model with the options of add_options, and what makes the model faster."""
-    from qwen_ref.checkpoint import load_model
+    from qwen_ref.loading.loader import load_model
 
     gptq = None
     with contextlib.suppress(InputError):  # load_model says it, with all else that is wrong

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from qwen_ref.checkpoint import Stored, StoredTensor, TensorSpec
+from qwen_ref.checkpoint import STORED_DTYPES, Stored, StoredTensor, TensorSpec, dtype_name
 from qwen_ref.config import QwenConfig
 from qwen_ref.model import KVCache, Qwen
 from qwen_ref.quantize.config import GPTQConfig
@@ -47,7 +47,7 @@ def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored]) -> list[Kind]:
     found: dict[tuple, Kind] = {}
     for spec in table:
         tensor = stored[spec.published]
-        form = tensor.form
+        form = tensor.form if tensor.packed else dtype_name(STORED_DTYPES[tensor.dtype])
         name = re.sub(r"\.\d+\.", ".*.", spec.published)
         count = found[name, form].count if (name, form) in found else 0
         found[name, form] = Kind(name, count + 1, spec, form, tensor)

@@ -31,7 +31,8 @@ from qwen_ref.commands.settings import (
     open_folder,
     read_defaults,
 )
-from qwen_ref.config import InputError, read_bytes, require_folder
+from qwen_ref.config import InputError, read_bytes
+from qwen_ref.loading.folder import require_folder
 from qwen_ref.parallel import RankLost
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from qwen_ref.commands.cli import Parser, Progress, on_stdout, run, say, utf8
 from qwen_ref.commands.files import bundled_checkpoint, output_path, read_prompt
-from qwen_ref.config import InputError, require_folder
+from qwen_ref.config import InputError
+from qwen_ref.loading.folder import require_folder
 
 if TYPE_CHECKING:
     import torch

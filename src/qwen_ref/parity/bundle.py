@@ -530,7 +530,7 @@ def weights_checksum(stored: Mapping[str, Stored], progress: Callable[[int], Non
     into files does not change it. progress is called with the bytes of each tensor done.
     """
     digest = hashlib.sha256()
-    tensors = [tensor for each in stored.values() for tensor in each.tensors]
+    tensors = [tensor for each in stored.values() for tensor in (each.tensors if each.packed else (each,))]
     for tensor in sorted(tensors, key=lambda tensor: tensor.published):
         digest.update(f"{tensor.published} {tensor.dtype} {','.join(map(str, tensor.shape))}\n".encode())
         content = tensor.read().contiguous().view(-1).view(torch.uint8)

@@ -19,16 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qwen_ref.model
-from qwen_ref.checkpoint import (
-    DTYPES,
-    NoInitialisation,
-    check_packed,
-    compute_dtype,
-    open_checkpoint,
-    tensor_table,
-)
+from qwen_ref.checkpoint import DTYPES, NoInitialisation, compute_dtype, tensor_table
 from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError, QwenConfig
+from qwen_ref.loading.loader import check_values, open_checkpoint
 from qwen_ref.model import KVCache, Qwen, RMSNorm
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
@@ -43,9 +37,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config, self.stored = open_checkpoint(folder)
-        check_packed(folder, self.stored)
+        check_values(folder, self.stored)
         self._published = {spec.name: spec.published for spec in tensor_table(self.config)}
-        self.bytes = sum(tensor.nbytes for stored in self.stored.values() for tensor in stored.tensors)
+        self.bytes = sum(stored.nbytes for stored in self.stored.values())
 
     def weight(self, name: str) -> Tensor:
         """A view of the mapped file, or dequantised."""

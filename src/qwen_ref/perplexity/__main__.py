@@ -26,12 +26,8 @@ from qwen_ref.commands.settings import (
     open_folder,
     speed_options,
 )
-from qwen_ref.config import (
-    InputError,
-    QwenConfig,
-    require_folder,
-    shown,
-)
+from qwen_ref.config import InputError, QwenConfig, shown
+from qwen_ref.loading.folder import require_folder
 
 if TYPE_CHECKING:
     from qwen_ref.model import Qwen
@@ -181,7 +177,8 @@ def _run(args: argparse.Namespace, folder: Path, texts: list[list[int]]) -> dict
 
     Devices and ranks are left out: they change rounding alone, and a run may go on with others.
     """
-    from qwen_ref.checkpoint import compute_dtype, fingerprint, open_checkpoint
+    from qwen_ref.checkpoint import compute_dtype
+    from qwen_ref.loading.loader import fingerprint, open_checkpoint
 
     config, stored = open_checkpoint(folder)
     model = fingerprint(config, compute_dtype(args.dtype, stored), stored)

@@ -126,11 +126,14 @@ def with_packed(table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[st
     """The tensors by the table's names: four packed ones stand for a weight."""
     stored = {}
     for spec in table:
-        if is_packed(spec):
-            parts = tuple(found[name] for name in packed_shapes(spec, gptq))
-            bias = None if spec.cut == "heads" else found.get(f"{module_of(spec)}.bias")
-            stored[spec.published] = StoredPacked(parts, bias, gptq)
+        if not is_packed(spec):
+            parts = [spec.published] if spec.published in found else []
         else:
+            parts = [name for name in packed_shapes(spec, gptq) if name in found]
+        if is_packed(spec) and len(parts) == len(PARTS):
+            bias = None if spec.cut == "heads" else found.get(f"{module_of(spec)}.bias")
+            stored[spec.published] = StoredPacked(tuple(found[name] for name in parts), bias, gptq)
+        elif parts and not is_packed(spec):
             stored[spec.published] = found[spec.published]
     return stored
 
@@ -224,8 +227,17 @@ class StoredPacked(NamedTuple):
         return True
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        words, outputs = self.parts[0].shape
+        return (outputs, words * 32 // self.gptq.bits)
+
+    @property
     def module(self) -> str:
         return self.parts[0].published.removesuffix(".qweight")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:

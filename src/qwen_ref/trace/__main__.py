@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, say, utf8
 from qwen_ref.commands.files import bundled_checkpoint, read_prompt
 from qwen_ref.commands.settings import add_model_option, length_note, open_folder
-from qwen_ref.config import InputError, QwenConfig, require_folder
+from qwen_ref.config import InputError, QwenConfig
+from qwen_ref.loading.folder import require_folder
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -1,0 +1,280 @@
+"""The loader that looks first: everything that is wrong with a checkpoint folder is said at once.
+
+checkpoint.py's load_model believes a folder that has the right tensors. This one finds damaged, doubled and
+misplaced files, pickles, Git LFS pointers and packed weights that cannot be, before any weight is read. It
+also sees to it that several ranks load the same checkpoint, each on a device of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwen_ref import checkpoint
+from qwen_ref.checkpoint import (
+    IGNORED_SUFFIXES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    STORED_DTYPES,
+    Stored,
+    StoredTensor,
+    compute_dtype,
+    packing,
+    read_headers,
+    tensor_table,
+    weight_files,
+)
+from qwen_ref.config import InputError, QwenConfig, file_problem, read_json_object, some
+from qwen_ref.loading.folder import require_folder
+from qwen_ref.model import Qwen
+from qwen_ref.parallel import ONE_RANK, Group, group_size, join
+from qwen_ref.quantize import gptq as packed_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# The dtypes of each kind of tensor. A GPTQ checkpoint has packed tensors and scales, too.
+KINDS = {"weights": tuple(STORED_DTYPES), "packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}
+
+
+def load_model(
+    folder: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    group: str | ProcessGroup | None = None,
+    *,
+    packed: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Qwen:
+    """The model of a published checkpoint folder, in eval mode, without gradients.
+
+    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
+    device: "cpu", "cuda", …; with several ranks "cuda" gives each rank the device with its number.
+    group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
+    is torch.distributed's default process group, started from torchrun's variables if need be (with a timeout
+    of 60 s); or any ProcessGroup. All ranks then make the same calls.
+    packed: a GPTQ checkpoint's weights stay in their 4 or 8 bits, and are dequantised again in every pass:
+    this takes less memory and more time. Otherwise they are dequantised here, exactly, and rounded to dtype.
+    progress: called with the bytes done and the bytes in all of this rank, first before anything is read.
+
+    On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
+    the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
+    a rank that are cut by columns are copied, and its bias of q, k and v.
+    Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
+    MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
+    ConnectionError, where a rank is gone.
+    """
+    size = group_size(group)
+    check_cut(folder, size)
+    ranks = join(group, device)
+    with ranks.together():
+        target = _device(own_device(device, size))
+        config, stored = open_checkpoint(folder)
+        wanted = compute_dtype(dtype, stored)
+        if packed and not any(tensor.packed for tensor in stored.values()):
+            raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
+        marks = fingerprint(config, wanted, stored) if size > 1 else {}
+    ranks.require_same(str(folder), marks)
+    check_values(folder, stored, ranks)
+    return checkpoint.load_model(folder, dtype, target, group, packed=packed, progress=progress)
+
+
+def check_cut(folder: str | Path, ranks: int) -> None:
+    """Raises ValueError where the folder's model cannot be cut for so many ranks.
+
+    A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
+    """
+    try:
+        config, gptq = QwenConfig.from_json(Path(folder) / "config.json"), packing(folder)
+    except ValueError:
+        return
+    config.check_ranks(ranks)
+    if gptq is not None:
+        gptq.check_ranks(config, ranks)
+
+
+def check_values(folder: str | Path, stored: Mapping[str, Stored], ranks: Group = ONE_RANK) -> None:
+    """Raises ValueError with all that is wrong with a GPTQ checkpoint's scales, zero points and groups.
+
+    They are a twentieth of the checkpoint. Each rank reads some of them, and all hear of everything.
+    """
+    packed = [tensor for tensor in stored.values() if tensor.packed]
+    with ranks.together():
+        own = "\n".join(line for tensor in packed[ranks.rank :: ranks.size] for line in tensor.problems())
+    if problems := [line for text in ranks.texts(own) for line in text.splitlines()]:
+        raise _refusal(folder, problems)
+
+
+def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: Mapping[str, Stored]) -> dict[str, object]:
+    """What tells models apart: the configuration, the dtype, and each tensor's first row, as a hash.
+
+    Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
+    """
+    marks: dict[str, object] = {**vars(config), "dtype": dtype}
+    for name, tensor in stored.items():
+        content = tensor.start().contiguous().view(torch.uint8).numpy().tobytes()
+        marks[f"the start of {name}"] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return marks
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # an assertion: torch built without CUDA
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise InputError("device 'meta' cannot be used: it holds no values")
+    return device
+
+
+def own_device(device: str, size: int) -> str:
+    """The device of this rank: "cuda" is the one with the number of its place on this machine."""
+    if size == 1 or not device.startswith("cuda"):
+        return device
+    if device != "cuda":
+        raise InputError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
+    count = torch.cuda.device_count()
+    index = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or torch.cuda.current_device())
+    # SLURM and others show each process one device, its own. torchrun by itself shows all to all.
+    if count == 1 and ("LOCAL_WORLD_SIZE" not in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ):
+        index = 0
+    if index >= count:
+        raise InputError(
+            f"this is rank {index} on a machine with {count} CUDA devices; start at most {count}"
+        )
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
+    """checkpoint.open_checkpoint's; ValueError with everything that is wrong with a folder."""
+    require_folder(folder)
+    folder = Path(folder)
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{folder}: Permission denied; reading it takes the right to list and to enter it")
+    problems: list[str] = []
+    config = gptq = None
+    try:
+        config, gptq = QwenConfig.from_json(folder / "config.json"), packing(folder)
+    except ValueError as error:
+        problems.append(str(error))
+    files, weight_map = _weight_files(folder, problems)
+    found, complete = _read_headers(folder, files, weight_map, problems)
+    if config is None:
+        raise _refusal(folder, problems)
+    table = tensor_table(config)
+    if gptq is not None:
+        contradiction = packed_tensors.contradiction(table, gptq, found)
+        if contradiction is not None:
+            problems.append(contradiction)
+        elif files:
+            problems += _compare(*packed_tensors.expected(table, gptq), found, complete)
+        if problems:  # all that can be known is said at once
+            raise _refusal(folder, problems + packed_tensors.known_problems(table, gptq, found))
+        return config, packed_tensors.with_packed(table, gptq, found)
+    expected = {spec.published: (spec.shape, "weights") for spec in table}
+    if packed := [name for name in expected if f"{name.removesuffix('weight')}qweight" in found]:
+        problems.append(
+            f"{some(packed)}: packed weights, but neither config.json's quantization_config nor "
+            "quantize_config.json says how"
+        )
+    elif files:
+        problems += _compare(expected, (), found, complete)
+    if problems:
+        raise _refusal(folder, problems)
+    return config, dict(found)
+
+
+def _refusal(folder: str | Path, problems: list[str]) -> InputError:
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    return InputError(f"{folder}: {count}{some(problems, '; ', longest=4000)}")
+
+
+def _weight_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str, str]]:
+    """The files to open, and the index's map from tensor to file, empty without an index."""
+    indexed, single = (os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME))
+    if indexed and single:
+        problems.append(f"both {SINGLE_NAME} and {INDEX_NAME} are there; remove the one that is not meant")
+        return [], {}
+    try:
+        if files := weight_files(folder):
+            return files, read_json_object(folder / INDEX_NAME)["weight_map"] if indexed else {}
+    except ValueError as error:
+        problems.append(str(error))
+        return [], {}
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        problems.append(
+            f"{some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; "
+            "use the safetensors release"
+        )
+    else:
+        problems.append(f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder")
+    return [], {}
+
+
+def _read_headers(
+    folder: Path, files: Iterable[Path], weight_map: dict[str, str], problems: list[str]
+) -> tuple[dict[str, StoredTensor], bool]:
+    """Every tensor by its published name, and whether all files could be read."""
+    found: dict[str, StoredTensor] = {}
+    place: dict[str, str] = {}
+    twice, unread = [], set()
+    for path in files:
+        try:
+            if problem := file_problem(path):
+                raise InputError(f"{path.name}: {problem}")
+            there = read_headers(path)
+        except ValueError as error:
+            problems.append(str(error))
+            unread.add(path.name)
+            continue
+        twice += [f"{name} ({place[name]} and {path.name})" for name in there if name in found]
+        found, place = there | found, dict.fromkeys(there, path.name) | place
+    if twice:
+        problems.append(f"tensors stored twice: {some(twice)}")
+    misplaced = [
+        f"{name} (not in {file})"
+        for name, file in weight_map.items()
+        if file not in unread and place.get(name) != file and not name.endswith(IGNORED_SUFFIXES)
+    ]
+    if misplaced:
+        problems.append(f"{INDEX_NAME} and the files disagree: {some(misplaced)}")
+    return found, not unread
+
+
+def _compare(
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
+    optional: Collection[str],
+    found: Mapping[str, StoredTensor],
+    complete: bool,
+) -> Iterator[str]:
+    """What the headers contradict; expected: shape and kind by name. complete: all files were read."""
+    missing = [name for name in expected if name not in found and name not in optional]
+    extra = sorted(found.keys() - expected.keys())
+    there = [(name, found[name], *wanted) for name, wanted in expected.items() if name in found]
+    shaped = [
+        f"{name} is {list(tensor.shape)}, should be {list(shape)}"
+        for name, tensor, shape, _ in there
+        if tensor.shape != shape
+    ]
+    problems = {
+        "missing tensors": missing if complete else [],
+        "tensors that the configuration has no place for": extra,
+        "shapes that contradict config.json": shaped,
+    }
+    for kind, dtypes in KINDS.items():
+        problems[f"{kind} must be {', '.join(dtypes)}"] = [
+            f"{name} is {tensor.dtype}"
+            for name, tensor, _, its_kind in there
+            if its_kind == kind and tensor.dtype not in dtypes
+        ]
+    return (f"{problem}: {some(names)}" for problem, names in problems.items() if names)
