@@ -522,7 +522,9 @@ def test_a_closed_stdout_ends_it_quietly() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from qwen_ref.trace import main; main(['--help'])"
+    code = (
+        "import sys; sys.modules['torch'] = None; from qwen_ref.trace.__main__ import main; main(['--help'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for option in (
