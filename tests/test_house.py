@@ -15,12 +15,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WEIGHTS
+from conftest import GOLDEN, KERNELS, ROOT, WEIGHTS
 
 import qwen_ref
 
@@ -434,3 +435,54 @@ def test_dir_has_every_public_name() -> None:
 
 def test_the_version_is_that_of_the_installation() -> None:
     assert qwen_ref.__version__ == importlib.metadata.version("qwen_ref")
+
+
+def test_the_list_of_tests_of_numbers_names_files() -> None:
+    stems = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
+    assert set(stems) >= KERNELS
+    assert len(stems) == len(set(stems))  # pytest imports them by these names
+
+
+# What is shipped
+
+
+def sources(folder: Path) -> set[str]:
+    """Modules, pages and the mark of types, by their paths in a folder."""
+    found = (path for path in folder.rglob("*") if path.suffix in (".py", ".md", ".typed"))
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def test_a_wheel_has_every_page_and_works_outside_the_checkout(tmp_path: Path) -> None:
+    build = [*("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"), "--wheel-dir", tmp_path]
+    done = subprocess.run([sys.executable, *build, ROOT], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", format="zip")
+    installed = tmp_path / "site" / "qwen_ref"
+    assert sources(installed) == sources(PACKAGE) | {f"weights/{name}" for name in sources(WEIGHTS)}
+    assert (installed / "py.typed").exists()
+    assert (installed / "weights" / "model.safetensors").exists()
+    code = "import qwen_ref, sys; print(qwen_ref.__file__); "
+    code += "from qwen_ref.commands.generate import main; main()"
+    file, answer = run_python(code, quickstart_prompt(), path=tmp_path / "site").splitlines()
+    assert Path(file) == installed / "__init__.py"
+    assert answer == ANSWER
+
+
+def test_a_source_distribution_has_what_the_checkout_has(tmp_path: Path) -> None:
+    build = ["-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path]
+    done = subprocess.run([sys.executable, *build], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    for folder in FOLDERS:
+        assert {f"{folder}/{name}" for name in sources(ROOT / folder)} <= names
+    assert {
+        "README.md",
+        "Makefile",
+        "pyproject.toml",
+        "constraints.txt",
+        "weights/model.safetensors",
+    } <= names
+    assert {path.relative_to(ROOT).as_posix() for path in GOLDEN.rglob("*.safetensors")} <= names

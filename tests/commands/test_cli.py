@@ -428,39 +428,6 @@ def test_nan_weights_are_named_and_nothing_is_printed(cli: Callable, folder: Pat
     assert "NaN" in result.err.splitlines()[-1]
 
 
-# The package
-
-
-def test_it_works_from_a_wheel_outside_the_checkout(tmp_path: Path) -> None:
-    build = [
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(tmp_path),
-    ]
-    done = subprocess.run([sys.executable, *build, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "site", format="zip")
-    assert (tmp_path / "site" / "qwen_ref" / "weights" / "model.safetensors").exists()
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    where = "import qwen_ref, sys; print(qwen_ref.__file__, file=sys.stderr); "
-    where += "from qwen_ref.commands.generate import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", where, QUICKSTART],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.stdout == ANSWER + "\n"
-    assert str(tmp_path) in done.stderr
-
-
 # Progress
 
 
