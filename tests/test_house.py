@@ -144,10 +144,11 @@ def test_circles_are_found() -> None:
 def test_the_seven_import_each_other_and_five_packages(name: str) -> None:
     """And checkpoint.py, where it meets a GPTQ checkpoint, the package's quantize."""
     for imported, later in imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"), "qwen_ref"):
-        first, *rest = imported.split(".")
+        first, _, rest = imported.partition(".")
+        rest = rest.partition(".")[0]
         if first == "qwen_ref":
-            packed = name == "checkpoint" and later and rest[0] == "quantize"
-            assert rest[0] in SEVEN or packed, f"{name}.py imports {imported}"
+            packed = name == "checkpoint" and later and rest == "quantize"
+            assert rest in SEVEN or packed, f"{name}.py imports {imported}"
         else:
             assert first in PACKAGES | sys.stdlib_module_names, f"{name}.py imports {imported}"
 
