@@ -65,7 +65,7 @@ readme: .venv/eval vocab
 # Holds transformers' Qwen2, which was not written here, to the parity kit.
 parity: .venv/transformers
 	$(BIN)/python examples/parity_transformers.py
-	$(BIN)/python -m pytest tests/test_parity_transformers.py
+	$(BIN)/python -m pytest tests/parity/test_parity_transformers.py
 
 .venv/transformers: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'
@@ -74,7 +74,7 @@ parity: .venv/transformers
 # The standard evaluation harness, on questions that the tiny checkpoint can answer.
 eval: .venv/eval
 	$(BIN)/python -m qwen_ref.evaluate --tasks examples/tasks --num-fewshot 5
-	$(BIN)/python -m pytest tests/test_evaluate.py
+	$(BIN)/python -m pytest tests/evaluate/test_evaluate.py
 
 .venv/eval: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'

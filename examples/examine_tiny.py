@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tiny_corpus import ANSWERS, DEFAULT_SYSTEM, FACTS, LINES, Encoder, Fact, turn
 
-from qwen_ref.checkpoint import load_model
 from qwen_ref.commands.cli import Parser, run
+from qwen_ref.loading.loader import load_model
 from qwen_ref.model import Qwen
 from qwen_ref.tokenizer import Tokenizer
 

@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from needle_corpus import draw_needle, haystack
 
-from qwen_ref.checkpoint import load_model
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, utf8
 from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.commands.files import output_path, read_text
 from qwen_ref.commands.settings import dtype_name, open_folder
-from qwen_ref.config import InputError, require_folder
+from qwen_ref.config import InputError
+from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.loader import load_model
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.perplexity.scoring import score_texts
 from qwen_ref.tokenizer import Tokenizer

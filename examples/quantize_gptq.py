@@ -33,7 +33,8 @@ from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
 from qwen_ref.commands.cli import Parser, Progress, on_stdout, run
 from qwen_ref.commands.files import read_prompt, unfinished_name
-from qwen_ref.config import InputError, QwenConfig, read_json_object, require_folder
+from qwen_ref.config import InputError, QwenConfig, read_json_object
+from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import is_packed, module_of
 

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.commands.ranks import Ranks
+from qwen_ref.commands.watch import Launch, WatchedRanks
 from qwen_ref.generate import generate, generate_batch
-from qwen_ref.parallel import Group, Launch, RankLost, own_device, start_process_group, unrounded_linear
+from qwen_ref.loading.loader import own_device
+from qwen_ref.parallel import Group, RankLost, start_process_group, unrounded_linear
 
 OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
 RANKS = (2, 4)
@@ -244,7 +245,7 @@ def test_only_a_lost_rank_is_called_one(error: Exception, monkeypatch: pytest.Mo
         lambda: group.gather(x),
         lambda: group.gather(x, only_rank_0=True),
         lambda: start_process_group("cpu"),
-        lambda: Ranks(launch).__enter__(),
+        lambda: WatchedRanks(launch).__enter__(),
     ]
     for call in calls:
         with pytest.raises(RankLost if error in LOST else type(error)) as raised:
@@ -424,8 +425,9 @@ vars(torch.distributed).pop("ProcessGroup", None)
 
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.chat import reply
-from qwen_ref.generate import generate, main
+from qwen_ref.commands.generate import main
 from qwen_ref.decoding.lookup import generate_lookup
+from qwen_ref.generate import generate
 
 model = load_model(sys.argv[1], "float32")
 for loop in (generate, generate_lookup):

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 import qwen_ref.model
 import qwen_ref.tokenizer
-from qwen_ref.checkpoint import load_model, open_checkpoint, tensor_table
+from qwen_ref.checkpoint import tensor_table
 from qwen_ref.commands.files import bundled_checkpoint
 from qwen_ref.config import QwenConfig
 from qwen_ref.generate import generate
+from qwen_ref.loading.loader import load_model, open_checkpoint
 from qwen_ref.model import MLP, Qwen, RMSNorm, rotary_frequencies, rotation_tables
 from qwen_ref.sampling import probabilities
 from qwen_ref.tokenizer import Tokenizer

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
 from qwen_ref.commands.files import bundled_checkpoint
-from qwen_ref.commands.ranks import TIMEOUT, Ranks, ranks_of_command, started_by_torchrun
-from qwen_ref.commands.settings import add_speed_options, load_as_asked, speed_options
+from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
+from qwen_ref.commands.settings import add_speed_options, load_as_asked, ranks_of_command, speed_options
 from qwen_ref.config import InputError
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig

@@ -144,10 +144,3 @@ def dropped_note(conversation: Conversation) -> str:
     dropped = conversation.context.dropped
     turns = "the oldest turn is" if dropped == 1 else f"the {dropped} oldest turns are"
     return f"{turns} left out: the window holds {conversation.max_window_size} tokens"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m qwen_ref.chat`; returns its exit code (see cli.run)."""
-    from qwen_ref.chat.__main__ import main
-
-    return main(arguments)

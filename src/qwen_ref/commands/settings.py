@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen_ref.commands.cli import Progress, say
 from qwen_ref.commands.files import bundled_checkpoint
-from qwen_ref.commands.ranks import TIMEOUT, Ranks, ranks_of_command
+from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
 from qwen_ref.config import (
     InputError,
     QwenConfig,
@@ -225,6 +225,27 @@ def length_note(config: QwenConfig, length: int) -> str | None:
         f"note: {length} tokens exceed the {config.seq_length} that this model was trained on; "
         "the text beyond them will be worse"
     )
+
+
+def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
+    """Those of this command, by torchrun's variables. torch is imported only where there are several.
+
+    Raises InputError where the folder's model cannot be cut for them.
+    """
+    if not 0 < timeout < 1e6:
+        raise InputError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
+    if not started_by_torchrun():
+        return Ranks()
+    # torch, which reads this when it is imported, reports a lost connection with stacks of C++.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from qwen_ref.commands.watch import WatchedRanks, launched
+
+    launch = launched()
+    if folder is not None and launch is not None:
+        from qwen_ref.loading.loader import check_cut
+
+        check_cut(folder, launch.size)
+    return Ranks() if launch is None or launch.size == 1 else WatchedRanks(launch, timeout)
 
 
 def on_every_rank(

@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed import Store
 
 from qwen_ref.commands import cli
 from qwen_ref.commands.ranks import TIMEOUT, Ranks
@@ -35,6 +34,9 @@ from qwen_ref.parallel import (
     require_distributed,
     start_process_group,
 )
+
+if TYPE_CHECKING:  # some builds of torch have no torch.distributed, and this command says so
+    from torch.distributed import Store
 
 _RUNS = itertools.count()  # of Ranks in this process; all ranks count alike
 

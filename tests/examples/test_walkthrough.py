@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import qwen_ref.model
-import qwen_ref.quantize
+import qwen_ref.quantize.rounding
 import qwen_ref.sampling
 import qwen_ref.tokenizer
 from qwen_ref import QwenConfig
@@ -272,7 +272,7 @@ MISTAKES = {
         lambda positions, length, dtype: (positions + 2).log().div(torch.tensor(length).log()).to(dtype),
     ),
     "nothing is cut away": (qwen_ref.sampling, "probabilities", everything_kept),
-    "int8 in 127 steps": (qwen_ref.quantize, "quantize_int8", double_steps),
+    "int8 in 127 steps": (qwen_ref.quantize.rounding, "quantize_int8", double_steps),
     "the norm has no root": (
         qwen_ref.model.RMSNorm,
         "forward",

@@ -21,12 +21,12 @@ from torch import Tensor
 
 import qwen_ref
 from qwen_ref import Qwen, QwenConfig, load_model, parity
-from qwen_ref.chat.conversation import main
-from qwen_ref.checkpoint import check_cut
+from qwen_ref.chat.__main__ import main
 from qwen_ref.commands import inspect as checkpoint
 from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.fast.layers import fasten
 from qwen_ref.fast.matrices import FEW_ROWS, Int4Matrix, Int8Table
+from qwen_ref.loading.loader import check_cut
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import PackedWeight
 from qwen_ref.quantize.rounding import dequantize_gptq, unpack, zero_points

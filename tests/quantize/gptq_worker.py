@@ -1,4 +1,4 @@
-"""What every rank of a cut GPTQ model computes, for tests/test_gptq.py.
+"""What every rank of a cut GPTQ model computes, for test_gptq.py.
 
 A folder holds packed checkpoints, `*-packed`; each rank writes its results beside them, to
 gptq-N.safetensors, and what it is told of the damaged one, `spoiled`, to gptq-N.txt.

@@ -195,7 +195,8 @@ RECORD_IN_LITTLE_MEMORY = """
 import sys, torch
 from pathlib import Path
 from qwen_ref import QwenConfig, parity
-from qwen_ref.bench import resident_memory, write_checkpoint
+from qwen_ref.bench.measure import resident_memory
+from qwen_ref.bench.synthetic import write_checkpoint
 from qwen_ref.parity.stages import Checkpoint
 
 torch.set_num_threads(1)

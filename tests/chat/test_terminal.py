@@ -20,7 +20,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused
 from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
-from qwen_ref.chat.conversation import main
+from qwen_ref.chat.__main__ import main
 from qwen_ref.commands.settings import Clock
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
@@ -212,7 +212,9 @@ def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from qwen_ref.chat import main; main(['--help'])"
+    code = (
+        "import sys; sys.modules['torch'] = None; from qwen_ref.chat.__main__ import main; main(['--help'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--once" in done.stdout
 
@@ -411,7 +413,7 @@ class Terminal:
 
 SLOW = """
 import sys, time
-from qwen_ref.chat import main
+from qwen_ref.chat.__main__ import main
 from qwen_ref.commands.settings import Clock
 
 watch = Clock.watch

@@ -25,20 +25,20 @@ from conftest import command as main_of
 
 from qwen_ref import checkpoint, parity
 from qwen_ref.bench import __main__ as bench
-from qwen_ref.chat import conversation as chat
-from qwen_ref.chat import terminal
-from qwen_ref.chat.conversation import Conversation, reply
+from qwen_ref.bench import measure
+from qwen_ref.chat import Conversation, build_context, reply, terminal
 from qwen_ref.commands import cli, figures, generate
 from qwen_ref.commands.cli import FAULT_LINE, Parser, out_of_memory, run
 from qwen_ref.commands.files import new_file, output_path, write_whole
 from qwen_ref.config import InputError
-from qwen_ref.decoding.streaming import TextStream
+from qwen_ref.decoding import TextStream
+from qwen_ref.generate import Step
 from qwen_ref.parallel import RankLost
 from qwen_ref.parity import recording
 from qwen_ref.parity.__main__ import main as parity_main
-from qwen_ref.perplexity import __main__ as perplexity
+from qwen_ref.perplexity import score
 from qwen_ref.tokenizer import Tokenizer
-from qwen_ref.trace import report as trace
+from qwen_ref.trace import trace
 
 PROMPT, ANSWER = "冰岛的首都是", "雷克雅未克"
 
@@ -74,7 +74,7 @@ def command(
 ) -> Callable[[], int]:
     """Each command, in this process; its code."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(bench, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(measure, "_READ_BYTES", 2**16)
     name, *arguments = COMMANDS[request.param]
 
     def call() -> int:
@@ -187,7 +187,7 @@ def test_stdin_may_be_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert generate.main([]) == 0
     assert capsys.readouterr().out.startswith(ANSWER)
     monkeypatch.setattr(sys, "stdin", io.StringIO("3+4=?\r\n/history\n"))
-    assert chat.main([]) == 0
+    assert main_of("chat")([]) == 0
     assert capsys.readouterr().out == "7\n> 3+4=?\n7\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ud800"))
     assert generate.main([]) == 2
@@ -527,7 +527,7 @@ def test_a_temporary_name_is_no_link_that_waits_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = iter(["aa", "bb"])
-    monkeypatch.setattr(cli.secrets, "token_hex", lambda _: next(names))
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(names))
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".qwen_ref-aa.part").symlink_to(tmp_path / "mine")
     with pytest.raises(InputError, match="File exists"):
@@ -563,11 +563,11 @@ def test_a_state_with_windows_line_ends_goes_on(
         "--state",
         state,
     ]
-    first = run_command(perplexity.main, *arguments)
+    first = run_command(main_of("perplexity"), *arguments)
     assert b"\r" not in state.read_bytes()
     state.write_bytes(state.read_bytes().replace(b"\n", b"\r\n") + b'{"len')
     whole = state.read_bytes().removesuffix(b'{"len')
-    assert run_command(perplexity.main, *arguments).out == first.out
+    assert run_command(main_of("perplexity"), *arguments).out == first.out
     assert state.read_bytes() == whole
 
 
@@ -578,10 +578,10 @@ def test_a_state_of_another_kind_is_refused(
     line: str, folder: Path, tmp_path: Path, run_command: Callable[..., Result]
 ) -> None:
     arguments = ["--text", folder / "text.txt", "--lengths", "8", "--windows", "1", "--state", tmp_path / "s"]
-    assert run_command(perplexity.main, *arguments).code == 0
+    assert run_command(main_of("perplexity"), *arguments).code == 0
     with (tmp_path / "s").open("a") as state:
         state.write(line + (',0,0,0], "tokens": [7,0,0,0]}' if line.startswith("{") else "") + "\n")
-    done = run_command(perplexity.main, *arguments)
+    done = run_command(main_of("perplexity"), *arguments)
     assert done.code == 2
     assert "is no file of this command's --state" in done.err
 
@@ -618,8 +618,8 @@ def spelling(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes the model say a text, a token for each of its bytes."""
 
     def say(text: str) -> None:
-        steps = [generate.Step(byte, -1.0) for byte in text.encode()]
-        monkeypatch.setattr(generate, "generate", lambda *_, **__: (step for step in steps))
+        steps = [Step(byte, -1.0) for byte in text.encode()]
+        monkeypatch.setattr("qwen_ref.generate.generate", lambda *_, **__: (step for step in steps))
         # Single bytes come first in the tiny vocabulary, in their order.
 
     return say
@@ -659,14 +659,14 @@ def test_names_do_not_command_the_terminal(
     for name in ("bundle", "text.txt"):
         shutil.copy(folder / name, odd / name)
     (odd / "m").symlink_to(WEIGHTS)
-    monkeypatch.setattr(bench, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(measure, "_READ_BYTES", 2**16)
     quick = ["--lengths", "8", "--model", str(odd / "m")]
     for main, arguments in (
         (parity_main, ["diff", str(odd / "bundle"), str(odd / "bundle")]),
         (parity_main, ["diff", str(odd / "bundle"), str(odd / "bundle"), "--json"]),
-        (perplexity.main, [*quick, "--text", str(odd / "text.txt"), "--windows", "1", "--json"]),
+        (main_of("perplexity"), [*quick, "--text", str(odd / "text.txt"), "--windows", "1", "--json"]),
         (bench.main, [*quick, "--tokens", "1", "--repeats", "1"]),
-        (trace.main, ["\x9b", "--model", str(odd / "m"), "--json"]),
+        (main_of("trace"), ["\x9b", "--model", str(odd / "m"), "--json"]),
     ):
         screen = Screen()
         monkeypatch.setattr(sys, "stdout", screen)
@@ -681,8 +681,8 @@ def test_names_do_not_command_the_terminal(
 def test_memory_that_cannot_be_measured_is_unknown(
     monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Result]
 ) -> None:
-    monkeypatch.setattr(bench, "_READ_BYTES", 2**16)
-    monkeypatch.setattr(bench, "resident_memory", lambda: None)
+    monkeypatch.setattr(measure, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(measure, "resident_memory", lambda: None)
     options = ["--lengths", "4", "--tokens", "1", "--repeats", "1"]
     out = run_command(bench.main, *options).out
     assert "peak memory while loading: unknown anonymous and unknown mapped" in out
@@ -700,7 +700,7 @@ def test_a_system_without_linuxs_figures_has_none(
         return content
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert bench.resident_memory() is None
+    assert measure.resident_memory() is None
 
 
 def test_a_fault_in_a_rank_of_bench_keeps_its_traceback() -> None:
@@ -723,7 +723,7 @@ def test_a_system_without_readline_or_langinfo(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_user_that_is_not_there_is_named(run_command: Callable[..., Result]) -> None:
-    done = run_command(chat.main, stdin=b"/save ~nosuchuser/x\n")
+    done = run_command(main_of("chat"), stdin=b"/save ~nosuchuser/x\n")
     assert done.code == 2
     assert "error: ~nosuchuser/x: there is no such user" in done.err
 
@@ -740,7 +740,7 @@ def test_a_fault_in_a_chat_is_one(
         raise ValueError("zip() argument 2 is longer than argument 1")
 
     monkeypatch.setattr(Conversation, "ask", faulty)
-    done = run_command(chat.main, stdin=b"hi\nhi\n")
+    done = run_command(main_of("chat"), stdin=b"hi\nhi\n")
     assert done.code == 70
     assert done.err.count("Traceback") == 1
 
@@ -775,8 +775,8 @@ def test_stop_ids_are_a_list_of_ids(stops: object, tokenizer: Tokenizer) -> None
 def test_stops_may_come_from_an_iterator(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.encode(each)[0] for each in ("a", "b", "c")]
     for stops in (iter(["b"]), {"b"}, ("b" for _ in range(1))):
-        assert "".join(TextStream(map(generate.Step, ids, ids), tokenizer, stop_texts=stops)) == "a"
-    steps = list(map(generate.Step, ids, ids))
+        assert "".join(TextStream(map(Step, ids, ids), tokenizer, stop_texts=stops)) == "a"
+    steps = list(map(Step, ids, ids))
     stream = TextStream(steps, tokenizer, stop_ids=iter(ids[1:2]))
     assert "".join(stream) == "a"
     talk = Conversation(SimpleNamespace(), tokenizer, stop_texts=iter(["b"]), stop_ids=iter(ids))
@@ -789,24 +789,24 @@ def test_ids_to_score_are_a_list(ids: object) -> None:
         group=SimpleNamespace(together=contextlib.nullcontext), config=SimpleNamespace(vocab_size=9)
     )
     with pytest.raises(InputError, match=r"tokens of a text|must be a list of token ids"):
-        perplexity.score(model, ids)
+        score(model, ids)
 
 
 @pytest.mark.parametrize("continuations", ["abc", 7, [7], ["ab"], b"ab"])
 def test_continuations_are_lists(continuations: object) -> None:
     with pytest.raises(InputError, match="continuations must be lists of token ids"):
-        perplexity.score(None, [1, 2], continuations)
+        score(None, [1, 2], continuations)
 
 
 @pytest.mark.parametrize("layers", ["0,1", 3, [0.5], [None]])
 def test_layers_to_trace_are_a_list(layers: object) -> None:
     with pytest.raises(InputError, match="layers must be a list of the layers' numbers"):
-        trace.trace(WEIGHTS, [1, 2], layers=layers)
+        trace(WEIGHTS, [1, 2], layers=layers)
 
 
 @pytest.mark.parametrize("window", ["6144", 1.5, None, 0])
 def test_a_window_is_a_number_of_tokens(window: object, tokenizer: Tokenizer) -> None:
-    for ask in (chat.build_context, lambda *given, **named: reply(None, *given, **named)):
+    for ask in (build_context, lambda *given, **named: reply(None, *given, **named)):
         with pytest.raises(InputError, match=r"max_window_size=.* must be at least 1 token"):
             ask(tokenizer, "hi", max_window_size=window)
 

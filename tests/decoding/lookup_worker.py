@@ -1,4 +1,4 @@
-"""What every rank of a cut model generates by lookup, for tests/test_lookup.py.
+"""What every rank of a cut model generates by lookup, for test_lookup.py.
 
 Each rank writes its results into FOLDER, to lookup-N.json.
 """

@@ -23,11 +23,11 @@ from conftest import GOLDEN, WEIGHTS, Result, refused
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-import qwen_ref.trace
 from qwen_ref import Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.generate import generate
 from qwen_ref.parity.bundle import LAYER_STAGES, stage_widths
 from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.trace import tracing
 from qwen_ref.trace.__main__ import main
 from qwen_ref.trace.report import COLUMNS, cells, spelled, trace_lines
 from qwen_ref.trace.tracing import Stage, Trace, describe, trace
@@ -148,7 +148,7 @@ def test_statistics_are_those_of_the_models_own_values(ids: list[int], dtype: st
 def test_statistics_of_known_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     value = torch.tensor([1.0, -7.0, 3.0, torch.nan, 7.0, torch.inf, -torch.inf, 0.0]).view(1, 2, 4)
     for size in (1, 3, 100):  # as in slices of a large stage
-        monkeypatch.setattr(qwen_ref.trace, "_SLICE", size)
+        monkeypatch.setattr(tracing, "_SLICE", size)
         stage = describe("blocks.12.mlp.gate", value)
         assert (stage.mean, stage.largest, stage.where) == (0.8, -7.0, (0, 0, 1))
         assert stage.spread == pytest.approx(np.std([1, -7, 3, 7, 0]))
@@ -476,7 +476,7 @@ def test_bad_arguments_are_one_line_and_code_2(cli: Callable, arguments: list[st
 
 
 def test_the_logits_of_a_large_vocabulary_bound_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen_ref.trace, "_MOST_LOGITS_BYTES", 10 * 2752 * 8)
+    monkeypatch.setattr(tracing, "_MOST_LOGITS_BYTES", 10 * 2752 * 8)
     assert trace(WEIGHTS, [1] * 10, "float64", []).layers == []
     with pytest.raises(ValueError, match="in float64 takes at most 10, "):
         trace(WEIGHTS, [1] * 11, "float64")
@@ -522,7 +522,9 @@ def test_a_closed_stdout_ends_it_quietly() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from qwen_ref.trace import main; main(['--help'])"
+    code = (
+        "import sys; sys.modules['torch'] = None; from qwen_ref.trace.__main__ import main; main(['--help'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for option in (

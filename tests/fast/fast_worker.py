@@ -1,4 +1,4 @@
-"""What every rank of a cut fast model computes, for tests/test_fast.py.
+"""What every rank of a cut fast model computes, for test_fast.py.
 
 Each rank writes its results into FOLDER, to fast-N.safetensors.
 """

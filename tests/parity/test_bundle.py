@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_ref import QwenConfig, parity
-from qwen_ref.checkpoint import open_checkpoint
+from qwen_ref.loading.loader import open_checkpoint
 from qwen_ref.parity.bundle import (
     LAYER_STAGES,
     BundleWriter,
