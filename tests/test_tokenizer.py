@@ -21,8 +21,10 @@ import torch
 from conftest import read_jsonl
 
 from qwen_ref import Tokenizer
+from qwen_ref import tokenizer as plain
 from qwen_ref.config import InputError
-from qwen_ref.tokenizer import _LONG_RUN_SAMPLED, StreamDecoder, merge_pairs, nfc, read_ranks
+from qwen_ref.fast.tokenizer import _LONG_RUN_SAMPLED, nfc
+from qwen_ref.tokenizer import StreamDecoder, merge_pairs, read_ranks
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,14 +32,25 @@ PATTERN = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 END_OF_TEXT, IM_END = 151643, 151645
-ENGINES = ("python", "tiktoken")
+ENGINES = ("fast", "plain", "tiktoken")
 BYTES = [bytes([value]) for value in range(256)]
 CASES, DECODE = "tokenizer/cases.jsonl", "tokenizer/decode.jsonl"
 
 
-@pytest.fixture(params=["tokenizer", "tiktoken_tokenizer"], ids=ENGINES)
+@pytest.fixture(params=["tokenizer", "plain_tokenizer", "tiktoken_tokenizer"], ids=ENGINES)
 def either(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(vocabulary_file: Path) -> plain.Tokenizer:
+    return plain.Tokenizer.from_file(vocabulary_file)
+
+
+def made(tokens: list[bytes], engine: str) -> plain.Tokenizer:
+    if engine == "plain":
+        return plain.Tokenizer(tokens)
+    return Tokenizer(tokens, "python" if engine == "fast" else engine)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +224,7 @@ def test_made_up_vocabularies_encode_as_the_slow_obvious_encoding(engine: str) -
         tokens = BYTES + sorted(merged)
         generator.shuffle(tokens)
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        tokenizer = Tokenizer(tokens, engine)
+        tokenizer = made(tokens, engine)
         for _ in range(30):
             text = "".join(generator.choices("ab", k=generator.randint(1, 60)))
             assert tokenizer.encode(text) == slow_encode(text, ranks), (tokens, text)
@@ -239,19 +252,19 @@ def test_tokens_that_cut_through_characters_encode_as_the_slow_obvious_encoding(
 def test_the_lowest_rank_merges_first_even_if_it_appears_late(engine: str) -> None:
     # abcd (256) comes into reach only by ab (258) and cd (259), and then goes before the pair xy (257).
     tokens = [*BYTES, b"abcd", b"xy", b"ab", b"cd", b"bc", b"dx", b"abcdx"]
-    assert Tokenizer(tokens, engine).encode("abcdxyz") == [256, 257, ord("z")]
-    assert Tokenizer(tokens, engine).encode("zbcdx") == [ord("z"), ord("b"), 259, ord("x")]
+    assert made(tokens, engine).encode("abcdxyz") == [256, 257, ord("z")]
+    assert made(tokens, engine).encode("zbcdx") == [ord("z"), ord("b"), 259, ord("x")]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_equal_ranks_merge_from_the_left(engine: str) -> None:
-    assert Tokenizer([*BYTES, b"aa"], engine).encode("aaaaa") == [256, 256, ord("a")]
-    assert Tokenizer([*BYTES, b"aba", b"ab", b"ba"], engine).encode("bababa") == [ord("b"), 256, 258]
+    assert made([*BYTES, b"aa"], engine).encode("aaaaa") == [256, 256, ord("a")]
+    assert made([*BYTES, b"aba", b"ab", b"ba"], engine).encode("bababa") == [ord("b"), 256, 258]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_piece_that_is_a_token_is_taken_whole_though_no_merge_reaches_it(engine: str) -> None:
-    tokenizer = Tokenizer([*BYTES, b"abc", "é中".encode()], engine)
+    tokenizer = made([*BYTES, b"abc", "é中".encode()], engine)
     assert tokenizer.encode("abc") == [256]
     assert tokenizer.encode("é中") == [257]
     assert tokenizer.encode("abcd") == list(b"abcd")
@@ -352,7 +365,7 @@ def test_every_ascii_character_between_others_splits_as_tiktoken_splits(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_contraction_folds_case_up_to_the_long_s(engine: str) -> None:
-    tokenizer = Tokenizer([*BYTES, b"sa", b"Sa", "ſ".encode(), "ſa".encode()], engine)
+    tokenizer = made([*BYTES, b"sa", b"Sa", "ſ".encode(), "ſa".encode()], engine)
     apostrophe, s, big_s, a = b"'sSa"
     assert tokenizer.encode("x'sa")[1:] == [apostrophe, s, a]
     assert tokenizer.encode("x'Sa")[1:] == [apostrophe, big_s, a]
@@ -841,7 +854,7 @@ def test_a_million_spaces_encode_though_tiktoken_gives_up(
 def test_the_remembered_pieces_stay_bounded_and_change_no_result(
     tokens: list[bytes], published: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_ref.tokenizer._REMEMBERED", 7)
+    monkeypatch.setattr("qwen_ref.fast.tokenizer._REMEMBERED", 7)
     tokenizer = Tokenizer(tokens)
     for text in random_texts(2000, seed=12):
         assert tokenizer.encode(text) == published(text)

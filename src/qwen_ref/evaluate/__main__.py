@@ -33,7 +33,6 @@ from qwen_ref.commands.settings import (
 )
 from qwen_ref.config import InputError, read_bytes
 from qwen_ref.loading.folder import require_folder
-from qwen_ref.parallel import RankLost
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -284,6 +283,8 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 @contextlib.contextmanager
 def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
     """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
+    from qwen_ref.parallel import RankLost
+
     try:
         yield
     except RankLost:
