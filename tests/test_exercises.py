@@ -20,7 +20,7 @@ import qwen_ref.model
 import qwen_ref.tokenizer
 from qwen_ref.commands.cli import run
 
-EXERCISES = ROOT / "examples" / "exercises"
+EXERCISES = ROOT / "examples" / "learn" / "exercises"
 NAMES = sorted(path.stem for path in EXERCISES.glob("ex*.py"))
 NUMBERS = range(1, 11)
 
@@ -582,7 +582,7 @@ def test_the_command_refuses_in_a_line(checked: Callable[..., Result], tmp_path:
 
 def test_it_runs_as_the_readme_says() -> None:
     """A bare call, from the root of the checkout; with what a learner has, torch and not pytest."""
-    command = [sys.executable, "examples/exercises/check.py", "9"]
+    command = [sys.executable, "examples/learn/exercises/check.py", "9"]
     environment = {**os.environ, "PYTHONPATH": "src", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=60
