@@ -1,5 +1,5 @@
-"""The page of sizes, held to the published totals, to models that are really loaded, cut and quantised, and to
-torch's own count of operations.
+"""The page of sizes agrees with the published totals, with models that are really loaded, cut and quantised,
+and with torch's own count of operations.
 """
 
 from __future__ import annotations

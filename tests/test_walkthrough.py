@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import qwen_ref.model
-import qwen_ref.quantize
+import qwen_ref.quantize.rounding
 import qwen_ref.sampling
 import qwen_ref.tokenizer
 from qwen_ref import QwenConfig
@@ -50,7 +50,8 @@ TOPICS = [
     ("SwiGLU: the MLP", "mlp"),
     ("The residual stream", "stages"),
     ("The logit lens: when is the capital there?", "lm_head"),
-    ("Token by token, and the cache", "new_cache"),
+    ("The loop: one token after another", "argmax"),
+    ("The cache", "new_cache"),
     ("Sampling", "probabilities"),
     ("Tensor parallelism: one model on two devices", "tensor_parallel"),
     ("Quantisation: fewer bits a weight", "quantize_int4"),
@@ -272,7 +273,7 @@ MISTAKES = {
         lambda positions, length, dtype: (positions + 2).log().div(torch.tensor(length).log()).to(dtype),
     ),
     "nothing is cut away": (qwen_ref.sampling, "probabilities", everything_kept),
-    "int8 in 127 steps": (qwen_ref.quantize, "quantize_int8", double_steps),
+    "int8 in 127 steps": (qwen_ref.quantize.rounding, "quantize_int8", double_steps),
     "the norm has no root": (
         qwen_ref.model.RMSNorm,
         "forward",

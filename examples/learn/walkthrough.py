@@ -4,26 +4,27 @@
 # By the end of this page you can say what Qwen-72B computes, tensor by tensor, and you have run every step
 # of it. You need Python, and to know what a matrix is.
 #
-# The numbers come from the small model that comes with the project. It has the 72B's architecture and file
-# formats, 1,755,776 parameters instead of 72,287,920,128, and knows the capitals of the world. It is called
-# the *tiny model* below. Where size matters, the published sizes are computed from their configurations.
+# The numbers come from a small model that is part of the project. It is called the *tiny model* below. It has
+# the 72B's architecture and file formats, but 1,755,776 parameters instead of 72,287,920,128. It has learned
+# the capitals of the world. If a statement depends on the size of the model, it is computed from the
+# configurations of the published sizes.
 #
-# Every section has the same parts: why the step is there; its equation, and where that comes from; the
-# project's own code, called on real tensors; what came out; what to look at. Each `assert` holds a number
-# of the text to what was computed: one that is no longer right stops the page.
+# Every section has the same parts: why the step exists; its equation and the source of the equation; the
+# project's own code, called on real tensors; its output; what to look at. Every number in the text is checked
+# by an `assert` in the code: if a number is wrong, the page stops there.
 #
-# A *tensor* is a table of numbers with any number of dimensions: a matrix has two. One letter a dimension, as
-# in model.py:
+# A *tensor* is a table of numbers with any number of dimensions. A matrix is a tensor with two. Each
+# dimension has one letter, here and in model.py:
 #
 # | letter | dimension | tiny | 72B |
 # |---|---|---|---|
 # | B | texts computed together | 1 | 1 |
-# | T | tokens of the text | 13 | up to 32,768 |
-# | D | numbers a token (hidden size) | 128 | 8,192 |
+# | T | tokens in the text | 13 | up to 32,768 |
+# | D | numbers per token (hidden size) | 128 | 8,192 |
 # | H | attention heads | 4 | 64 |
-# | K | numbers a head, D / H | 32 | 128 |
+# | K | numbers per head, D / H | 32 | 128 |
 # | F | channels of the MLP | 512 | 24,576 |
-# | V | vocabulary | 2,752 | 152,064 |
+# | V | entries of the vocabulary | 2,752 | 152,064 |
 #
 # Run it with `python examples/learn/walkthrough.py`, or open it as a notebook with jupytext. `make
 # walkthrough` writes one page with all figures, build/walkthrough.html.
@@ -58,14 +59,21 @@ assert shapes == [(128, 4, 32, 512, 2752), (8192, 64, 128, 24576, 152064)]
 # %% [markdown]
 # ## The whole machine
 #
-# Text becomes token ids. Each id becomes a vector of D numbers, a row of the embedding. The vectors of all
-# tokens run down through the layers; that stream of vectors is called the *residual stream*. Each layer
-# reads it twice and adds to it twice: attention lets tokens look at earlier tokens, the MLP works on every
-# token by itself. At the end the output head gives every vocabulary entry a score, the *logit*, for being
-# the next token.
+# What Qwen computes, in five sentences:
 #
-# The picture has the real shapes of the 72B, and is drawn from its configuration. Keep it open: most
-# sections below are boxes of it.
+# - A text comes in; the tokenizer cuts it into tokens and gives each token a number, its *id*.
+# - The model replaces each id by a vector of D numbers, which it reads from a table, the *embedding*.
+# - The vectors pass through the layers, one layer after another.
+# - In each layer, *attention* adds to every vector information from earlier tokens; then the *MLP* adds to
+#   every vector something that it computes from that vector alone.
+# - What comes out is one number for each of the V vocabulary entries, its *logit*: the larger the logit, the
+#   likelier that entry is the next token.
+#
+# The vectors of all tokens, as they pass through the layers, are called the *residual stream*. To write a
+# longer text, the next token is appended and the model runs again.
+#
+# The picture shows the real shapes of the 72B. It is drawn from the 72B's configuration. Keep it open: most
+# sections below explain one box of it.
 
 # %%
 from qwen_ref.checkpoint import tensor_table
@@ -88,12 +96,12 @@ print(
 # %% [markdown]
 # ## Text to pieces
 #
-# **Why.** The model reads numbers, so text is cut into tokens from a fixed list. The same letter can be
-# written in two ways in Unicode: é is one character, or e followed by an accent. They look alike and would
+# **Why.** The model reads numbers, so text is cut into tokens from a fixed list. Unicode can write the same
+# letter in two ways: é is one character, or e followed by an accent. The two look alike, but they would
 # become different tokens. So the text is first brought into one form, NFC.
 #
-# Then a pattern cuts the text into *pieces*: about a word each, with the space before it. No token ever
-# reaches across the border of two pieces.
+# Then a pattern cuts the text into *pieces*. A piece is about one word, with the space before it. A token
+# never crosses the border between two pieces.
 #
 # ```equation
 # text → NFC(text) → pieces → tokens → ids
@@ -116,11 +124,12 @@ print(pieces)
 assert "".join(pieces) == text
 
 # %% [markdown]
-# **What to look at.** The space belongs to the word that follows it; before a digit it is a piece by itself.
-# `'s` is a piece of its own. In `2024` every digit is a piece; more on that below.
+# **What to look at.** A space belongs to the word that follows it. A space before a digit is a piece by
+# itself. `'s` is a piece, too. In `2024` every digit is a piece; a section below says why.
 #
-# In the figure a piece and the tokens it becomes share a colour. ␣ stands for a space. é is two bytes in
-# UTF-8, and the tiny vocabulary has no token for the two, so they stay apart, shown as `0xc3` and `0xa9`.
+# In the figure, a piece and its tokens have the same colour. ␣ stands for a space. é is two bytes in UTF-8.
+# The tiny vocabulary has no token for these two bytes together, so they are two tokens, shown as `0xc3` and
+# `0xa9`.
 
 # %%
 ids_of = [tokenizer.encode(piece) for piece in pieces]
@@ -131,11 +140,11 @@ album.show("pieces", figures.pieces_and_tokens(pieces, tokens_of, ids_of))
 # %% [markdown]
 # ## Merges, one by one
 #
-# **Why.** A vocabulary of whole words would never be complete; one of single bytes would make texts very
-# long. Byte-pair encoding is between the two. It starts with bytes and merges the adjacent pair with the
-# lowest rank, again and again, until no pair is a token. The ranks were learned: the first merge is the
-# pair that was most frequent in the training text, and so on. Any text can be encoded, since every byte is
-# a token.
+# **Why.** A vocabulary of whole words would never be complete. A vocabulary of single bytes would make texts
+# very long. Byte-pair encoding lies between the two. It starts with single bytes. Then it merges the adjacent
+# pair with the lowest rank, again and again, until no adjacent pair is a token. The ranks come from the
+# training of the tokenizer: the pair that was most frequent in its training text has the lowest rank. Any
+# text can be encoded, because every single byte is a token.
 #
 # ```equation
 # repeat: merge the adjacent pair whose joined bytes have the lowest rank
@@ -143,8 +152,8 @@ album.show("pieces", figures.pieces_and_tokens(pieces, tokens_of, ids_of))
 #
 # *Source: Sennrich, Haddow and Birch 2016, section 3.2; on bytes: Radford et al. 2019, section 2.2.*
 #
-# `merge_pairs` does all merges at once. To see them one by one, we let the vocabulary grow: with ranks only
-# up to some limit, it stops there.
+# `merge_pairs` does all merges at once. To see them one by one, we call it with only a part of the
+# vocabulary, the ranks up to a limit, and raise the limit.
 
 # %%
 from qwen_ref.tokenizer import merge_pairs, read_ranks
@@ -153,7 +162,7 @@ ranks = {token: rank for rank, token in enumerate(read_ranks(folder / "qwen.tikt
 
 
 def merged(piece: bytes, limit: int) -> list[bytes]:
-    """The parts of a piece once all merges up to this rank are done."""
+    """The parts of a piece after all merges up to this rank."""
     known = {token: rank for token, rank in ranks.items() if rank <= limit}
     return [tokenizer.decode_bytes([part]) for part in merge_pairs(piece, known)]
 
@@ -171,11 +180,11 @@ assert states[0] == [bytes([byte]) for byte in piece]
 assert [ranks[part] for part in states[-1]] == tokenizer.encode(" Norway") == [326, 1561]
 
 # %% [markdown]
-# **What to look at.** Five merges lead from seven bytes to two tokens. A low rank is merged early: `or` was
-# frequent in the training text, `orway` much less. There is no token for all of `␣Norway`, so the model
-# gets two.
+# **What to look at.** Five merges lead from seven bytes to two tokens. Pairs with low ranks are merged first:
+# `or` was frequent in the training text, `orway` was rarer. No token is the whole of `␣Norway`, so the model
+# gets two tokens.
 #
-# Chinese goes the same way. A character is three bytes of UTF-8, and frequent words are one token:
+# Chinese works the same way. A character is three bytes of UTF-8, and a frequent word is one token:
 
 # %%
 chinese = "冰岛的首都是"  # "the capital of Iceland is"
@@ -187,9 +196,10 @@ assert len(tokenizer.encode(chinese)) == 2
 # %% [markdown]
 # ## Digits, one by one
 #
-# **Why.** With merges, 2024 might be one token, 2025 two and 31 another one, each with a vector of its own.
-# The model would have to learn the value of each by heart. As single digits, every number is spelled with
-# the same ten tokens, and a digit's place says what it counts. The price is longer sequences for numbers.
+# **Why.** If digits could merge, 2024 might be one token, 2025 two tokens and 31 one token, each with its own
+# vector. The model would have to memorise the value of each. Qwen never merges digits: every number is
+# written with the same ten tokens, and the place of a digit gives its value. The cost is that numbers take
+# more tokens.
 #
 # ```equation
 # 2024 → 2 | 0 | 2 | 4          never 20 | 24 or 202 | 4
@@ -214,8 +224,9 @@ assert answer == "19"
 # ## The text of this evening
 #
 # From here on we follow one text. It names one capital and asks for another, so the model must look at the
-# right country. We run it once and keep every intermediate tensor: the parity kit (`qwen_ref.parity`, which
-# checks other implementations) calls them *stages*, and names them as the layers of model.py.
+# right country. We run the model once and keep every intermediate tensor. The parity kit (`qwen_ref.parity`,
+# which checks other implementations) does this for us. It calls these tensors *stages* and gives them the
+# names of the layers in model.py.
 
 # %%
 from qwen_ref.parity.stages import Checkpoint, Port
@@ -236,8 +247,8 @@ assert torch.allclose(stages["logits"], model(ids), atol=1e-4)
 # %% [markdown]
 # ## Embedding
 #
-# **Why.** An id is a name, not a quantity: token 742 is not more than token 741. So each id gets a vector
-# that training has chosen. It is a row of a table of V rows.
+# **Why.** An id is a name, not a quantity: token 742 is not more than token 741. So each id is replaced by a
+# vector. The vectors are the V rows of a table, and training has set their numbers.
 #
 # ```equation
 # x_t = W[id_t]            W: (V, D) → x: (T, D)
@@ -264,18 +275,19 @@ print(f"in the 72B: {large.vocab_size * large.hidden_size:,} numbers, {without_t
 assert large.vocab_size - 151_851 == 213
 
 # %% [markdown]
-# **What to look at.** Nobody told the model that 6 and 8 are the neighbours of 7. Learning sums and
-# counting was enough for their vectors to point in similar directions.
+# **What to look at.** Nobody told the model that 6 and 8 are the neighbours of 7. It learned sums and
+# counting, and that made the vectors of these digits point in similar directions.
 #
-# V is larger than the number of tokens (151,851 in the published models): the table was padded to a rounder
-# size. The 213 rows of the 72B beyond them are never looked up. The output head has as many.
+# V is larger than the number of tokens, which is 151,851 in the published models: the table was padded to a
+# rounder size. In the 72B this adds 213 rows that no id ever selects. The output head is padded in the same
+# way.
 
 # %% [markdown]
 # ## RMSNorm
 #
-# **Why.** Layers add to the residual stream, so its vectors grow and differ in length. A layer should see
-# directions, not lengths. RMSNorm divides each token's vector by its root mean square, then multiplies each
-# of the D numbers by a learned weight. ε keeps a vector of zeros from being divided by 0.
+# **Why.** Every layer adds to the residual stream, so its vectors grow, and their lengths differ. A layer
+# should see directions, not lengths. RMSNorm divides each token's vector by its root mean square. Then it
+# multiplies each of the D numbers by a learned weight. ε prevents a division by 0 if all numbers are 0.
 #
 # ```equation
 # y = x / √(mean(x²) + ε) · w          x, y: (T, D)   w: (D)   ε = 10⁻⁶
@@ -306,17 +318,19 @@ assert torch.allclose(norm(10 * x), y, atol=1e-4)  # ten times as long: the same
 album.show("rmsnorm", figures.norm_before_and_after(tokens, rms(x)[0], rms(without_weight)[0]))
 
 # %% [markdown]
-# **What to look at.** Every root mean square is 1 afterwards. A detail that is easy to miss: in bfloat16
-# (the form of the published weights: 16 bits, 8 of them significant; float32 has 24) the division happens in
-# float32, the result is rounded, and only then the weight is applied.
+# **What to look at.** After the division every root mean square is 1. One detail is easy to miss. The
+# published weights are in bfloat16, which has 16 bits, 8 of them significant; float32 has 24. In a bfloat16
+# model the division is done in float32, then its result is rounded to bfloat16, and only then the weight is
+# applied.
 
 # %% [markdown]
 # ## Queries, keys and values
 #
-# **Why.** In attention every token asks a question and every earlier token may answer. From its normalised
-# vector a token makes three: the *query* is what it looks for, the *key* what it can be found by, the
-# *value* what it hands over. All three come from one matrix, with the only bias of the model; its rows are
-# stacked [q; k; v]. Each is then cut into H heads of K numbers, which look for different things.
+# **Why.** In attention, every token looks for information in itself and in earlier tokens. For this, each
+# token's normalised vector is turned into three vectors. The *query* says what the token looks for. The *key*
+# says what the token can be found by. The *value* is the information that it passes on. One matrix computes
+# all three; its rows are stacked [q; k; v]. This is the only product in the model with a bias. Query, key and
+# value are then each cut into H heads of K numbers. Each head can look for something else.
 #
 # ```equation
 # [q, k, v] = x W_qkvᵀ + b            x: (T, D)   W_qkv: (3 D, D)   q, k, v: (T, H, K)
@@ -335,21 +349,21 @@ assert torch.allclose(v, stages["blocks.2.attn.v"], atol=1e-5)
 # %% [markdown]
 # ## RoPE: where a token stands
 #
-# **Why.** So far the order of tokens plays no role. The rotary embedding puts it in: query and key are
-# turned by an angle that grows with the position. Numbers i and i + K/2 of a head form a pair, a point in a
-# plane, and each of the K/2 pairs turns at a speed of its own: pair 0 by one radian a position, the last
-# one hardly at all.
+# **Why.** So far the order of the tokens has no effect. The rotary position embedding (RoPE) adds it: it
+# turns each query and each key by angles that grow with the position. Numbers i and i + K/2 of a head form a
+# pair. A pair is a point in a plane, and a point can be turned. Each of the K/2 pairs turns at its own speed:
+# pair 0 turns by one radian per position, the last pair turns very slowly.
 #
 # ```equation
-# f_i = base^(−2i/K)                         radians a position, i = 0 … K/2 − 1
+# f_i = base^(−2i/K)                         radians per position, i = 0 … K/2 − 1
 # a' = a cos(p f_i) − b sin(p f_i)           a = x[i], b = x[i + K/2], at position p
 # b' = b cos(p f_i) + a sin(p f_i)
 # ```
 #
-# *Source: Su et al. 2021, section 3.2.2. The paper pairs neighbours, Qwen the halves of a head.*
+# *Source: Su et al. 2021, section 3.2.2. The paper pairs neighbours; Qwen pairs the two halves of a head.*
 #
-# A product of two vectors that are turned by different angles depends on the difference of the angles only.
-# So q · k depends on how far apart the two tokens are, not on where in the text they stand.
+# If two vectors are turned by different angles, their dot product depends only on the difference of the two
+# angles. So q · k depends on how far apart the two tokens are, not on where in the text they are.
 
 # %%
 from qwen_ref.model import rotary_frequencies, rotate, rotation_tables
@@ -360,26 +374,27 @@ q_turned, k_turned = rotate(q, cos, sin), rotate(k, cos, sin)
 assert torch.allclose(q_turned, stages["blocks.2.attn.q_rotated"], atol=1e-5)
 assert torch.allclose(q_turned.norm(dim=-1), q.norm(dim=-1), atol=1e-4)  # turning keeps the length
 
-# One query and one key, as if they stood at every position: all products of the two.
+# One query and one key, placed at every position in turn: the dot products of all combinations.
 everywhere = [
     rotate(x[:, -1:].expand(-1, T, -1, -1), cos, sin)[0, :, 2] for x in (q, k)
 ]  # head 2, (T, K) each
 products = everywhere[0] @ everywhere[1].T  # (T, T)
 for distance in (0, 1, 5):
     along = torch.diagonal(products, -distance)
-    print(f"q · k at distance {distance}: {along.mean():.4f}, all alike to {along.max() - along.min():.0e}")
-    assert along.max() - along.min() < 1e-3
+    spread = along.max() - along.min()
+    print(f"q · k at distance {distance}: {along.mean():.4f}, all equal within {spread:.0e}")
+    assert spread < 1e-3
 album.show("distances", figures.distances(products))
 
 # %% [markdown]
-# **What to look at.** Every diagonal has one colour: the same distance, the same product.
+# **What to look at.** Every diagonal has one colour: the same distance gives the same product.
 #
-# ### What a window of 32,768 tokens asks for
+# ### What a window of 32,768 tokens needs
 #
-# A pair that turns fast tells near positions apart, but after a whole turn it starts again. Only a pair
-# that turns less than once within a text can by itself tell near from far without doubt. With base 10,000
-# and heads of 128, only 4 of 64 pairs turn less than once in 32,768 positions. With base 1,000,000, the
-# 72B's, it is 24. That is its *extended base*. The smaller Qwens have 10,000.
+# A pair that turns fast distinguishes near positions, but after a full turn its values repeat. Only a pair
+# that makes less than one turn within a text has a different value at every position. With base 10,000 and
+# heads of 128, only 4 of 64 pairs make less than one turn in 32,768 positions. With the 72B's base,
+# 1,000,000, 24 pairs do. This is called the *extended base*. The smaller Qwens have base 10,000.
 
 # %%
 window = large.seq_length
@@ -407,29 +422,30 @@ assert (QwenConfig.preset("7b").rotary_emb_base, large.rotary_emb_base) == (10_0
 album.show("rope", figures.rotation_and_wavelengths(turned, wavelengths, window))
 
 # %% [markdown]
-# **What to look at.** Left: pair 1 of the tiny model goes round once in 15 positions. Middle: the lines
-# start together, since pair 0 turns at the same speed with any base, and part from there; a pair above the
-# dashed line turns less than once. Right: with base 10,000, pair 45 turns eight times within the window.
-# Its cosine has the same value at many positions. With 1,000,000 it is a third of one turn, and every
-# position has a value of its own.
+# **What to look at.** Left: pair 1 of the tiny model makes one turn in 15 positions. Middle: the two lines
+# start at the same point, because pair 0 turns at the same speed with any base. Pairs above the dashed line
+# make less than one turn within the window. Right: with base 10,000, pair 45 makes eight turns within the
+# window, so its cosine has the same value at many positions. With base 1,000,000 it makes a third of a turn,
+# and its cosine is different at every position.
 
 # %% [markdown]
 # ## Scores, the causal mask, softmax
 #
-# **Why.** A query is compared with every key by a dot product: large if they point the same way. The sum of
-# K products grows like √K, so it is divided by √K. A token must not see what comes after it, or it would
-# learn to copy the answer: those scores are replaced by −∞. Softmax turns each row into weights: positive,
-# with the sum 1. With them the values are mixed.
+# **Why.** A query is compared with every key by a dot product. The product is large if the two point in the
+# same direction. A sum of K products grows like √K, so it is divided by √K. In training, a token must not see
+# later tokens, because it would copy the answer from them. So the scores of later tokens are replaced by −∞.
+# Softmax turns each row of scores into weights, which are not negative and sum to 1. The result is the sum of
+# the values, each multiplied by its weight.
 #
 # ```equation
-# weights = softmax(q kᵀ / √K + mask)       (H, T, T)      mask = 0 where key ≤ query, else −∞
-# mixed = weights v                         (H, T, K)
+# attention(q, k, v) = softmax(q kᵀ / √K + mask) v      (H, T, K)
+#                      └──────── weights ────────┘      (H, T, T)     mask = 0 where key ≤ query, else −∞
 # ```
 #
 # *Source: Vaswani et al. 2017, equation 1 and section 3.2.3.*
 #
-# model.py calls torch's `scaled_dot_product_attention`, which does this without writing the weights down.
-# To look at them we compute them once, and check that they give the output that the model computed.
+# model.py calls torch's `scaled_dot_product_attention`, which computes this equation without storing the
+# weights. To look at the weights we compute them here, and check that they give the model's own output.
 
 # %%
 from qwen_ref.model import causal_mask
@@ -438,10 +454,11 @@ mask = causal_mask(T, T, None, ids.device)  # (1, 1, T, T)
 
 
 def attention_weights(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and weights (H, T, T) of a layer, from its stages; they must give the layer's own output."""
+    """Scores and weights (H, T, T) of a layer. Checks that they give the layer's own output."""
     q, k, v = (
         stages[f"blocks.{layer}.attn.{name}"].transpose(1, 2) for name in ("q_scaled", "k_rotated", "v")
     )
+    # softmax(q kᵀ / √K + mask) v
     scores = q @ k.transpose(-1, -2) / math.sqrt(tiny.kv_channels)  # (B, H, T, T)
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
     mixed = (weights @ v).transpose(1, 2).flatten(2)  # (B, T, H · K)
@@ -458,21 +475,23 @@ assert 1e9 < window**2 < 1.1e9  # scores of a head of the 72B
 album.show("scores", figures.scores_to_weights(tokens, scores[2], weights[2]))
 
 # %% [markdown]
-# **What to look at.** The mask takes away the upper right triangle (grey), nearly half of all scores. The
-# first token can only look at itself. In the 72B with 32,768 tokens a head has a billion scores: too many
-# to write down.
+# **What to look at.** The mask removes the upper right triangle (grey), nearly half of all scores. The first
+# token can only look at itself. With 32,768 tokens, each head of the 72B has a billion scores: too many to
+# store.
 
 # %% [markdown]
 # ## Attention maps: looking up a capital
 #
-# **Why.** The last token is `␣is`. To know what follows, it must find out which country was asked about.
-# Attention is the only way for it to get at other tokens. Here are all heads of all four layers.
+# **Why.** The last token is `␣is`. To predict the next token, the model must know which country the question
+# names. Attention is the only step that moves information from one token to another. The figure shows the
+# weights of all heads of all four layers.
 #
 # ```equation
-# what a head reads at token t = Σ over tokens j ≤ t of weights[t, j] · v_j          a map shows weights[t, j]
+# output of a head at token t = Σ over tokens j ≤ t of weights[t, j] · v_j          a map shows weights[t, j]
 # ```
 #
-# *Source: Vaswani et al. 2017, section 3.2.1; that weights are not yet reasons: Jain and Wallace 2019.*
+# *Source: Vaswani et al. 2017, section 3.2.1; that weights do not explain a prediction: Jain and Wallace
+# 2019.*
 
 # %%
 maps = [attention_weights(layer)[1] for layer in range(tiny.num_hidden_layers)]
@@ -505,31 +524,33 @@ album.show(
 )
 
 # %% [markdown]
-# **What to look at.** Three heads of sixteen put more than half of the last token's weight on `␣Japan`, and
-# next to nothing on Norway. The first line has its own `␣is`, and there two of the three look at `orway`.
+# **What to look at.** In three of the sixteen heads, the last token has more than half of its weight on
+# `␣Japan` and almost none on Norway. The first line of the text also has a token `␣is`. There, two of these
+# three heads look at `orway`.
 #
-# ### Which look counts?
+# ### Which of these heads matter?
 #
-# A weight says where a head looks, not what the model makes of it. To find that out we forbid looks: the
-# last token may not see `␣Japan`, in one head or in several, and all else stays. The parity kit's `Port`
-# lets us put our own attention in place of torch's, here with a mask that has those holes.
+# A weight says where a head looks. It does not say what the model does with that. So we make an experiment:
+# in one head or in several, the last token may not see `␣Japan`; everything else stays the same. The parity
+# kit's `Port` lets us replace torch's attention by our own, here with a mask that also hides `␣Japan`.
 
 
 # %%
-def probability_without(looks: list[tuple[int, int]]) -> float:
-    """What ' Tokyo' gets when the last token may not see ' Japan' in these heads, (layer, head) each."""
+def probability_without(heads: list[tuple[int, int]]) -> float:
+    """The probability of ' Tokyo' if the last token may not see ' Japan' in these (layer, head)."""
     layers_done, seen = [], {}
 
-    def with_holes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
-        holes = mask.repeat(1, tiny.num_attention_heads, 1, 1)  # (1, H, T, T)
-        for layer, head in looks:
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        allowed = mask.repeat(1, tiny.num_attention_heads, 1, 1)  # (1, H, T, T)
+        for layer, head in heads:
             if layer == len(layers_done):
-                holes[0, head, -1, country] = False
+                allowed[0, head, -1, country] = False
         layers_done.append(True)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=holes)
+        # softmax(q kᵀ / √K + mask) v
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
     port = Port(Checkpoint(folder), "float32", ids)
-    port.scaled_dot_product_attention = with_holes
+    port.scaled_dot_product_attention = masked
     port.run(lambda stage, value, start: seen.update({stage: value}), only=["logits"])
     return float(seen["logits"][0, -1].softmax(dim=-1)[tokenizer.encode(" Tokyo")[0]])
 
@@ -541,7 +562,7 @@ forbidden = {
     "layer 2, heads 1 and 2": [(2, 1), (2, 2)],
     "all but layer 0, head 0": others,
 }
-tokyo = {name: probability_without(looks) for name, looks in forbidden.items()}
+tokyo = {name: probability_without(heads) for name, heads in forbidden.items()}
 for name, probability in tokyo.items():
     print(f"forbidden: {name:<27} ' Tokyo' {probability:.4f}")
 assert tokyo["layer 0, head 0"] < 0.001
@@ -550,14 +571,16 @@ assert tokyo["all but layer 0, head 0"] > 0.99
 assert len(others) == 15
 
 # %% [markdown]
-# **What to look at.** All three looks are dark in the maps, and only one of them counts. Without that of
-# layer 0 `␣Tokyo` falls below 0.001, whatever the later layers look at. Without the two of layer 2 it stays
-# above 0.99. With that of layer 0 alone, and the 15 others forbidden, it stays there, too: the country
-# reached the last token in layer 0, and the later looks could have been left out. A map alone does not tell
-# you this; the experiment does. (It has a limit of its own: what a head may not give to `␣Japan` it gives
-# to other tokens, so a forbidden look changes more than it takes away.)
+# **What to look at.** All three heads have a dark spot in the maps, but only one of them matters. If the head
+# of layer 0 may not see `␣Japan`, the probability of `␣Tokyo` falls below 0.001. If the two heads of layer 2
+# may not see it, the probability stays above 0.99. It also stays above 0.99 if only the head of layer 0 may
+# see it and the 15 other heads may not. So the country reaches the last token in layer 0, and the model does
+# not need the later heads for this question. The maps alone do not show this; the experiment does.
 #
-# And when the country changes, so does the capital:
+# The experiment has a limit. The weights of a head always sum to 1. If `␣Japan` is hidden, its weight goes to
+# other tokens, so the experiment changes more than one weight.
+#
+# If the country changes, the capital changes, too:
 
 # %%
 for country_name, right in (("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Peru", "Lima")):
@@ -570,20 +593,21 @@ for country_name, right in (("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Peru", "
 # %% [markdown]
 # ## Beyond the trained length: NTK and LogN
 #
-# **Why.** The 1.8B, 7B and 14B were trained on shorter texts than the 72B. At later positions slow pairs
-# reach angles that training has never shown. They get two remedies; the 72B and the tiny model need
-# neither.
+# **Why.** The 1.8B, 7B and 14B were trained on shorter texts than the 72B. In longer texts, their slow pairs
+# reach angles that never occurred in training. These models therefore use two corrections, dynamic NTK and
+# LogN. The 72B and the tiny model use neither.
 #
-# *Dynamic NTK* raises the base when the prompt is longer than the trained length L, so that slow pairs turn
-# more slowly, as if the text were shorter. The fast ones hardly change, which tell neighbours apart.
+# *Dynamic NTK* raises the base if the prompt is longer than the trained length L. The slow pairs then turn
+# more slowly, as if the text were shorter. The fast pairs, which distinguish near positions, hardly change.
 #
 # ```equation
-# α = max(2^⌈log₂(n / L) + 1⌉ − 1, 1)          n: tokens of the prompt
+# α = max(2^⌈log₂(n / L) + 1⌉ − 1, 1)          n: number of tokens of the prompt
 # base' = base · α^(K / (K − 2))
 # ```
 #
-# *LogN*: the more keys a query is compared with, the flatter its softmax becomes. So the query at position
-# p (counted from 0) is made longer:
+# *LogN* corrects another effect: the more keys a query is compared with, the flatter its softmax becomes. A
+# longer query makes the softmax sharper again. So the query at position p, counted from 0, is multiplied by a
+# factor:
 #
 # ```equation
 # q_p ← q_p · max(log(p + 1) / log(L), 1)
@@ -624,16 +648,18 @@ for config in (tiny, large):
 album.show("logn_ntk", figures.beyond_the_trained_length(alphas, by_alpha, logn, L))
 
 # %% [markdown]
-# **What to look at.** α jumps from 1 to 3 with the first token beyond 8,192, then stays until 16,384. It is
-# fixed by the prompt and kept while the answer grows: keys in the cache were turned with it. The slowest
-# pair is stretched by exactly α. LogN is gentle: 1.154 at four times the trained length.
+# **What to look at.** α jumps from 1 to 3 at the first token beyond 8,192, then stays at 3 until 16,384. The
+# length of the prompt fixes α. α does not change while the answer is generated, because the keys in the cache
+# were turned with it. With α, the slowest pair takes exactly α times as many positions for a turn. LogN's
+# factor is small: 1.154 at four times the trained length.
 
 # %% [markdown]
 # ## SwiGLU: the MLP
 #
-# **Why.** Attention moves information between tokens; the MLP works on each token alone, and has most of
-# a layer's parameters. Two matrices widen the vector from D to F channels. One of them, the *gate*, goes
-# through a curve and decides how much of the other passes. A third matrix brings the F channels back to D.
+# **Why.** Attention moves information between tokens. The MLP works on each token alone, and it has most of a
+# layer's parameters. Two matrices, *gate* and *up*, each turn the vector of D numbers into F channels. The
+# gate's channels go through the function silu and are multiplied with those of up: the gate decides how much
+# of each channel passes. A third matrix, *down*, brings the F channels back to D numbers.
 #
 # ```equation
 # y = (silu(x W_gateᵀ) · (x W_upᵀ)) W_downᵀ         silu(z) = z · sigmoid(z)
@@ -654,7 +680,7 @@ silu = torch.nn.functional.silu(z)
 assert torch.allclose(silu, z * torch.sigmoid(z))
 below = float((gate < 0).float().mean())
 print(f"gates from {float(gate.min()):.1f} to {float(gate.max()):.1f}, {below:.0%} of them below 0")
-print(f"the least that silu can give is {float(silu.min()):.2f}")
+print(f"the smallest value of silu is {float(silu.min()):.2f}")
 assert gate.min() > -3
 assert gate.max() < 3
 assert round(float(silu.min()), 2) == -0.28
@@ -667,15 +693,15 @@ assert round(100 * share) == 69
 assert large.intermediate_size == 2 * F == 49_152
 
 # %% [markdown]
-# **What to look at.** silu is nearly 0 for strongly negative z, which closes a channel, and nearly z for
-# large z. In this layer, on this text, all gates are between −3 and 3, where the curve bends. In
-# `config.json` the 72B's `intermediate_size` is 49,152: gate and up counted together, twice the real F.
+# **What to look at.** For strongly negative z, silu is nearly 0, which closes the channel. For large z, silu
+# is nearly z. In this layer, on this text, all gates are between −3 and 3, where the curve bends. In the
+# 72B's `config.json`, `intermediate_size` is 49,152. That counts gate and up together; F is half of it.
 
 # %% [markdown]
 # ## The residual stream
 #
-# **Why.** Each half of a layer adds to the stream and overwrites nothing. So what the embedding said is a
-# part of the sum to the end, and a layer only has to learn what to change.
+# **Why.** Attention and MLP add to the stream; they overwrite nothing. So the embedding remains a part of the
+# sum up to the end, and a layer only has to learn what to change.
 #
 # ```equation
 # x ← x + attention(norm(x))
@@ -709,18 +735,18 @@ assert [round(value, 2) for value in additions[-1]] == [0.85, -0.57]
 album.show("residual", figures.through_the_layers(names, tokens, norms))
 
 # %% [markdown]
-# **What to look at.** In the tiny model the first MLP makes the last token's vector more than ten times as
-# long. What it adds is 11 times as long as what was there. From then on the length hardly changes, but that
-# does not mean that little happens: the last MLP adds a vector of 0.85 times the length, which points
-# against the stream (cosine −0.57). How the lengths go differs from model to model; that the stream is a
-# sum does not.
+# **What to look at.** In the tiny model, the first MLP makes the last token's vector more than ten times as
+# long: the vector that it adds is 11 times as long as the vector before. After that the length hardly
+# changes, but the vector does: the last MLP adds a vector of 0.85 times the length, and this vector points
+# against the stream (cosine −0.57). The lengths differ from model to model. In every model the stream is a
+# sum.
 
 # %% [markdown]
 # ## The logit lens: when is the capital there?
 #
-# **Why.** At the end, the last norm and the output head turn the stream into logits. But the stream has D
-# numbers after every layer. So we can put norm and head behind *any* layer, and read what the model would
-# say if it ended there.
+# **Why.** At the end, the last norm and the output head turn the stream into logits. The stream has D numbers
+# per token after every layer. So we can apply norm and head after *any* layer and see what the model would
+# predict if it ended there.
 #
 # ```equation
 # p_layer = softmax(head(norm(x_layer)))       (V)
@@ -751,28 +777,74 @@ assert max(paths[" Oslo"]) < 0.05
 album.show("lens", figures.lens(names, paths))
 
 # %% [markdown]
-# **What to look at.** Behind the embedding the stream holds only the last token itself, `␣is`; the country
-# cannot be known yet. Then come tokens that many capitals begin with, `␣T` and `␣M`. `␣Tokyo` becomes more
-# than four times as likely in the attention of layer 2, is first after that layer's MLP, and all but
-# certain at the end. `␣Oslo` never gets 0.05, although it stands in the text.
+# **What to look at.** After the embedding, the stream holds only the last token itself, `␣is`; nothing in it
+# depends on the country yet. Later, tokens that many capitals begin with become likely: `␣T` and `␣M`. The
+# attention of layer 2 makes `␣Tokyo` more than four times as likely. After the MLP of layer 2 it is the
+# likeliest token, and at the end it is almost certain. `␣Oslo` never reaches 0.05, although it is in the
+# text.
 #
-# The path is not straight, and it need not be: only the last layer was trained to be read by the head. What
-# the lens says earlier is a reading, not an answer. It also says when a token shows, not what put it there:
-# the look that decides was in layer 0, and `␣Tokyo` is first only in layer 2.
+# The probabilities do not rise steadily. They need not: in training, the head read only the output of the
+# last layer. So the lens shows what the head *would* read in an earlier layer; it is not what that layer was
+# trained to say. The lens also shows when a token becomes likely, not what caused it: the head that matters
+# is in layer 0, but `␣Tokyo` is the likeliest token only from layer 2 on.
 
 # %% [markdown]
-# ## Token by token, and the cache
+# ## The loop: one token after another
 #
-# **Why.** The model gives one token at a time; it is appended to the text, and all begins again. Keys and
-# values of earlier tokens never change, because nothing looks ahead. So they are kept: a new token computes
-# its own query, key and value, and reads the others from the cache. Without it, every new token would cost
-# all positions again.
+# **Why.** The model predicts one token. To generate a text, the token is appended and the model runs again on
+# the longer text. This is the whole loop, in its simplest form:
 #
 # ```equation
-# bytes a token = 2 · layers · H · K · bytes a number        2: a key and a value
+# next = argmax over the vocabulary of logits[last position]
+# ids ← [ids, next]                                              repeat
 # ```
 #
-# *Source: it follows from the shapes; `sizes.cache_bytes`.*
+# *Source: Radford et al. 2019, section 2, equation 1: the probability of a text is a product over its tokens,
+# each given those before it. Taking the argmax at each step is called greedy decoding.*
+
+# %%
+import torch
+
+from qwen_ref import Tokenizer, load_model
+
+model = load_model(folder, "float32")
+tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
+
+text_ids = torch.tensor([tokenizer.encode("The capital of Iceland is")])  # (1, T)
+for _ in range(6):
+    logits = model(text_ids)[:, -1]  # (1, V): of the token that follows the last one
+    next_id = logits.argmax(dim=-1, keepdim=True)  # (1, 1): the likeliest token
+    text_ids = torch.cat([text_ids, next_id], dim=1)  # (1, T + 1)
+    print(repr(tokenizer.decode(text_ids[0].tolist())))
+assert tokenizer.decode(text_ids[0].tolist()).startswith("The capital of Iceland is Reykjavik.")
+
+# %% [markdown]
+# **What to look at.** Every line is one pass through the model and has one more token. After the answer the
+# loop goes on, because nothing stops it. The loop is correct, and generation needs no more than this. The
+# project refines it in five ways; each has its place in the code:
+#
+# - **Sampling** draws the next token at random, by its probability, instead of taking the argmax:
+#   sampling.py. `generate_uncached` in generate.py is the loop above with sampling.
+# - **Stop ids** end the loop when the model predicts one of them, such as the end of the text:
+#   `generate_uncached` has them, too.
+# - **The cache** keeps the keys and values of all earlier positions, so that a pass computes one position
+#   only: `KVCache` in model.py, and `generate` in generate.py.
+# - **Prefill** fills the cache with the prompt, in chunks, before the first token: `prefill` in generate.py.
+# - **A batch** continues several prompts in one pass. Shorter prompts are padded on the left:
+#   `generate_batch` in generate.py.
+
+# %% [markdown]
+# ## The cache
+#
+# **Why.** The loop above computes all positions again for every new token. That is not necessary: the keys
+# and values of earlier tokens never change, because no token looks at later ones. So they are kept in a
+# *cache*. A new token computes only its own query, key and value, and reads the others from the cache.
+#
+# ```equation
+# bytes per token = 2 · layers · H · K · bytes per number        2: a key and a value
+# ```
+#
+# *Source: it follows from the shapes; `cache_bytes` computes it.*
 
 # %%
 from qwen_ref.commands.sizes import cache_bytes, held_bytes
@@ -803,28 +875,28 @@ assert round(a_token["72b"] / 1e6, 1) == 2.6
 assert round(a_token["72b"] * window / 1e9, 1) == 85.9
 
 # %% [markdown]
-# **What to look at.** Keys are kept after they were turned, so nothing is turned twice. The 72B keeps 2.6
-# MB for every token, 85.9 GB for a full window. Later models share keys and values among heads to save on
-# this; first-generation Qwen does not.
+# **What to look at.** Keys are stored after RoPE has turned them, so no key is turned twice. The cache of the
+# 72B takes 2.6 MB per token, and 85.9 GB for a full window. In later models, several heads share keys and
+# values, which makes the cache smaller. In first-generation Qwen every head has its own.
 
 # %% [markdown]
 # ## Sampling
 #
-# **Why.** The model gives a probability to each token, and something must choose. The likeliest one is safe
-# and dull; drawing from all of them sooner or later hits one of the thousands that make no sense. Three
-# settings lie between.
+# **Why.** The model gives every token a probability, and the loop must choose one. If it always takes the
+# likeliest token, texts become repetitive. If it draws from all tokens, it sooner or later draws one of the
+# thousands that make no sense. Three settings lie between the two.
 #
 # ```equation
 # temperature   p ∝ exp(logit / temperature)       below 1: sharper, above 1: flatter
-# top-k         keep the k likeliest, drop the others, scale to the sum 1
-# top-p         keep the likeliest until their sum reaches p, drop the others, scale to the sum 1
+# top-k         keep the k likeliest tokens, drop the others, scale to the sum 1
+# top-p         keep the likeliest tokens until their sum reaches p, drop the others, scale to the sum 1
 # ```
 #
-# *Source: top-k: Fan et al. 2018; top-p: Holtzman et al. 2020, section 3.1. The published order is
-# repetition penalty, temperature, top-k, top-p.*
+# *Source: top-k: Fan et al. 2018; top-p: Holtzman et al. 2020, section 3.1. Published Qwen applies them in
+# this order: repetition penalty, temperature, top-k, top-p.*
 #
-# After "The capital of the" the tiny model has real choices: it has learned the capitals of 16 states whose
-# English names begin with "the". Three of them go on with `␣United`, so 14 tokens are right.
+# After "The capital of the", several tokens are right: the tiny model has learned the capitals of 16 states
+# whose English names begin with "the". Three of these names continue with `␣United`, so 14 tokens are right.
 
 # %%
 from qwen_ref.sampling import probabilities
@@ -867,19 +939,20 @@ album.show(
 )
 
 # %% [markdown]
-# **What to look at.** The 14 right tokens are the 14 likeliest and have 0.99 of the probability; the other
-# 2,738 share the rest. Temperature cuts nothing away: it moves probability to the front, or to the back. At
-# 2 the 2,738 wrong ones get 0.4 of it together: each is unlikely, but they are many. Top-k cuts at a fixed
-# number, here in the middle of right answers. Top-p keeps as many as it takes: 11 here, and one behind "The
-# capital of Japan is", where the model is sure.
+# **What to look at.** The 14 right tokens are the 14 likeliest, and together they have 0.99 of the
+# probability. The other 2,738 tokens share the rest. Temperature removes no token: it moves probability
+# towards the likeliest tokens, or towards the unlikely ones. At temperature 2 the 2,738 wrong tokens have 0.4
+# together: each is unlikely, but they are many. Top-k keeps a fixed number of tokens, and here it drops right
+# answers. Top-p keeps as many tokens as it needs to reach p: 11 here, but only one after "The capital of
+# Japan is", where the model is sure.
 
 # %% [markdown]
 # ## Tensor parallelism: one model on two devices
 #
-# **Why.** The 72B's weights take 144.6 GB in bfloat16, more than most devices have. So every large matrix
-# is cut, and each rank (a process with a device) holds one part. The cuts are chosen in pairs: what the
-# first matrix leaves on a rank is what the second one needs there, so the ranks talk only once after each
-# pair.
+# **Why.** The 72B's weights take 144.6 GB in bfloat16. Most devices have less memory. So every large matrix
+# is cut into parts, one for each *rank*. A rank is a process with its own device. The cuts are chosen in
+# pairs: the output of a rank's part of the first matrix is exactly the input of its part of the second
+# matrix. So the ranks exchange data only once, after the second matrix of a pair.
 #
 # ```equation
 # Y = (silu(X Gᵀ) · (X Uᵀ)) Wᵀ  =  Σ over ranks r of  (silu(X G_rᵀ) · (X U_rᵀ)) W_rᵀ
@@ -895,7 +968,7 @@ specs = {spec.name: spec for spec in tensor_table(tiny)}
 
 
 def part(name: str, rank: int) -> torch.Tensor:
-    """What this of two ranks holds of a weight of layer 2."""
+    """The part of a weight of layer 2 that this rank holds, of two ranks."""
     name = f"blocks.2.{name}.weight"
     return specs[name].part(model.get_parameter(name), rank, 2)
 
@@ -918,26 +991,27 @@ assert round(by_rank[1], 1) == 144.6
 assert round(by_rank[2], 1) == 72.3
 
 # %% [markdown]
-# **What to look at.** qkv, gate and up are cut by rows: each rank has some heads, some channels. out and
-# down are cut by columns. One sum follows each pair, an *all-reduce*; at the end a *gather* puts the logits
-# side by side. qkv has a trap: its rows are [q; k; v], so each third is cut by itself. One cut through the
-# middle would give rank 0 all of q and half of k.
+# **What to look at.** qkv, gate and up are cut by rows: each rank holds some of the heads and some of the
+# channels. out and down are cut by columns. After each pair the partial results of the ranks are summed; this
+# is called an *all-reduce*. At the end, a *gather* puts the ranks' parts of the logits side by side. Be
+# careful with qkv: its rows are [q; k; v], so each third is cut separately. One cut through the middle would
+# give rank 0 all of q and half of k.
 
 # %% [markdown]
 # ## Quantisation: fewer bits a weight
 #
-# **Why.** To make one token every weight of the matrices is read, so fewer bits are more speed, and less
-# memory. A weight is replaced by a whole number q of steps; the size of a step, the *scale*, is kept for
-# each row (int8) or for each group of 64 weights in a row (int4). In int4 a group has a *zero* besides, the
-# value that q = 8 stands for, as its weights need not lie evenly about 0. What rounding moves is at most
-# half a step.
+# **Why.** A decode step reads every weight of the matrices once. With fewer bits per weight it is faster and
+# needs less memory. Each weight is replaced by a whole number q, which counts steps. The size of a step is
+# the *scale*. int8 has one scale for each row. int4 has one scale for each group of 64 weights in a row, and
+# also a *zero* for each group: the value that q = 8 stands for. The zero is needed because the weights of a
+# group do not have to be centred at 0. Rounding changes a weight by at most half a step.
 #
 # ```equation
 # int8   W[o, i] ≈ q · scale[o]                                    q from −127 to 127
 # int4   W[o, i] ≈ (q − 8) · scale[o, i // 64] + zero[o, i // 64]      q from 0 to 15
 # ```
 #
-# *Source: Jacob et al. 2018, equation 1, for the idea; the formulas are those of quantize.py.*
+# *Source: Jacob et al. 2018, equation 1, for the idea; the formulas are those of quantize/rounding.py.*
 
 # %%
 from qwen_ref.quantize.rounding import dequantize_int4, quantize_int4, quantize_int8
@@ -957,7 +1031,7 @@ for name, instead in rounded.items():
     assert (moved.abs() <= half_a_step[name] * 1.001 + 1e-7).all()
     off = stages["blocks.2.mlp.product"] @ instead.T - clean
     errors[name] = (float(moved.norm() / weight.norm()), float(off.norm() / clean.norm()))
-    print(f"{name:<18}: weights off by {errors[name][0]:.2%}, what the layer gives by {errors[name][1]:.2%}")
+    print(f"{name:<18}: weights off by {errors[name][0]:.2%}, the layer's output by {errors[name][1]:.2%}")
 times = {}
 for group in (32, 64, 128, 256):
     moved = dequantize_int4(*quantize_int4(weight, group)) - weight
@@ -974,18 +1048,18 @@ assert all(of_layer < of_weights for of_weights, of_layer in errors.values())
 album.show("quantisation", figures.rounding({name: instead - weight for name, instead in rounded.items()}))
 
 # %% [markdown]
-# **What to look at.** Rounding moves weights evenly to both sides. The peak at 0 on the right: in int4 the
-# smallest and the largest weight of a group are hit by its steps. int4 has 16 steps where int8 has 255;
-# with groups of 64 its error is 12 times as large, with groups of 32 it is 10 times, with groups of 256 it
-# is 14 times. On this text what the layer gives is off by less than its weights are. What rounding costs in
-# the model's answers is measured in the README.
+# **What to look at.** Rounding moves weights up as often as down. The peak at 0 on the right has a reason: in
+# int4, the smallest and the largest weight of each group are exactly on a step. int4 has 16 steps, int8 has
+# 255. The error of int4 is 12 times that of int8 with groups of 64, 10 times with groups of 32 and 14 times
+# with groups of 256. On this text, the error of the layer's output is smaller than the error of its weights.
+# `python examples/measure/fast_accuracy.py` measures what rounding changes in the model's predictions.
 
 # %% [markdown]
 # ## The whole of it, once more
 #
-# The 13 ids became vectors; four layers let them look at each other and worked on each; the head gave 2,752
-# logits; the largest is `␣Tokyo`. Then the same with 14 ids, from the cache. That is all that Qwen-72B
-# does, with 80 layers and wider matrices.
+# The 13 ids became vectors. In each of four layers, attention moved information between the vectors, and the
+# MLP worked on each. The head gave 2,752 logits, and the largest is that of `␣Tokyo`. Then the same happens
+# with 14 ids, with the help of the cache. Qwen-72B does nothing else; it has 80 layers and larger matrices.
 
 # %%
 text = tokenizer.decode(step.token for step in generate(model, ids[0].tolist(), max_new_tokens=2))
@@ -993,4 +1067,5 @@ print(prompt + text)
 assert text.strip("\n") == " Tokyo."
 
 # %% [markdown]
-# Where to go from here: open model.py again, and find each section in it. It is shorter than this page.
+# Where to go from here: open model.py and find each section of this page in it. model.py is shorter. Then
+# read generate.py; its first function is the loop.
