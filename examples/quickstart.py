@@ -26,8 +26,8 @@ likeliest = logits[0, -1].float().softmax(dim=-1).topk(3)
 for probability, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
     print(f"next: {tokenizer.decode([token])!r} with probability {probability:.4f}")
 
-# generate() repeats this step: run the model, choose a token, append it. learn/walkthrough.py has the same loop
-# in its simplest form, without a cache, in the section "The loop".
-steps = list(generate(model, ids, max_new_tokens=6))
+# generate() repeats this step: run the model, choose a token, append it. The section "The loop" in
+# learn/walkthrough.py has the same loop in its simplest form, without a cache.
+steps = list(generate(model, ids, max_new_tokens=7))
 print("text:", tokenizer.decode(step.token for step in steps))
 print("log-probabilities:", ", ".join(f"{step.logprob:.4f}" for step in steps))

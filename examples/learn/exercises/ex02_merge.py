@@ -2,13 +2,13 @@
 
 
 def merge_once(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
-    """One merge: of all adjacent pairs that together are a token, the one with the lowest rank becomes one.
+    """One merge. Look at all adjacent pairs that together are a token; merge the pair with the lowest rank.
 
-    parts: a piece of text (exercise 1), cut somehow: at first into its single bytes.
-    ranks: every token's bytes and its rank, which is its id. In training low ranks were found first.
+    parts: a piece of text (exercise 1), cut into parts. At first each part is a single byte.
+    ranks: maps the bytes of each token to its rank, which is also its id. Training found low ranks first.
 
-    Of pairs with the same rank the leftmost is merged, and only that one. Where no pair is a token, the parts
-    come back as they were: the piece is finished, and the ranks of its parts are its ids.
+    If several pairs have the lowest rank, merge only the leftmost. If no pair is a token, return the parts
+    unchanged: the piece is finished, and the ranks of its parts are its ids.
 
     Source: Sennrich et al. 2016, section 3.2, there on characters; Qwen does it on the bytes of UTF-8.
 
@@ -20,4 +20,4 @@ def merge_once(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
     >>> merge_once([b"low"], ranks)
     [b'low']
     """
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line by your code

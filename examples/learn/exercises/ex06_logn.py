@@ -1,4 +1,4 @@
-"""Exercise 6: LogN, the other half of what the smaller models do beyond the length they were trained on."""
+"""Exercise 6: LogN, the second correction of the smaller models beyond their trained length."""
 
 import math
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def logn_scale(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
-    """What the query at each position is multiplied by, after its rotation: the shape of positions, in dtype.
+    """The factor for the query at each position, applied after the rotation: shape of positions, in dtype.
 
-        log(n) / log(seq_length) where n > seq_length, else 1
+        log(n) / log(seq_length) if n > seq_length, else 1
 
-    n counts the tokens that the query sees, itself among them; positions (int64) are counted from 0.
-    The more tokens there are, the thinner attention is spread. Larger queries make it sharper again.
+    n is the number of tokens that the query sees, including its own. positions (int64) are counted from 0.
+    With more tokens, attention spreads over more of them. A larger query concentrates it again.
 
-    Compute it in float32 or wider, and round to dtype last: bfloat16 cannot even hold most positions.
+    Compute in float32 or wider and round to dtype at the end: bfloat16 cannot represent most positions.
 
     Source: Chiang and Cholak 2022, for scores scaled by log n; the form is that of the 1.8B, 7B and 14B as
     published.
@@ -22,4 +22,4 @@ def logn_scale(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor
     >>> logn_scale(torch.tensor([0, 9, 10, 99]), seq_length=10, dtype=torch.float32)
     tensor([1.0000, 1.0000, 1.0414, 2.0000])
     """
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line by your code

@@ -1,25 +1,26 @@
-"""Exercise 7: the causal mask, when some of the keys were there before."""
+"""Exercise 7: the causal mask, if some of the keys come from a cache."""
 
 import torch
 from torch import Tensor
 
 
 def causal_mask(T: int, S: int) -> Tensor:
-    """(T, S), bool: row t is a query, column s a key, True where the query may see the key.
+    """(T, S), bool: row t is a query, column s is a key; True if the query may see the key.
 
-    There are S keys, those of positions 0 to S − 1. The last T of them are new; the S − T before them come
-    out of the cache. There are queries for the T new positions only. A query sees its own key and all before.
+    There are S keys, at positions 0 to S − 1. The last T keys are new; the S − T keys before them come from
+    the cache. Only the T new positions have queries. A query sees the key at its own position and all keys
+    before it.
 
-    A whole prompt without a cache is T = S. One token behind a cache is T = 1. A prompt that is fed in chunks
-    is everything between, and there one formula has to be right for all.
+    A whole prompt without a cache gives T = S. A decode step, one token after a cache, gives T = 1. A prompt
+    in chunks gives values of T between 1 and S. One formula must be right in all three cases.
 
-    Source: Vaswani et al. 2017, section 3.2.3. In torch: torch.arange, and comparing a column with a row, or
-    torch.tril or torch.triu and its argument diagonal.
+    Source: Vaswani et al. 2017, section 3.2.3. In torch: torch.arange and a comparison of a column with a
+    row; or torch.tril or torch.triu with the argument diagonal.
 
-    Two tokens behind one that is cached: the first query stands at position 1, the second at position 2.
+    Two new tokens after one cached token: the first query is at position 1, the second at position 2.
 
     >>> causal_mask(2, 3)
     tensor([[ True,  True, False],
             [ True,  True,  True]])
     """
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line by your code

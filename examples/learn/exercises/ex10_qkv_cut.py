@@ -8,11 +8,11 @@ def qkv_part(qkv: Tensor, rank: int, ranks: int) -> Tensor:
     """A rank's part of the fused projection: (3D, D) → (3D / ranks, D), and of its bias (3D) → (3D / ranks).
 
     The ranks, 0 to ranks − 1, share the heads evenly and in order: with 4 heads and 2 ranks, rank 1 has heads
-    2 and 3. To compute a head a rank needs its rows of q, of k and of v.
+    2 and 3. To compute a head, a rank needs the head's rows of q, of k and of v.
 
-    The rows of the published matrix are stacked [q; k; v], D rows each, and in each of the three the rows of
-    head 0 come first, then those of head 1, and so on. The part shall be stacked in the same way, so that the
-    rank can treat it as a smaller model's: [q of its heads; k of its heads; v of its heads].
+    The rows of the published matrix are stacked [q; k; v], D rows each. In each of the three, the rows of
+    head 0 come first, then the rows of head 1, and so on. Stack the part in the same way, so that the rank
+    can use it like the matrix of a smaller model: [q of its heads; k of its heads; v of its heads].
 
     Source: Shoeybi et al. 2019, section 3. In torch: x.chunk(n, dim=0), torch.cat.
 
@@ -21,4 +21,4 @@ def qkv_part(qkv: Tensor, rank: int, ranks: int) -> Tensor:
     >>> qkv_part(torch.arange(12), rank=0, ranks=2)
     tensor([0, 1, 4, 5, 8, 9])
     """
-    raise NotImplementedError  # your code in the place of this line
+    raise NotImplementedError  # replace this line by your code
