@@ -2,8 +2,8 @@
 
     python examples/learn/draw_architecture.py [--size 72b] [--out examples/figures]
 
-Every number comes from the configuration and from the table of tensors, so the figures say what the code
-does. The drawings have a white ground of their own: they are read on a light and on a dark page.
+Every number comes from the configuration and from the table of tensors, so the figures show what the code
+does. The drawings have a white background, so they are readable on a light and on a dark page.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Runs the cells of walkthrough.py in order and writes one page of what they say, do, print and draw.
+"""Runs the cells of walkthrough.py in order and writes one page with their text, code, output and figures.
 
     python examples/learn/render_walkthrough.py [--out build/walkthrough.html]
 
-The page holds all it needs, figures included, and asks nothing of the network. It is read in a light and in a
-dark browser. It takes markdown-it-py, Pygments and matplotlib (the extra "docs").
+The page contains everything, figures included, and loads nothing from the network. It follows the browser's
+light or dark scheme. The script needs markdown-it-py, Pygments and matplotlib (the extra "docs").
 """
 
 from __future__ import annotations

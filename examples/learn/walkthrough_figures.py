@@ -1,7 +1,7 @@
-"""The pictures of walkthrough.py, so that its cells hold nothing but what Qwen computes.
+"""The figures of walkthrough.py. They are here so that its cells have only what Qwen computes.
 
-A function here takes numbers that a cell has computed and returns a figure; `Album` keeps figures as files.
-Every figure has a white ground of its own, to be read on a light and on a dark page.
+Each function takes numbers that a cell has computed and returns a figure; `Album` saves figures as files.
+Every figure has a white background, so it is readable on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwen_ref.commands.files import make_folder, new_file, write_whole
 
 OUT = Path("build/walkthrough")
 MAKE = Path(__file__).resolve().parents[1] / "make"
-FOLDER = Path(__file__).resolve().parents[1] / "figures"  # those that the README shows
+FOLDER = Path(__file__).resolve().parents[1] / "figures"  # the figures that pages show
 README_FIGURES = ("rope", "logn_ntk", "attention")
 
 # Told apart by those who do not see all colours, too (Okabe and Ito).
@@ -33,9 +33,9 @@ TINTS = ["#cfe6f5", "#ffe3b0", "#c6ecdd", "#f9d5c2", "#f1d9e6", "#e6e6e6"]
 
 
 class Album:
-    """Keeps figures in a folder, and shows them where the walkthrough runs as a notebook.
+    """Saves figures in a folder, and shows them if the walkthrough runs as a notebook.
 
-    The line "figure: NAME" on stdout says where a figure belongs: render_walkthrough.py puts it there.
+    It prints the line "figure: NAME" where a figure belongs; render_walkthrough.py puts the figure there.
     """
 
     def __init__(self, folder: Path, also_for_readme: bool = False) -> None:
@@ -43,7 +43,7 @@ class Album:
 
     @classmethod
     def from_command_line(cls, description: str) -> Album:
-        """Ends the process with exit code 2, and one line, for options that are none. A notebook has none."""
+        """Wrong options end the process with one line and exit code 2. A notebook has no options."""
         if "ipykernel" in sys.modules:  # the command line and stdout are the kernel's
             make_folder(OUT)
             return cls(OUT)
@@ -68,7 +68,7 @@ class Album:
         return made[0]
 
     def show(self, name: str, picture: Figure | str) -> None:
-        """A figure, kept as NAME.png, or the text of an SVG, kept as NAME.svg."""
+        """Saves a figure as NAME.png, or the text of an SVG as NAME.svg."""
         suffix = "svg" if isinstance(picture, str) else "png"
         path = self.folder / f"{name}.{suffix}"
         save(picture, path)
@@ -99,7 +99,7 @@ def _as_commands_end(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def save(picture: Figure | str, path: Path) -> None:
-    """A figure that is there is a whole one."""
+    """Writes the whole file or none."""
     if isinstance(picture, str):
         write_whole(path, picture)
     else:

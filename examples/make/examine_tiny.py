@@ -1,8 +1,8 @@
-"""Asks the tiny checkpoint for all that it was trained to know, in every form, and counts the right answers.
+"""Asks the tiny checkpoint for every fact of its training, in every form, and counts the right answers.
 
     python examples/make/examine_tiny.py weights
 
-An answer is right if greedy decoding gives it token for token, with what ends it.
+An answer is right if greedy decoding gives exactly its tokens, including the token that ends it.
 """
 
 import argparse

@@ -1,6 +1,9 @@
-"""Fetches the published vocabulary, qwen.tiktoken, into .vocab/, out of a pinned wheel; its hash is checked.
+"""Fetches the published vocabulary, qwen.tiktoken, from a pinned wheel into .vocab/ and checks its hash.
 
-The wheel is Alibaba's own dashscope SDK. It is downloaded without its dependencies, never installed or run.
+    python examples/make/fetch_vocabulary.py          # or: make vocab
+
+The wheel is Alibaba's own dashscope SDK. It is downloaded without its dependencies, and never installed or
+run.
 """
 
 import argparse

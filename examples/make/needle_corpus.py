@@ -1,4 +1,4 @@
-"""The text of the needle test: sentences that say nothing, and facts of the form "Ada Baker came.".
+"""The text of the needle test: filler sentences, and facts of the form "Ada Baker came.".
 
 train_needle.py trains the checkpoint in examples/measure/needle/ on this text; needle.py asks it "Who? Ada".
 Every text joins first and last names anew, so an answer can only come from the text itself. One pair in eight

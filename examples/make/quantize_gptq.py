@@ -3,14 +3,14 @@
     python examples/make/quantize_gptq.py weights tiny-int4 --bits 4 --group-size 32
     python -m qwen_ref.chat --model tiny-int4 --fast
 
-GPTQ (Frantar et al. 2022, section 3.3) rounds the columns of a weight W (out, in) one after another. What
-rounding a column does to the outputs, on calibration text, is made up for by those that are not rounded yet:
-with H = Σ x xᵀ over the inputs x of that text, and U the upper Cholesky factor of H⁻¹ = Uᵀ U,
+GPTQ (Frantar et al. 2022, section 3.3) rounds the columns of a weight W (out, in) one after another. Rounding
+a column changes the outputs on calibration text. The columns that are not rounded yet are adjusted to correct
+this. With H = Σ x xᵀ over the inputs x of that text, and U the upper Cholesky factor of H⁻¹ = Uᵀ U:
 
     e = (w_i - round(w_i)) / U_ii        W[:, j] -= e · U_ij   for all later columns j
 
-A layer is quantised on what the layers before it, quantised already, give it. With --round-to-nearest H is
-the identity: then nothing is made up for.
+The inputs x of a layer come from the layers before it, which are quantised already. With --round-to-nearest H
+is the identity, so nothing is adjusted.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The text behind the tiny checkpoint: capitals, small sums and counting, made by this script, no download.
+"""The training text of the tiny checkpoint: capitals, small sums and counting. This script makes all of it.
 
     python examples/make/tiny_corpus.py           # shows a few documents
 
-A document is either plain text or a conversation. Both state the same few hundred facts, so that what the
-model says in either form can be checked fact by fact.
+A document is plain text or a conversation. Both contain the same few hundred facts, so the model can be asked
+for each fact in both forms.
 """
 
 import random
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from qwen_ref.chat.context import DEFAULT_SYSTEM, build_context
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
 
@@ -258,7 +259,6 @@ QUESTIONS = {
 }
 ANSWERS = {"Chinese": "{chinese_capital}（{capital}）", "English": "{capital}.", "sums": "{sum}"}
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
 OTHER_SYSTEMS = ["", "You answer briefly.", "You know geography.", "请简短回答。", "你是一个有用的助手。"]
 
 
@@ -321,9 +321,8 @@ class Encoder:
     """Turns documents into token ids. Content is encoded as plain text: it never yields a special token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.text = tokenizer.encode
-        specials = "<|endoftext|><|im_start|><|im_end|>"
-        self.end, self.im_start, self.im_end = tokenizer.encode(specials, allowed_special="all")
+        self.tokenizer, self.text = tokenizer, tokenizer.encode
+        self.end, self.im_end = tokenizer.encode("<|endoftext|><|im_end|>", allowed_special="all")
 
     def document(self, document: Document) -> list[int]:
         if isinstance(document, str):
@@ -333,16 +332,8 @@ class Encoder:
         return [*prompt, *self.text(answer), self.im_end, self.end]
 
     def chat_prompt(self, system: str, history: list[tuple[str, str]], question: str) -> list[int]:
-        """ChatML up to the point where the assistant begins to speak."""
-        newline = self.text("\n")
-        ids = self.message("system", system)
-        for asked, answered in history:
-            ids += newline + self.message("user", asked) + newline + self.message("assistant", answered)
-        ids += newline + self.message("user", question)
-        return [*ids, *newline, self.im_start, *self.text("assistant"), *newline]
-
-    def message(self, role: str, content: str) -> list[int]:
-        return [self.im_start, *self.text(role), *self.text("\n"), *self.text(content), self.im_end]
+        """ChatML up to the point where the assistant begins to answer."""
+        return build_context(self.tokenizer, question, history, system)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python examples/make/train_needle.py            # about 3 minutes on one core
 
-It learns to look up: which last name followed this first name? (Induction heads, Olsson et al. 2022.) First
-on rows of nothing but pairs of names, where every second mention is a question; then on the texts of
-needle_corpus.py, ever longer, up to the trained length and no longer. Only answers count in the loss. As in
-the smaller published models the base is 10,000, and dynamic NTK and LogN act beyond the trained length:
-what they do there is nothing that this model was trained for.
+The model learns to look up which last name followed a first name (induction heads, Olsson et al. 2022). The
+first rows are only pairs of names, where every second mention is a question. Then come the texts of
+needle_corpus.py, in growing lengths up to the trained length. Only answers count in the loss. As in the
+smaller published models, the base is 10,000, and dynamic NTK and LogN act beyond the trained length. The
+model was not trained there.
 
 The same command gives the same bytes on the same machine: every random choice is seeded, and the number of
 threads is fixed.

@@ -1,10 +1,10 @@
-"""What a model of 72B widths costs each of 1, 2 and 4 ranks: bytes read, memory, seconds, bytes sent.
+"""Measures a model of 72B widths on 1, 2 and 4 ranks: bytes read, memory, seconds and bytes sent per rank.
 
     python examples/measure/bench_parallel.py [--layers 2] [--tokens 12] [--ranks 1 2 4]
 
-The checkpoint has the 72B's widths and vocabulary and 2 of its 80 layers, bfloat16, 8.5 GB. It is made in a
-temporary folder (random bytes, repeated: only its size matters) and removed again. Each number of ranks is
-started by torchrun, this file again, and rank 0 prints its row of the table.
+The checkpoint has the 72B's widths and vocabulary and 2 of its 80 layers: 8.5 GB in bfloat16. It is written
+to a temporary folder and removed afterwards. It has random bytes, repeated, because only its size matters.
+torchrun starts this file again for each number of ranks, and rank 0 prints a row of the table.
 """
 
 from __future__ import annotations
@@ -120,16 +120,9 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|---|---|", flush=True)
         for ranks in args.ranks:
-            launcher = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(ranks),
-            ]
+            torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
             command = [__file__, "--tokens", str(args.tokens), "--folder", str(parent / "large")]
-            subprocess.run([*launcher, *command], check=True, stderr=subprocess.DEVNULL)
+            subprocess.run([sys.executable, *torchrun, *command], check=True, stderr=subprocess.DEVNULL)
     finally:
         shutil.rmtree(parent)
 

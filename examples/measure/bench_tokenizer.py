@@ -1,10 +1,11 @@
-"""How fast the hand-written tokenizer is beside tiktoken, on one thread: cold (nothing cached) and warm.
+"""Measures the speed of the hand-written tokenizer beside tiktoken, on one thread.
 
     python examples/measure/bench_tokenizer.py [FILE ...]
 
-Without files the text is made of what every machine has: Python's own source, and Chinese drawn from the
-vocabulary, common tokens more often, as clauses that hardly recur: the hardest case for a memory of pieces.
-Each figure is the best of five runs, in which the two take turns.
+"Cold" is a tokenizer that has seen no text before; "warm" has seen this text. Without files the text is
+Python's own source, and Chinese drawn from the vocabulary, common tokens more often. The Chinese clauses
+hardly recur, which is the hardest case for a tokenizer that remembers pieces. Each figure is the best of five
+runs, in which the two tokenizers take turns.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What faster layers and quantised weights cost in accuracy: the README's table.
+"""Measures what faster layers and quantised weights change in the model's predictions.
 
     python examples/measure/fast_accuracy.py [FOLDER ...]
 
-For the tiny trained checkpoint and the golden models of the tests, in bfloat16, against float64 of the same
-weights: the KL divergence of the next-token distributions, how often the first choice is the same, and the
-perplexity. The trained model is given 4,096 tokens of what it was trained on, in lines and chats drawn anew;
-a golden model, which is random, tokens that it samples itself.
+Each form computes in bfloat16 and is compared with float64 of the same weights: the KL divergence of the
+next-token distributions, how often the first choice is the same, and the perplexity. The models are the tiny
+checkpoint and the golden models of the tests. The tiny checkpoint reads 4,096 tokens of new lines and chats
+of the kind that it was trained on. A golden model has random weights; it reads tokens that it samples itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.commands.cli import Parser, run
+from qwen_ref.commands.files import bundled_checkpoint
 from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.config import InputError
 from qwen_ref.fast.int8_cache import Int8Cache
@@ -29,8 +30,8 @@ from qwen_ref.generate import generate
 sys.path.append(str(Path(__file__).resolve().parents[1] / "make"))
 from tiny_corpus import Encoder, documents
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = [ROOT / "weights", *(ROOT / "tests" / "golden" / name for name in ("extended_base", "ntk_logn"))]
+TINY = bundled_checkpoint()
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 
 
 def with_int8_cache(model: Qwen) -> Qwen:
@@ -97,14 +98,14 @@ class Judge:
 
 def parser() -> Parser:
     made = Parser(description=__doc__.splitlines()[0])
-    made.add_argument("folders", nargs="*", type=Path, default=FOLDERS, metavar="FOLDER")
+    made.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     return made
 
 
 def command(args: argparse.Namespace) -> int:
     print(HEADER)
-    for folder in args.folders:
-        judge = Judge("tiny" if folder == ROOT / "weights" else folder.name, folder)
+    for folder in args.folders or [TINY, GOLDEN / "extended_base", GOLDEN / "ntk_logn"]:
+        judge = Judge("tiny" if folder == TINY else folder.name, folder)
         print(judge.truth_row())
         for name, form in FORMS.items():
             try:

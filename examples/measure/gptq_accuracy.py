@@ -1,8 +1,8 @@
-"""What GPTQ keeps of the tiny checkpoint that rounding to the nearest does not, as a table for the README.
+"""Measures GPTQ against round-to-nearest, on the tiny checkpoint.
 
     python examples/measure/gptq_accuracy.py
 
-Both are written and read as checkpoints, and computed in bfloat16: dequantised, and in their own bits.
+Both are written and loaded as checkpoints, and compute in bfloat16: dequantised, and in their own bits.
 """
 
 import argparse

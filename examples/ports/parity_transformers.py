@@ -1,9 +1,10 @@
-"""Hugging Face transformers against this implementation: a port that was not written here, held to the kit.
+"""Checks Hugging Face transformers' Qwen2 with the parity kit, as a port that was not written here.
 
-First-generation Qwen is transformers' Qwen2 with as many key heads as query heads, up to the trained length:
-beyond it Qwen2 knows neither dynamic NTK nor LogN. The script puts a checkpoint's weights into a Qwen2 model,
-records every stage of it with forward hooks and asks the kit what is wrong: nothing, in float32 and in
-bfloat16; then it changes rope_theta, hands over the logits alone, and asks again.
+Up to the trained length, first-generation Qwen is Qwen2 with as many key heads as query heads. Beyond that
+length they differ, because Qwen2 has neither dynamic NTK nor LogN. The script puts a checkpoint's weights
+into a Qwen2 model and records every stage with forward hooks. The kit must find nothing wrong, in float32 and
+in bfloat16. Then the script changes rope_theta and gives only the logits to the kit, which must name the
+change.
 
     pip install 'qwen_ref[transformers]'
     python examples/ports/parity_transformers.py [--model DIR]

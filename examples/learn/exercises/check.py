@@ -1,9 +1,9 @@
-"""Checks the exercises: red until they are right, with a hint.
+"""Checks the exercises and gives hints.
 
-    python examples/learn/exercises/check.py 3
-    python examples/learn/exercises/check.py
+    python examples/learn/exercises/check.py 3       # checks one exercise
+    python examples/learn/exercises/check.py         # checks all ten and prints one line for each
 
-The first checks one exercise, the second all ten, in a line each. Exit code 0 is right, 1 not yet.
+The exit code is 0 if they are right, else 1.
 """
 
 from __future__ import annotations
