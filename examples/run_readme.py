@@ -94,7 +94,7 @@ def prepare(folder: Path) -> None:
     for step in (["init"], ["add", "poem.txt"]):
         subprocess.run(["git", *step], cwd=folder, check=True, capture_output=True)
     (folder / "poem.txt").write_text("7+8=15\n", encoding="utf-8")  # something for git diff
-    writer = [sys.executable, ROOT / "examples/make/quantize_gptq.py", "weights", "Qwen-72B-Chat-Int4"]
+    writer = [sys.executable, ROOT / "examples" / "quantize_gptq.py", "weights", "Qwen-72B-Chat-Int4"]
     subprocess.run([*writer, "--bits", "4"], cwd=folder, check=True, capture_output=True)
     bundle = [sys.executable, "-m", "qwen_ref.parity", "record", "--prompt", "冰岛的首都是"]
     subprocess.run([*bundle, "--decode", "8", "--out", "port.safetensors"], cwd=folder, check=True)

@@ -187,16 +187,16 @@ def _parameters_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
 
 def _memory_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
     yield from _prose(
-        "**Weights, GB on each rank.** bf16 is the published form, cut as `inspect` says. int8 and int4 are",
-        "what `--quantize` holds with one thread a rank (8 threads on one rank: within 0.4%).",
+        "**Weights, GB on each rank.** bf16 is the published form. int8 and int4 are the forms of",
+        "`--quantize`, with one thread per rank; with 8 threads on one rank they differ by at most 0.4%.",
         "Embedding, norms and biases stay in bf16.",
     )
     yield from (
-        "- int8: a byte a weight, and a float32 scale an output. For every block of up to 352 outputs, of",
-        "  which the last is filled up, 8 more bytes an input.",
-        "- int4: half a byte a weight, and for each group of 64 inputs of an output a scale and an offset",
-        "  in bf16. `lm_head` is int8. With several ranks `out` and `down`, whose results are added up",
-        "  unrounded, take a byte a weight, with scale and offset in float32.",
+        "- int8: one byte per weight, and one float32 scale per output. The outputs are stored in blocks of",
+        "  up to 352, and the last block is padded. Each block takes 8 more bytes per input.",
+        "- int4: half a byte per weight. Each group of 64 inputs of an output has a scale and an offset in",
+        "  bf16. `lm_head` is int8. With several ranks, the results of `out` and `down` are added up",
+        "  unrounded; then these two take one byte per weight, with scale and offset in float32.",
         "",
         f"| | form | {' | '.join('1 rank' if n == 1 else f'{n} ranks' for n in RANKS)} |",
         f"|---|---|{'---:|' * len(RANKS)}",
@@ -206,56 +206,59 @@ def _memory_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
             cells = " | ".join(_memory_cell(config, form, n) for n in RANKS)
             yield f"| {size} | {form} | {cells} |"
     yield from _prose(
-        "\\* in groups of 32 (`--group-size 32`): 64 do not divide a rank's part of F. –: nor do 32.",
+        "\\* in groups of 32 (`--group-size 32`), because 64 does not divide a rank's part of F. –: 32 does",
+        "not divide it, either.",
     )
     yield from _prose(
-        "**Keys and values** are 2 · L · H · K numbers a position. An int8 cache (`--kv-cache int8`) has a",
-        "byte for each and a float32 for every K of them: 132 bytes where bf16 has 256. Each of n ranks has",
-        "an n-th.",
+        "**Keys and values** are 2 · L · H · K numbers per position. An int8 cache (`--kv-cache int8`) has",
+        "one byte per number and one float32 for every K numbers: 132 bytes instead of the 256 of bf16.",
+        "Each of n ranks holds one n-th of the cache.",
         before=False,
     )
     rows: list[tuple[str, Cell]] = [
-        ("bytes a token, bf16", lambda c: f"{cache_bytes(c, 1, torch.bfloat16):,}"),
-        ("bytes a token, int8", lambda c: f"{int8_cache_bytes(c, 1):,}"),
+        ("bytes per token, bf16", lambda c: f"{cache_bytes(c, 1, torch.bfloat16):,}"),
+        ("bytes per token, int8", lambda c: f"{int8_cache_bytes(c, 1):,}"),
     ]
     for n in POSITIONS:
-        rows.append((f"GB for {n:,}, bf16", lambda c, n=n: _gb(cache_bytes(c, n, torch.bfloat16))))
-        rows.append((f"GB for {n:,}, int8", lambda c, n=n: _gb(int8_cache_bytes(c, n))))
+        rows.append((f"GB for {n:,} tokens, bf16", lambda c, n=n: _gb(cache_bytes(c, n, torch.bfloat16))))
+        rows.append((f"GB for {n:,} tokens, int8", lambda c, n=n: _gb(int8_cache_bytes(c, n))))
     yield from _table(configs, "", rows)
 
 
 def _work_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
     yield from _prose(
-        "**Work.** A product with a matrix is 2 FLOPs for each of its weights and each token: a",
-        "multiplication and an addition. Attention is 4 · D FLOPs for each layer, query and position that",
-        "it sees: 2 · D for q kᵀ, 2 · D for the sum of values. Norms, rotation, softmax, silu, biases and",
-        "residuals are not counted: they are of the order of D, F or H · positions, where these are of D²,",
-        "D · F and D · positions. The embedding is looked up. So, with P weights in the layers' matrices:",
+        "**Work.** A matrix product takes 2 FLOPs per weight and token: a multiplication and an addition.",
+        "Attention takes 4 · D FLOPs per layer, query and position that the query sees: 2 · D for q kᵀ and",
+        "2 · D for the sum of values. Norms, rotation, softmax, silu, biases and residuals are not counted:",
+        "their work grows with D, F or H · positions, but that of the products grows with D², D · F and",
+        "D · positions. The embedding is a look-up and takes no FLOPs. With P weights in the layers'",
+        "matrices:",
     )
     yield from (
         "    a prompt of T tokens, logits of its last     2·P·T + 2·V·D + 4·D·L·T·(T + 1)/2",
         "    the token at position p, from 0 on           2·P + 2·V·D + 4·D·L·(p + 1)",
     )
     yield from _prose(
-        "Decoding on one rank reads every weight once, of the embedding one row, and the keys and values of",
-        "the p positions before, here in bf16. Where the weights are in bf16, too, that is a byte for every",
-        "FLOP: a weight has two bytes and two FLOPs, and so has a cached number. A prompt reads the same",
-        "weights once for all of its tokens. A processor that can do more than one FLOP while it reads a",
-        "byte waits for memory when it decodes: fewer bits a weight help there, fewer FLOPs would not.",
+        "A decode step on one rank reads every weight once, but only one row of the embedding. It also reads",
+        "the keys and values of the p earlier positions, here in bf16. If the weights are in bf16 too, that",
+        "is one byte per FLOP: a weight has two bytes and takes two FLOPs, and so does a cached number. A",
+        "prompt reads the same weights only once for all of its tokens. A processor that can do more than",
+        "one FLOP while it reads one byte waits for memory during decode steps: fewer bits per weight make",
+        "it faster, fewer FLOPs would not.",
     )
     rows: list[tuple[str, Cell]] = [
-        ("GFLOP of products, a token", lambda c: f"{sum(product_flops(c)) / 1e9:,.2f}"),
+        ("GFLOP of products per token", lambda c: f"{sum(product_flops(c)) / 1e9:,.2f}"),
         ("of which lm_head", lambda c: f"{product_flops(c)[1] / 1e9:,.2f}"),
-        (f"prefill of {PROMPT:,}: TFLOP", lambda c: f"{sum(prefill_flops(c, PROMPT)) / 1e12:,.2f}"),
-        ("GFLOP a token", lambda c: f"{sum(prefill_flops(c, PROMPT)) / PROMPT / 1e9:,.2f}"),
+        (f"prefill of {PROMPT:,} tokens: TFLOP", lambda c: f"{sum(prefill_flops(c, PROMPT)) / 1e12:,.2f}"),
+        ("GFLOP per token", lambda c: f"{sum(prefill_flops(c, PROMPT)) / PROMPT / 1e9:,.2f}"),
         ("attention's share", lambda c: _share(*prefill_flops(c, PROMPT))),
         (
-            "FLOPs for a byte read of bf16 weights",
+            "FLOPs per byte of bf16 weights read",
             lambda c: f"{sum(prefill_flops(c, PROMPT)) / read_for_token(c, 'bf16', 0)[0]:,.0f}",
         ),
     ]
     for p in POSITIONS:
-        rows.append((f"decoding at {p:,}: GFLOP", lambda c, p=p: f"{sum(decode_flops(c, p)) / 1e9:,.2f}"))
+        rows.append((f"decode step at {p:,}: GFLOP", lambda c, p=p: f"{sum(decode_flops(c, p)) / 1e9:,.2f}"))
         rows.append(("attention's share", lambda c, p=p: _share(*decode_flops(c, p))))
         for form in FORMS:
             rows.append(
@@ -264,8 +267,8 @@ def _work_section(configs: dict[str, QwenConfig]) -> Iterator[str]:
         rows.append(("of which keys and values", lambda c, p=p: _gb(read_for_token(c, "bf16", p)[1])))
     yield from _table(configs, "", rows)
     yield from _prose(
-        "The 1.8B and the 7B give 8,192 as the length that they were trained for, the 14B 2,048: beyond it",
-        "they compute with dynamic NTK and LogN.",
+        "The trained length is 8,192 tokens for the 1.8B and the 7B, and 2,048 for the 14B. Beyond it these",
+        "models use dynamic NTK and LogN.",
     )
 
 
