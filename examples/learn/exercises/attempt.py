@@ -52,7 +52,9 @@ class Attempt:
 
         def call(*arguments: object) -> Any:
             if not callable(self._names.get(name)):
-                raise NotRight(f"{self.path.name} has no function {name} any more; the check calls it so")
+                raise NotRight(
+                    f"{self.path.name} has no function {name} any more; the check calls it by this name"
+                )
             try:
                 found = self._names[name](*map(_copy, arguments))
             except (Exception, SystemExit) as error:
@@ -61,7 +63,7 @@ class Attempt:
                 given = ", ".join(map(_brief, arguments))
                 raise NotRight(f"{name}({given}) raised {raised(error)}{self._line(error)}") from None
             if found is None:
-                raise NotRight(f"{name} gave back None", "A function gives back what stands behind return.")
+                raise NotRight(f"{name} returned None", "A function returns what stands after `return`.")
             return found
 
         return call

@@ -163,7 +163,7 @@ def check_merge(attempt: Attempt) -> str:
     def parts(text: str) -> list[bytes]:
         return [part.encode() for part in text.split()]
 
-    first = "You took the leftmost pair that is a token. What says which pair is the one?"
+    first = "You took the leftmost pair that is a token. Which pair must be merged first?"
     highest = "You took the highest rank. Which tokens did training find first: those of low or of high rank?"
     once = "You went on merging. One call is one merge: the next one may be of another pair."
     every = "You merged the pair everywhere. One call is one merge, of the leftmost."
@@ -219,8 +219,8 @@ def check_rms_norm(attempt: Attempt) -> str:
     square = x.square().mean(-1, keepdim=True)
     centred = x - x.mean(-1, keepdim=True)
     known: Known = [
-        (x / (square.sqrt() + eps) * weight, "eps stands beside the root. In the formula it is under it."),
-        (x / square.sqrt() * weight, "Where is eps? The numbers here are so small that it counts."),
+        (x / (square.sqrt() + eps) * weight, "eps is outside the root. In the formula it is inside."),
+        (x / square.sqrt() * weight, "Where is eps? The numbers here are so small that it matters."),
         (x / (square + eps).sqrt(), "Where is weight?"),
         (
             x / (square + eps) * weight,
@@ -228,7 +228,7 @@ def check_rms_norm(attempt: Attempt) -> str:
         ),
         (
             x * (square + eps).sqrt() * weight,
-            "You multiply by the root. Rows of any size shall come out alike.",
+            "You multiply by the root. Rows of any size must become equally large.",
         ),
         (
             centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight,
@@ -252,14 +252,14 @@ def check_rms_norm(attempt: Attempt) -> str:
     wide = x.float()
     normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
     narrow = "The squares and their mean were rounded to 8 bits. In which dtype does step 1 compute?"
-    late = "It was rounded after the weight. Steps 2 and 3 have another order, and it shows in bfloat16."
+    late = "You rounded after the weight. Steps 2 and 3 have the other order; in bfloat16 it matters."
     known = [
         (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight, narrow),
         (x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight, narrow),
         ((normed * weight.float()).to(x.dtype), late),
         (normed * weight, "It came out in float32: bfloat16 times float32 is float32. Where is step 2?"),
     ]
-    otherwise = "float32 was right; so look at where your bfloat16 becomes float32, and where it comes back."
+    otherwise = "In float32 you are right. Look at where bfloat16 becomes float32, and where it is restored."
     found = rms_norm(x, weight, eps)
     hold("the residual stream of layer 2 in bfloat16", found, norm(x), known, otherwise)
     return _says_with("rms_norm", RMSNorm, "forward", lambda self, x: rms_norm(x, self.weight, self.eps))
@@ -270,8 +270,8 @@ def check_rms_norm(attempt: Attempt) -> str:
 
 def check_ntk(attempt: Attempt) -> str:
     ntk_alpha, frequencies = attempt.function("ntk_alpha"), attempt.function("frequencies")
-    no_steps = "Nothing was rounded up. α goes in steps: prompts of like lengths share one."
-    floor = "log2(…) + 1 was rounded down. A prompt one token too long shall have the next α already."
+    no_steps = "Nothing was rounded up. α goes in steps: prompts of similar lengths share one α."
+    floor = "You rounded log2(…) + 1 down. A prompt one token too long must already have the next α."
     one_outside = "The exponent is log2(…) + 1, and ⌈ ⌉ is around all of it."
     small = "A short prompt has a negative exponent, and α makes the base negative. How small may α be?"
     trained = 8192
@@ -302,7 +302,7 @@ def check_ntk(attempt: Attempt) -> str:
         stretched = base * alpha ** (K / (K - 2))
         twice = torch.arange(0, K // 2, dtype=torch.float32) / K
         interpolated = base**-steps_of_two / alpha
-        inside = "All pairs became slower by α, as if positions were squeezed. Pair 0 shall stay as it is."
+        inside = "All pairs became slower by α, as if positions were squeezed. Pair 0 must stay as it is."
         known = [
             (stretched**-twice, "The exponent is −2i/K; where is the 2?"),
             (stretched**steps_of_two, "These grow. What is the sign of the exponent?"),
@@ -313,7 +313,7 @@ def check_ntk(attempt: Attempt) -> str:
             (1 / base**steps_of_two, "α changes nothing in these. Where does the formula have it?"),
             (1 / (base * alpha ** ((K - 2) / K)) ** steps_of_two, "The exponent of α is upside down."),
             (interpolated, inside),
-            ((1 / stretched**steps_of_two).repeat(2), "K numbers: each pair is asked for once."),
+            ((1 / stretched**steps_of_two).repeat(2), "There are K numbers, but each pair needs only one."),
         ]
         right = rotary_frequencies(config, [length], torch.float32)[0]
         hold(f"the 7B's frequencies, α = {alpha}", frequencies(base, alpha, K), right, known)
@@ -336,17 +336,17 @@ def check_rotate(attempt: Attempt) -> str:
     neighbours = (
         "You paired neighbours, as the paper does: 1 with 2. In Qwen 1 goes with 5. Which places are those?"
     )
-    direction = "That is a turn the other way, by −90°: (a, b) became (b, −a)."
+    direction = "You turned the other way, by −90°: (a, b) became (b, −a)."
     x = torch.arange(1.0, 9.0)
     first, second = x.chunk(2)
     known: Known = [
         (_interleaved(x), neighbours),
         (-_interleaved(x), neighbours),
         (torch.cat((second, -first)), direction),
-        (torch.cat((second, first)), "The halves changed places, but no sign did."),
-        (torch.cat((-first, second)), "A sign changed, but the halves have to change places as well."),
-        (-x.flip(0), "That is back to front. Cut into halves, and keep the order in each."),
-        (x.flip(0), "That is back to front. Cut into halves, and keep the order in each."),
+        (torch.cat((second, first)), "You swapped the halves but changed no sign."),
+        (torch.cat((-first, second)), "You changed a sign, but you must also swap the halves."),
+        (-x.flip(0), "You reversed the order. Cut x into halves, and keep the order in each."),
+        (x.flip(0), "You reversed the order. Cut x into halves, and keep the order in each."),
     ]
     quarter = qwen_ref.model.rotate(x, torch.zeros(8), torch.ones(8))
     hold("rotate_half of 1 2 3 4 5 6 7 8", rotate_half(x), quarter, known)
@@ -364,14 +364,14 @@ def check_rotate(attempt: Attempt) -> str:
         half = torch.cat((-wide[..., attn.head_size // 2 :], wide[..., : attn.head_size // 2]), dim=-1)
         narrow_cos, narrow_sin = cos.to(q.dtype), sin.to(q.dtype)
         known = [
-            (wide * sin + half * cos, "cos and sin changed places."),
+            (wide * sin + half * cos, "You swapped cos and sin."),
             (wide * cos - half * sin, "It turns backwards: look at the sign before sin."),
             (wide * cos + _interleaved(wide) * sin, neighbours),
             (wide, "Nothing turns here."),
         ]
         known = [(wrong.to(q.dtype), hint) for wrong, hint in known]
         if dtype == "bfloat16":
-            early = "It was rounded on the way. Which dtype do cos and sin have, and when shall it end?"
+            early = "You rounded too early. Which dtype do cos and sin have, and when is it left?"
             known += [
                 (q * narrow_cos + half.to(q.dtype) * narrow_sin, early),
                 ((wide * cos).to(q.dtype) + (half * sin).to(q.dtype), early),
@@ -391,21 +391,21 @@ def check_logn(attempt: Attempt) -> str:
     trained, positions = 8, torch.arange(16)
     p, log_trained = positions.float(), math.log(trained)
     count = "A position counted from 0 has that many tokens before it. How many does its query see?"
-    unlimited = "Within the trained length it is below 1. What shall it be there?"
-    bases = "The two logarithms have different bases. Any base will do, but one for both."
+    unlimited = "Within the trained length your factor is below 1. What must it be there?"
+    bases = "The two logarithms have different bases. Any base is right if both have the same."
     known: Known = [
         ((p + 1).log() / log_trained, unlimited),
         (p.log() / log_trained, unlimited),
         ((p.log() / log_trained).clamp(min=1), count),
         (
             ((p + 2).log() / log_trained).clamp(min=1),
-            "That is one token too many. Which query sees n tokens?",
+            "You counted one token too many. Which query sees n tokens?",
         ),
         (((p + 1).log10() / log_trained).clamp(min=1), bases),
         (((p + 1).log() / math.log10(trained)).clamp(min=1), bases),
         (
             ((p + 1).log() / log_trained).clamp(max=1),
-            "It is 1 where it shall grow, and smaller where it shall be 1.",
+            "Your factor is 1 where it must grow, and smaller where it must be 1.",
         ),
         (((p + 1) / trained).clamp(min=1), "That grows with n itself. Where are the logarithms?"),
         ((p + 1).log().clamp(min=1), "By what is log(n) divided?"),
@@ -422,10 +422,10 @@ def check_logn(attempt: Attempt) -> str:
         (((narrow + 1).log() / math.log(8192)).clamp(min=1), early),
         (((positions + 1).bfloat16().log() / math.log(8192)).clamp(min=1), early),
         (((positions + 1).log().bfloat16() / math.log(8192)).clamp(min=1), early),
-        (right.float(), "The result shall have the dtype that is asked for."),
+        (right.float(), "The result must have the dtype that the argument names."),
         (
             ((positions + 1).log() / math.log(8192)).clamp(min=1),
-            "The result shall have the dtype that is asked for.",
+            "The result must have the dtype that the argument names.",
         ),
     ]
     found = logn_scale(positions, 8192, torch.bfloat16)
@@ -446,9 +446,9 @@ def check_mask(attempt: Attempt) -> str:
         wants_bool = "The numbers are right, but they are not bool. True means that the query sees the key."
         offset = "Row 0 is the first new query. How many keys came before it out of the cache?"
         known: Known = [
-            (keys < queries, "A query does not see its own key here. It may."),
-            (keys < first, "A query does not see its own key here. It may."),
-            (keys > queries, "It is inside out: True means that the query sees the key."),
+            (keys < queries, "In your mask a query does not see its own key. It must see it."),
+            (keys < first, "In your mask a query does not see its own key. It must see it."),
+            (keys > queries, "It is inverted: True means that the query sees the key."),
             (keys >= queries, "Queries see what comes after them. Which of the two are the rows?"),
             (keys <= first, offset),
             (keys <= queries + 1, "A query sees one key that comes after it: its own answer."),
@@ -456,7 +456,10 @@ def check_mask(attempt: Attempt) -> str:
                 torch.ones(T, S, dtype=torch.bool),
                 "Every query sees every key, those after it as well.",
             ),
-            (torch.ones(S, S, dtype=torch.bool).tril(), "There are S rows: only the T new positions ask."),
+            (
+                torch.ones(S, S, dtype=torch.bool).tril(),
+                "There are S rows, but there are only T queries.",
+            ),
             (
                 torch.ones(T, T, dtype=torch.bool).tril(),
                 "There are T columns: the cached keys are missing.",
@@ -465,7 +468,7 @@ def check_mask(attempt: Attempt) -> str:
             (right.long(), wants_bool),
             (
                 additive,
-                "That can be added to scores. Here bool is wanted: True, the query sees it.",
+                "That mask can be added to scores. Here bool is wanted: True if the query sees the key.",
             ),
         ]
         otherwise = "Write down the position of the query in row t, and compare it with that of the key, s."
@@ -496,12 +499,12 @@ def check_swiglu(attempt: Attempt) -> str:
     one, two = F.linear(x, w1), F.linear(x, w2)
     middles = [
         (F.silu(one) * two, "The SiLU is on w1, as in Llama. Which of the two is the gate in Qwen?"),
-        (F.silu(one * two), "The SiLU is on the product. It acts on one of the factors alone."),
-        (F.silu(one) * F.silu(two), "The SiLU is on both. It acts on one of the factors alone."),
-        (one * torch.sigmoid(two), "The gate went through a sigmoid alone. silu(z) has a factor more."),
+        (F.silu(one * two), "The SiLU is on the product. It must act on only one of the factors."),
+        (F.silu(one) * F.silu(two), "The SiLU is on both. It must act on only one of the factors."),
+        (one * torch.sigmoid(two), "The gate went only through a sigmoid. silu(z) has one more factor."),
         (one * F.gelu(two), "That is GELU, which gives almost the same numbers. Qwen has SiLU."),
         (one * F.relu(two), "That is ReLU. Qwen has SiLU."),
-        (one * two, "Nothing bends here: where is the SiLU?"),
+        (one * two, "No function acts on the gate: where is the SiLU?"),
         (F.silu(two), "The gate is alone. What does it let through?"),
         (one + F.silu(two), "The two are added. A gate multiplies."),
     ]
@@ -525,8 +528,8 @@ def _wrong_top_p(given: Tensor, p: float) -> Known:
         return torch.zeros_like(given).scatter(0, order, values.where(which, 0.0))
 
     needed, beyond = reached - values < p, reached - values <= p
-    dropped = "The token with which the sum gets to p was dropped. Without it the set does not reach p."
-    threshold = "p was held against each token. It is their sum that shall reach it."
+    dropped = "You dropped the token with which the sum reaches p. Without it the set does not reach p."
+    threshold = "You compared each token with p. The sum of the tokens must reach p."
     short, exact = kept(reached <= p), kept(reached < p)
     return [
         (short / short.sum(), dropped),
@@ -535,13 +538,16 @@ def _wrong_top_p(given: Tensor, p: float) -> Known:
         (kept(needed), "The right tokens are there, but they do not sum to 1 any more."),
         (
             values.where(needed, 0.0) / values[needed].sum(),
-            "The tokens are sorted. Each shall be in its place.",
+            "The tokens are sorted. Each token must stay in its place.",
         ),
         (
             values[needed] / values[needed].sum(),
-            "Only those that stay came back. Others keep a place, with 0.",
+            "You returned only the kept tokens. Others keep a place, with 0.",
         ),
-        (kept(beyond) / values[beyond].sum(), "One token too many: p was reached, exactly, before it."),
+        (
+            kept(beyond) / values[beyond].sum(),
+            "You kept one token too many: the sum reached exactly p before it.",
+        ),
         (given.where(given >= p, 0.0), threshold),
         (given.where(given >= p, 0.0) / given[given >= p].sum(), threshold),
         (given.where(given >= 1 - p, 0.0) / given[given >= 1 - p].sum(), threshold),
@@ -613,7 +619,7 @@ EXERCISES = [
         "ex01_split",
         "text → pieces: digits one by one",
         check_split,
-        "Normalise first; then one pattern of three alternatives, and findall. \\p{N} is any number.",
+        "Normalise first. Then use one pattern of three alternatives, and findall. \\p{N} is any number.",
         "src/qwen_ref/tokenizer.py, PATTERN and split",
     ),
     Exercise(
