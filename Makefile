@@ -18,7 +18,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # The vocabulary may be out of reach without network: then the tests that need it say so and are skipped.
 test: .venv/installed
-	-$(BIN)/python examples/fetch_vocabulary.py
+	-$(BIN)/python examples/make/fetch_vocabulary.py
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
 # What takes a quarter of a minute and more on a processor without AVX-512.
@@ -35,7 +35,7 @@ kernels: .venv/installed
 	done
 
 vocab: .venv/installed
-	$(BIN)/python examples/fetch_vocabulary.py
+	$(BIN)/python examples/make/fetch_vocabulary.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -44,7 +44,7 @@ lint: .venv/installed
 
 # What Qwen computes, step by step: one page with all figures, build/walkthrough.html.
 walkthrough: .venv/installed
-	$(BIN)/python examples/render_walkthrough.py
+	$(BIN)/python examples/learn/render_walkthrough.py
 
 # The figures of the README: twenty minutes, on a machine that does nothing else.
 bench: .venv/transformers vocab
@@ -54,9 +54,9 @@ bench: .venv/transformers vocab
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --fast --lengths 16 4000 --repeats 2
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --gptq 4 --fast --dtype bfloat16 --against plain --repeats 2
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --gptq 8 --fast --dtype bfloat16 --against plain --repeats 2
-	$(BIN)/python examples/fast_accuracy.py
-	$(BIN)/python examples/gptq_accuracy.py
-	$(BIN)/python examples/bench_tokenizer.py
+	$(BIN)/python examples/measure/fast_accuracy.py
+	$(BIN)/python examples/measure/gptq_accuracy.py
+	$(BIN)/python examples/measure/bench_tokenizer.py
 
 # The README's commands as they stand there, with the tiny checkpoint in place of the published ones.
 readme: .venv/eval vocab
@@ -64,7 +64,7 @@ readme: .venv/eval vocab
 
 # Holds transformers' Qwen2, which was not written here, to the parity kit.
 parity: .venv/transformers
-	$(BIN)/python examples/parity_transformers.py
+	$(BIN)/python examples/ports/parity_transformers.py
 	$(BIN)/python -m pytest tests/parity/test_parity_transformers.py
 
 .venv/transformers: .venv/installed
@@ -73,7 +73,7 @@ parity: .venv/transformers
 
 # The standard evaluation harness, on questions that the tiny checkpoint can answer.
 eval: .venv/eval
-	$(BIN)/python -m qwen_ref.evaluate --tasks examples/tasks --num-fewshot 5
+	$(BIN)/python -m qwen_ref.evaluate --tasks examples/measure/tasks --num-fewshot 5
 	$(BIN)/python -m pytest tests/evaluate/test_evaluate.py
 
 .venv/eval: .venv/installed

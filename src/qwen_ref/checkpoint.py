@@ -15,7 +15,6 @@ if __name__ == "__main__":  # python -m qwen_ref.checkpoint
 import itertools
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -40,7 +39,6 @@ SINGLE_NAME = "model.safetensors"
 # safetensors' names of the dtypes that weights may have.
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
-_PLAIN_NAME = re.compile(
     r"[^/\\:\x00-\x1f\x7f-\x9f\u2028\u2029]+\.safetensors"
 )  # a file in the folder itself
 IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -256,12 +254,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
-    plain = [file for file in weight_map.values() if isinstance(file, str) and _PLAIN_NAME.fullmatch(file)]
+    plain = [file for file in weight_map.values() if isinstance(file, str) and _is_plain(file)]
     if len(plain) < len(weight_map):
         refused = dict.fromkeys(shown(file) for file in weight_map.values() if file not in plain)
         only = "weight_map may name only .safetensors files in the folder itself"
         raise InputError(f"{INDEX_NAME}: {only}, not {some(refused)}")
     return [folder / file for file in sorted(set(plain))]
+
+
+def _is_plain(file: str) -> bool:
+    return file.endswith(".safetensors") and file.isprintable() and not set(file) & set("/\\:")
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:

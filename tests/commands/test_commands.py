@@ -437,7 +437,6 @@ OUTPUTS = {
     "parity diff": ("qwen_ref.parity.__main__", ["diff", "bundle", "bundle", "--plot"]),
     "needle": ("needle", ["--plot"]),
     "tokenizer_compression": ("tokenizer_compression", ["--plot"]),
-    "sizes_page": ("sizes_page", ["--write"]),
     "render_walkthrough": ("render_walkthrough", ["--out"]),
     "train_tokenizer": ("train_tokenizer", ["--output"]),
 }
@@ -453,7 +452,8 @@ def test_an_output_is_refused_before_any_work(
     run_command: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    for room in ("learn", "make", "measure"):
+        monkeypatch.syspath_prepend(ROOT / "examples" / room)
     monkeypatch.chdir(folder)
     name, arguments = OUTPUTS[output]
     module = importlib.import_module(name)
@@ -473,7 +473,8 @@ def test_an_output_is_refused_before_any_work(
 def test_a_checkpoint_is_refused_before_the_training(
     script: str, tmp_path: Path, run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    for room in ("learn", "make", "measure"):
+        monkeypatch.syspath_prepend(ROOT / "examples" / room)
     monkeypatch.setattr(importlib.import_module(script), "train", lambda *_: pytest.fail("it trains already"))
     os.mkfifo(tmp_path / "model.safetensors")
     done = run_command(example(script), "--output", tmp_path)

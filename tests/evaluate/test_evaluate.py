@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 Run = Callable[..., Result]
-TASKS = ROOT / "examples" / "tasks"
+TASKS = ROOT / "examples" / "measure" / "tasks"
 
 
 @pytest.fixture(autouse=True)
@@ -538,11 +538,11 @@ def test_the_system_message_and_the_settings_are_passed_on(run_command: Run, tmp
 
 
 def test_the_tasks_are_what_their_script_makes() -> None:
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "examples" / "make"))
     try:
         import tiny_tasks
     finally:
-        sys.path.remove(str(ROOT / "examples"))
+        sys.path.remove(str(ROOT / "examples" / "make"))
     for name, content in tiny_tasks.files().items():
         assert (TASKS / name).read_text(encoding="utf-8") == content
 

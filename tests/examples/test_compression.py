@@ -1,4 +1,4 @@
-"""examples/tokenizer_compression.py counts what there is to count; its sample is what it is said to be."""
+"""tokenizer_compression.py counts what there is to count; its sample is what it is said to be."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from conftest import ROOT, WEIGHTS, Result, refused
 
 from qwen_ref.tokenizer import PATTERN
 
-SAMPLE = ROOT / "examples" / "languages"
+SAMPLE = ROOT / "examples" / "measure" / "languages"
 # The script that nearly all letters of a text are of.
 SCRIPTS = {
     "arabic": "Arabic",
@@ -64,7 +64,7 @@ def vocabulary(path: Path, more: Iterable[bytes] = ()) -> Path:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
     return importlib.import_module("tokenizer_compression")
 
 

@@ -20,7 +20,7 @@ import qwen_ref.model
 import qwen_ref.tokenizer
 from qwen_ref.commands.cli import run
 
-EXERCISES = ROOT / "examples" / "exercises"
+EXERCISES = ROOT / "examples" / "learn" / "exercises"
 NAMES = sorted(path.stem for path in EXERCISES.glob("ex*.py"))
 NUMBERS = range(1, 11)
 
@@ -64,14 +64,14 @@ MISTAKES = [
     ("ex03_rms_norm", "wide = x.to(torch.float32)", "wide = x", "In which dtype does step 1 compute?"),
     ("ex03_rms_norm", "normed.to(x.dtype) * weight", "(normed * weight).to(x.dtype)", "after the weight"),
     ("ex03_rms_norm", "normed.to(x.dtype) * weight", "normed * weight", "It came out in float32"),
-    ("ex03_rms_norm", "normed.to(x.dtype)", "normed.to(x.dtype).float()", "float32 was right"),
+    ("ex03_rms_norm", "normed.to(x.dtype)", "normed.to(x.dtype).float()", "In float32 you are right"),
     ("ex03_rms_norm", "(x.dtype) * weight", "(x.dtype) * weight**2", "The mean is one of squares"),
     ("ex03_rms_norm", " * weight", "", "Where is weight?"),
     (
         "ex03_rms_norm",
         "torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)",
         "(wide.square().mean(-1, keepdim=True).sqrt() + eps)",
-        "eps stands beside the root",
+        "eps is outside the root",
     ),
     ("ex03_rms_norm", " + eps", "", "Where is eps?"),
     ("ex03_rms_norm", "wide / torch.sqrt(", "wide / (", "a root is missing"),
@@ -81,7 +81,7 @@ MISTAKES = [
     ("ex03_rms_norm", "torch.float32)", "torch.float32) - x.float().mean(-1, keepdim=True)", "LayerNorm"),
     ("ex03_rms_norm", ".mean(-1, keepdim=True)", ".mean(-1)", "as a column"),
     ("ex04_ntk", "math.ceil(", "(", "Nothing was rounded up"),
-    ("ex04_ntk", "math.ceil", "math.floor", "was rounded down"),
+    ("ex04_ntk", "math.ceil", "math.floor", "rounded log2(…) + 1 down"),
     ("ex04_ntk", "math.ceil", "round", "to the nearest"),
     ("ex04_ntk", " - 1, 1)", ", 1)", "Where is the − 1"),
     ("ex04_ntk", " + 1)", ")", "⌈ ⌉ is around all of it"),
@@ -92,31 +92,31 @@ MISTAKES = [
     ("ex04_ntk", "K / (K - 2)", "(K - 2) / K", "upside down"),
     ("ex04_ntk", "(-torch", "(torch", "These grow"),
     ("ex04_ntk", "torch.arange(0, K, 2, ", "torch.arange(0, K // 2, ", "where is the 2?"),
-    ("ex04_ntk", "stretched **", "1 / alpha * base **", "Pair 0 shall stay"),
+    ("ex04_ntk", "stretched **", "1 / alpha * base **", "Pair 0 must stay"),
     (
         "ex04_ntk",
         "dtype=torch.float32) / K)",
         "dtype=torch.float32).repeat(2) / K)",
-        "each pair is asked for once",
+        "each pair needs only one",
     ),
     ("ex05_rotate", "torch.cat((-second, first), dim=-1)", NEIGHBOURS, "You paired neighbours"),
     ("ex05_rotate", "(-second, first)", "(second, -first)", "the other way"),
-    ("ex05_rotate", "(-second, first)", "(second, first)", "no sign did"),
-    ("ex05_rotate", "(-second, first)", "(-first, second)", "change places as well"),
-    ("ex05_rotate", "torch.cat((-second, first), dim=-1)", "-x.flip(-1)", "back to front"),
+    ("ex05_rotate", "(-second, first)", "(second, first)", "changed no sign"),
+    ("ex05_rotate", "(-second, first)", "(-first, second)", "also swap the halves"),
+    ("ex05_rotate", "torch.cat((-second, first), dim=-1)", "-x.flip(-1)", "reversed the order"),
     ("ex05_rotate", "(-second, first)", "(-second, -first)", "Cut x into halves"),
     (
         "ex05_rotate",
         "wide * cos + rotate_half(wide) * sin",
         "wide * sin + rotate_half(wide) * cos",
-        "cos and sin changed places",
+        "swapped cos and sin",
     ),
     ("ex05_rotate", "wide * cos + rotate", "wide * cos - rotate", "turns backwards"),
     (
         "ex05_rotate",
         "wide = x.to(cos.dtype)",
         "wide, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)",
-        "rounded on the way",
+        "rounded too early",
     ),
     ("ex05_rotate", "* sin).to(x.dtype)", "* sin)", "It came out in float32"),
     ("ex05_rotate", "wide * cos + rotate_half(wide) * sin", "wide", "Nothing turns"),
@@ -124,7 +124,7 @@ MISTAKES = [
     ("ex06_logn", "positions.double() + 1", "positions.double()", "How many does its query see?"),
     ("ex06_logn", "positions.double() + 1", "positions.double() + 2", "one token too many"),
     ("ex06_logn", ".clamp(min=1.0)", "", "Within the trained length"),
-    ("ex06_logn", "clamp(min", "clamp(max", "1 where it shall grow"),
+    ("ex06_logn", "clamp(min", "clamp(max", "1 where it must grow"),
     ("ex06_logn", "torch.log(", "torch.log10(", "different bases"),
     ("ex06_logn", "math.log(", "math.log10(", "different bases"),
     ("ex06_logn", " / math.log(seq_length)", "", "By what is log(n) divided?"),
@@ -135,11 +135,11 @@ MISTAKES = [
         "Where are the logarithms?",
     ),
     ("ex06_logn", "positions.double()", "positions.to(dtype)", "rounded to bfloat16 before the end"),
-    ("ex06_logn", ".to(dtype)", ".float()", "the dtype that is asked for"),
+    ("ex06_logn", ".to(dtype)", ".float()", "the dtype that the argument names"),
     ("ex07_mask", "torch.arange(S - T, S)", "torch.arange(T)", "How many keys came before it"),
     ("ex07_mask", "keys <= queries", "keys < queries", "its own key"),
     ("ex07_mask", "keys <= queries", "keys != queries", "the position of the query in row t"),
-    ("ex07_mask", "keys <= queries", "keys > queries", "inside out"),
+    ("ex07_mask", "keys <= queries", "keys > queries", "is inverted"),
     ("ex07_mask", "keys <= queries", "keys >= queries", "Which of the two are the rows?"),
     ("ex07_mask", "keys <= queries", "keys <= queries + 1", "its own answer"),
     (
@@ -170,7 +170,7 @@ MISTAKES = [
     ("ex08_swiglu", MIDDLE, "F.silu(F.linear(x, w1)) * F.linear(x, w2)", "as in Llama"),
     ("ex08_swiglu", "F.silu(", "F.gelu(", "That is GELU"),
     ("ex08_swiglu", "F.silu(", "F.relu(", "That is ReLU"),
-    ("ex08_swiglu", "F.silu(", "F.sigmoid(", "a factor more"),
+    ("ex08_swiglu", "F.silu(", "F.sigmoid(", "one more factor"),
     ("ex08_swiglu", "F.silu(", "(", "where is the SiLU?"),
     ("ex08_swiglu", "F.linear(x, w1) * ", "", "What does it let through?"),
     ("ex08_swiglu", "w1) * F", "w1) + F", "A gate multiplies"),
@@ -178,11 +178,11 @@ MISTAKES = [
     ("ex08_swiglu", "F.linear(x, w1) *", "F.silu(F.linear(x, w1)) *", "on both"),
     ("ex08_swiglu", f"F.linear({MIDDLE}, c_proj)", MIDDLE, "What takes them back"),
     ("ex08_swiglu", "F.linear(x, w1)", "x @ w1", "Follow the shapes"),
-    ("ex09_top_p", "before < p", "before + values <= p", "was dropped"),
-    ("ex09_top_p", "before < p", "before + values < p", "was dropped"),
-    ("ex09_top_p", "before < p", "before <= p", "exactly, before it"),
+    ("ex09_top_p", "before < p", "before + values <= p", "dropped the token"),
+    ("ex09_top_p", "before < p", "before + values < p", "dropped the token"),
+    ("ex09_top_p", "before < p", "before <= p", "exactly p before it"),
     ("ex09_top_p", "before < p", "before > p", "do those before it reach p already?"),
-    ("ex09_top_p", "before < p", "values >= p", "held against each token"),
+    ("ex09_top_p", "before < p", "values >= p", "compared each token with p"),
     ("ex09_top_p", "kept / kept.sum()", "kept", "do not sum to 1"),
     (
         "ex09_top_p",
@@ -430,7 +430,7 @@ def test_the_worked_examples_are_what_the_solutions_give(name: str) -> None:
             "Begin in",
         ),
         (("def rms_norm", "def norm"), "ex03_rms_norm.py has no function rms_norm any more", "Begin in"),
-        (("return normed", "normed"), "rms_norm gave back None", "behind return"),
+        (("return normed", "normed"), "rms_norm returned None", "after `return`"),
         (("keepdim=True", "keepdim=false"), "raised NameError: name 'false' is not defined", "Begin in"),
         (("* weight", "* weight[:5]"), "at line 10", "Begin in"),
         (("* weight", "@ weight"), "yours has the shape (3,), Qwen's (3, 64)", "keepdim"),
@@ -582,7 +582,7 @@ def test_the_command_refuses_in_a_line(checked: Callable[..., Result], tmp_path:
 
 def test_it_runs_as_the_readme_says() -> None:
     """A bare call, from the root of the checkout; with what a learner has, torch and not pytest."""
-    command = [sys.executable, "examples/exercises/check.py", "9"]
+    command = [sys.executable, "examples/learn/exercises/check.py", "9"]
     environment = {**os.environ, "PYTHONPATH": "src", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=60

@@ -23,24 +23,24 @@ from qwen_ref import Tokenizer, load_model
 from qwen_ref.commands.cli import run
 from qwen_ref.model import ntk_alpha
 
-NEEDLE = ROOT / "examples" / "needle"
+NEEDLE = ROOT / "examples" / "measure" / "needle"
 
 
 @pytest.fixture
 def needle(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
     return importlib.import_module("needle")
 
 
 @pytest.fixture
 def corpus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
     return importlib.import_module("needle_corpus")
 
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
     return importlib.import_module("train_needle")
 
 
@@ -140,7 +140,7 @@ def test_a_file_is_a_haystack_and_a_fact_may_be_any(
 def test_training_makes_this_folder(training: ModuleType, tmp_path: Path) -> None:
     """Two runs of two steps agree to the byte, and in all but the weights with the checkpoint."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    script = [str(ROOT / "examples" / "train_needle.py"), "--steps", "2", "--output"]
+    script = [str(ROOT / "examples" / "make" / "train_needle.py"), "--steps", "2", "--output"]
     command = [sys.executable, *script, str(tmp_path / "once")]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
-"""The README's sizes: against the published totals, against models that are really loaded, cut and quantised,
-and against torch's own count of operations.
+"""The page of sizes agrees with the published totals, with models that are really loaded, cut and quantised,
+and with torch's own count of operations.
 """
 
 from __future__ import annotations
@@ -7,21 +7,20 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
+from conftest import GOLDEN, ROOT, WEIGHTS
 from forked_ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.bench.measure import bytes_per_token
-from qwen_ref.commands.cli import run
+from qwen_ref.commands.cli import Parser, run
 from qwen_ref.commands.sizes import cache_bytes, held_bytes, resident_bytes
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
@@ -38,13 +37,8 @@ TINY = QwenConfig.from_json(WEIGHTS / "config.json")
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
     return importlib.import_module("sizes_page")
-
-
-@pytest.fixture
-def sizes_command(sizes: ModuleType, run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return lambda *arguments: run_command(lambda given: run(sizes.parser(), sizes.command, given), *arguments)
 
 
 # The published sizes
@@ -192,14 +186,12 @@ def test_flops_are_those_that_torch_counts(sizes: ModuleType) -> None:
 # The page
 
 
-def test_the_page_names_the_published_totals(sizes_command: Callable[..., Result]) -> None:
-    found = sizes_command()
-    assert found.code == 0
-    assert found.err == ""
+def test_the_page_names_the_published_totals(sizes: ModuleType) -> None:
+    page = sizes.page()
     for count, published_bytes, *_ in PUBLISHED.values():
-        assert f"| **{count:,}** |" in found.out
-        assert f"| {published_bytes:,} |" in found.out
-    assert "| in GB | 10⁹ bytes | 3.7 | 15.4 | 28.3 | 144.6 |" in found.out
+        assert f"| **{count:,}** |" in page
+        assert f"| {published_bytes:,} |" in page
+    assert "| in GB | 10⁹ bytes | 3.7 | 15.4 | 28.3 | 144.6 |" in page
 
 
 def test_tables_are_whole(sizes: ModuleType) -> None:
@@ -214,57 +206,11 @@ def test_tables_are_whole(sizes: ModuleType) -> None:
     assert max(len(line) for line in lines if not line.startswith("|")) <= 120
 
 
-def test_writing_changes_nothing_else(
-    sizes: ModuleType, sizes_command: Callable[..., Result], tmp_path: Path
+def test_the_page_in_git_is_what_the_script_prints(
+    sizes: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, after = "# Title\r\nabove\n\n", "\n\nbelow, without an end of line"
-    file = tmp_path / "README.md"
-    file.write_bytes(f"{before}{sizes.BEGIN}\nold\n{sizes.END}{after}".encode())
-    file.chmod(0o640)
-    (tmp_path / "link.md").symlink_to(file)
-    found = sizes_command("--write", tmp_path / "link.md")
-    assert found == Result(0, "", f"qwen_ref: {tmp_path / 'link.md'}: the sizes are up to date\n")
-    written = f"{before}{sizes.BEGIN}\n{sizes.page()}\n{sizes.END}{after}".encode()
-    assert file.read_bytes() == written
-    assert file.stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "link.md").is_symlink()
-    sizes_command("--write", file)
-    assert file.read_bytes() == written
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "link.md"]
-
-
-@pytest.mark.parametrize("text", ["", "{END} {BEGIN}", "{BEGIN}", "{BEGIN} {END} {BEGIN} {END}"])
-def test_a_file_without_its_marks_is_refused(
-    sizes: ModuleType, sizes_command: Callable[..., Result], text: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "README.md"
-    content = text.format(BEGIN=sizes.BEGIN, END=sizes.END)
-    file.write_text(content)
-    assert "the section stands between two lines, once" in refused(sizes_command("--write", file))
-    assert file.read_text() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_what_cannot_be_written_is_one_line(
-    sizes: ModuleType, sizes_command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "nowhere.md: cannot be read" in refused(sizes_command("--write", tmp_path / "nowhere.md"))
-    (tmp_path / "binary.md").write_bytes(b"\xff")
-    assert "is not UTF-8" in refused(sizes_command("--write", tmp_path / "binary.md"))
-    assert "unrecognized arguments" in refused(sizes_command("README.md"))
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    file = tmp_path / "README.md"
-    file.write_text(f"{sizes.BEGIN}{sizes.END}")
-    monkeypatch.setattr(os, "replace", full)
-    assert "README.md: cannot be written: No space left on device" in refused(sizes_command("--write", file))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "binary.md"]
-
-
-def test_the_readme_has_the_page_as_it_is(sizes: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{sizes.BEGIN}\n{sizes.page()}\n{sizes.END}\n" in text, (
-        "python examples/sizes_page.py --write README.md brings it up to date"
+    assert run(Parser(), sizes.command, []) == 0
+    written = (ROOT / "examples" / "measure" / "sizes.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == written, (
+        "python examples/measure/sizes_page.py > examples/measure/sizes.md brings it up to date"
     )

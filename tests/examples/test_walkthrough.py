@@ -29,8 +29,8 @@ import qwen_ref.tokenizer
 from qwen_ref import QwenConfig
 from qwen_ref.commands.cli import run
 
-EXAMPLES = ROOT / "examples"
-SCRIPT = EXAMPLES / "walkthrough.py"
+LEARN = ROOT / "examples" / "learn"
+SCRIPT = LEARN / "walkthrough.py"
 SIZES = ("1.8b", "7b", "14b", "72b")
 
 # What the path of a text through the model must pass, in this order: (section, what its code must call).
@@ -50,7 +50,8 @@ TOPICS = [
     ("SwiGLU: the MLP", "mlp"),
     ("The residual stream", "stages"),
     ("The logit lens: when is the capital there?", "lm_head"),
-    ("Token by token, and the cache", "new_cache"),
+    ("The loop: one token after another", "argmax"),
+    ("The cache", "new_cache"),
     ("Sampling", "probabilities"),
     ("Tensor parallelism: one model on two devices", "tensor_parallel"),
     ("Quantisation: fewer bits a weight", "quantize_int4"),
@@ -66,7 +67,7 @@ FIGURES = {
 
 @pytest.fixture(autouse=True)
 def examples_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(LEARN)
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def cells(renderer: ModuleType) -> list:
 def start(script: str, *arguments: str | Path, **options: object) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
     environment.pop("PYTHONUNBUFFERED", None)  # a pipe is buffered, as a user has it
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    command = [sys.executable, str(LEARN / script), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, encoding="utf-8", **options)
 
 
@@ -304,7 +305,7 @@ class Page(NamedTuple):
 def page() -> Iterator[Page]:
     """Rendered once; the cells as they ran, and what became of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
+        patch.syspath_prepend(LEARN)
         renderer = importlib.import_module("render_walkthrough")
         cells = renderer.read_cells(SCRIPT.read_text(encoding="utf-8"))
         done = list(renderer.run_cells(cells, SCRIPT))
@@ -428,7 +429,7 @@ def test_the_renderer_writes_a_whole_page_or_none(
 
 @pytest.mark.parametrize("name", ["architecture", "tensor_parallel"])
 def test_the_drawings_in_git_are_what_the_script_draws(drawing: ModuleType, name: str) -> None:
-    committed = (EXAMPLES / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+    committed = (ROOT / "examples" / "figures" / f"{name}.svg").read_text(encoding="utf-8")
     assert committed == drawing.DRAWINGS[name](QwenConfig.preset("72b"))
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="an extra: `make parity` installs it"
     [(WEIGHTS, "RoPE base 10000 for 1e+06"), (GOLDEN / "ntk_logn", "RoPE base 1e+06 for 10000")],
 )
 def test_transformers_is_right_and_a_wrong_base_is_named(folder: str, base: str) -> None:
-    script = ROOT / "examples" / "parity_transformers.py"
+    script = ROOT / "examples" / "ports" / "parity_transformers.py"
     command = [sys.executable, str(script), "--model", str(folder)]
     if folder != WEIGHTS:  # without a vocabulary; not beyond the 32 positions that Qwen2 can
         command += ["--ids", *map(str, range(3, 300, 10))]
