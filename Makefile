@@ -51,7 +51,7 @@ lint: .venv/installed
 walkthrough: .venv/installed
 	$(BIN)/python examples/render_walkthrough.py
 
-# The figures of the README: twenty minutes, on a machine that does nothing else.
+# The figures of the pages: twenty minutes, on a machine that does nothing else.
 bench: .venv/transformers vocab
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --fast --against hf hf:float32 --repeats 3
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --quantize int8 --against hf --repeats 3
