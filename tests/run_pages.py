@@ -90,7 +90,8 @@ def whole(command: str) -> bool:
 
 
 def link_checkpoints(folder: Path) -> None:
-    """The published names, for weights/."""
+    """weights/, under its own name and under the published ones."""
+    (folder / "weights").symlink_to(ROOT / "weights")
     for name in PLAIN:
         for kind in ("", "-Chat"):
             (folder / f"{name}{kind}").symlink_to(ROOT / "weights")
@@ -104,7 +105,7 @@ def pack_checkpoint(folder: Path) -> None:
 
 def prepare(folder: Path) -> None:
     """Puts into the folder what the commands need: the project, checkpoints, texts, a bundle."""
-    for name in ("weights", "tests", ".venv", ".vocab"):
+    for name in ("tests", ".venv", ".vocab"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "examples", folder / "examples")  # some commands write into it
     link_checkpoints(folder)
