@@ -1,4 +1,4 @@
-"""The pages say what is there: links, files, targets, options, examples that run; the README stays a door."""
+"""The pages say what is there: links, files, targets, options, examples that run."""
 
 from __future__ import annotations
 
@@ -43,11 +43,6 @@ def anchors(page: str) -> set[str]:
     """What a heading is linked by: lower case, no punctuation, hyphens for spaces."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_readme_is_a_door() -> None:
-    assert len(README.splitlines()) <= 350
-    assert len(README.split()) <= 3000
 
 
 @EVERY_PAGE
