@@ -8,7 +8,12 @@ QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首�
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
-	printf '$(QUICKSTART)' | $(BIN)/python -m qwen_ref.generate
+	@echo "The prompt, in Chinese: Mongolia's capital is Ulaanbaatar / Iceland's capital is Reykjavik / Ethiopia's capital is"
+	@echo
+	@printf '$(QUICKSTART)\n\n'
+	@echo "The right answer is 亚的斯亚贝巴, Addis Ababa. The model continues:"
+	@echo
+	@printf '$(QUICKSTART)' | $(BIN)/python -m qwen_ref.generate
 
 # In CI the lines that run are counted, in percent; the two modules behind `make eval`'s extra run only where it is.
 COVERAGE = $(if $(CI),--cov --cov-report=term --cov-fail-under=$(if $(wildcard .venv/eval),95,93))
@@ -46,7 +51,7 @@ lint: .venv/installed
 walkthrough: .venv/installed
 	$(BIN)/python examples/learn/render_walkthrough.py
 
-# The figures of the README: twenty minutes, on a machine that does nothing else.
+# The figures of the pages: twenty minutes, on a machine that does nothing else.
 bench: .venv/transformers vocab
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --fast --against hf hf:float32 --repeats 3
 	$(BIN)/python -m qwen_ref.bench --synthetic 1.8b --quantize int8 --against hf --repeats 3
@@ -58,9 +63,9 @@ bench: .venv/transformers vocab
 	$(BIN)/python examples/measure/gptq_accuracy.py
 	$(BIN)/python examples/measure/bench_tokenizer.py
 
-# The README's commands as they stand there, with the tiny checkpoint in place of the published ones.
+# The commands of all pages as they stand there, with the tiny checkpoint in place of the published ones.
 readme: .venv/eval vocab
-	$(BIN)/python examples/run_readme.py
+	$(BIN)/python tests/run_pages.py
 
 # Holds transformers' Qwen2, which was not written here, to the parity kit.
 parity: .venv/transformers

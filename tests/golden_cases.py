@@ -1,7 +1,7 @@
 """The recorded outputs of the published code, and how far they and this implementation are from the truth.
 
-The truth is our float64 model of the same weights. `python tests/golden_cases.py` prints the table that
-tests/README.md has.
+The truth is our float64 model of the same weights. `python tests/golden_cases.py` prints the table of
+tests/README.md.
 """
 
 from __future__ import annotations

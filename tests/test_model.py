@@ -21,7 +21,7 @@ from qwen_ref.generate import generate
 from qwen_ref.model import causal_mask, logn_scale, ntk_alpha, rotary_frequencies
 
 # Equal computations in another order. float64: some 1e-15 measured, 1e-12 allowed. The others: what a forward
-# pass loses to rounding (README's parity table), which two orders lose independently: √2 of it; 3 allowed.
+# pass loses to rounding (tests/README.md), which two orders lose independently: √2 of it; 3 allowed.
 # The order, and with it the last bits, is the processor's kernels'; the size of the rounding is the dtype's.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 4e-2, "float16": 4e-3}
 

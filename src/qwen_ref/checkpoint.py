@@ -39,8 +39,6 @@ SINGLE_NAME = "model.safetensors"
 # safetensors' names of the dtypes that weights may have.
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Buffers that old exports wrote beside the weights. They follow from the configuration.
-    r"[^/\\:\x00-\x1f\x7f-\x9f\u2028\u2029]+\.safetensors"
-)  # a file in the folder itself
 IGNORED_SUFFIXES = (".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
