@@ -25,8 +25,9 @@ from conftest import command as main_of
 
 from qwen_ref import checkpoint, parity
 from qwen_ref.bench import __main__ as bench
-from qwen_ref.chat import conversation as chat
+from qwen_ref.chat import __main__ as chat
 from qwen_ref.chat import terminal
+from qwen_ref.chat.context import build_context
 from qwen_ref.chat.conversation import Conversation, reply
 from qwen_ref.commands import cli, figures, generate
 from qwen_ref.commands.cli import FAULT_LINE, Parser, out_of_memory, run
@@ -806,7 +807,7 @@ def test_layers_to_trace_are_a_list(layers: object) -> None:
 
 @pytest.mark.parametrize("window", ["6144", 1.5, None, 0])
 def test_a_window_is_a_number_of_tokens(window: object, tokenizer: Tokenizer) -> None:
-    for ask in (chat.build_context, lambda *given, **named: reply(None, *given, **named)):
+    for ask in (build_context, lambda *given, **named: reply(None, *given, **named)):
         with pytest.raises(InputError, match=r"max_window_size=.* must be at least 1 token"):
             ask(tokenizer, "hi", max_window_size=window)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import qwen_ref
 from qwen_ref import Qwen, QwenConfig, load_model, parity
-from qwen_ref.chat.conversation import main
+from qwen_ref.chat.__main__ import main
 from qwen_ref.checkpoint import check_cut
 from qwen_ref.commands import inspect as checkpoint
 from qwen_ref.commands.sizes import resident_bytes

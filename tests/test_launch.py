@@ -27,7 +27,7 @@ from forked_ranks import Forked, command, free_port, run_ranks, variables
 from qwen_ref import load_model
 from qwen_ref.commands.generate import main
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.watch import _Watch
+from qwen_ref.commands.watch import WatchedRanks, _Watch
 from qwen_ref.parallel import Launch, launched
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -194,7 +194,7 @@ def run_after_run() -> None:
 
     select.select = recorded
     _Watch._listen = slow  # a thread that nobody waits for is seen
-    with Ranks(launched(), 5):
+    with WatchedRanks(launched(), 5):
         pass
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -205,7 +205,7 @@ def run_after_run() -> None:
     for arguments in (plain, [*plain, "--lookup"], plain):
         assert main(arguments) == 0
         assert held() == before
-    with Ranks(launched(), 5) as ranks:
+    with WatchedRanks(launched(), 5) as ranks:
         assert ranks.share(TEXT if ranks.rank == 0 else None) == TEXT
     assert held() == before
     assert kinds == {socket.socket}  # Windows can wait for nothing else
@@ -231,7 +231,7 @@ def test_nothing_is_left_of_a_run_and_another_may_follow(tmp_path: Path) -> None
 def test_several_ranks_need_the_main_thread() -> None:
     def enter() -> None:
         try:
-            with Ranks(Launch(0, 2, 0, "127.0.0.1", 1)):
+            with WatchedRanks(Launch(0, 2, 0, "127.0.0.1", 1)):
                 pass
         except ValueError as error:
             found.append(str(error))
@@ -241,7 +241,7 @@ def test_several_ranks_need_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert "must run in the main thread" in found[0]
-    with Ranks(None):
+    with Ranks():
         pass
 
 

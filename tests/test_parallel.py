@@ -32,7 +32,7 @@ from torch import Tensor
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.commands.ranks import Ranks
+from qwen_ref.commands.watch import WatchedRanks
 from qwen_ref.generate import generate, generate_batch
 from qwen_ref.parallel import Group, Launch, RankLost, own_device, start_process_group, unrounded_linear
 
@@ -244,7 +244,7 @@ def test_only_a_lost_rank_is_called_one(error: Exception, monkeypatch: pytest.Mo
         lambda: group.gather(x),
         lambda: group.gather(x, only_rank_0=True),
         lambda: start_process_group("cpu"),
-        lambda: Ranks(launch).__enter__(),
+        lambda: WatchedRanks(launch).__enter__(),
     ]
     for call in calls:
         with pytest.raises(RankLost if error in LOST else type(error)) as raised:

@@ -20,7 +20,7 @@ from conftest import GOLDEN, WEIGHTS, Result, refused
 from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
-from qwen_ref.chat.conversation import main
+from qwen_ref.chat.__main__ import main
 from qwen_ref.commands.settings import Clock
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
         f"{file}: 1 turns",
         "all turns are forgotten",
         "error: there is no query to repeat yet",
-        "error: /reset takes nothing behind it",
+        "error: /reset takes no argument",
         "error: '/nonsense' is no command; /help lists them",
         "error: /save needs the name of a file",
     ):
@@ -212,7 +212,9 @@ def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; from qwen_ref.chat import main; main(['--help'])"
+    code = (
+        "import sys; sys.modules['torch'] = None; from qwen_ref.chat.__main__ import main; main(['--help'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--once" in done.stdout
 
@@ -411,7 +413,7 @@ class Terminal:
 
 SLOW = """
 import sys, time
-from qwen_ref.chat import main
+from qwen_ref.chat.__main__ import main
 from qwen_ref.commands.settings import Clock
 
 watch = Clock.watch

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_ref.bench import __main__ as bench
-from qwen_ref.chat import conversation as chat
+from qwen_ref.chat import __main__ as chat
 from qwen_ref.commands import generate
 from qwen_ref.commands import inspect as checkpoint
 from qwen_ref.commands.figures import pyplot

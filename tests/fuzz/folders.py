@@ -17,7 +17,7 @@ from typing import Any
 
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.bench import __main__ as bench
-from qwen_ref.chat import conversation as chat
+from qwen_ref.chat import __main__ as chat
 from qwen_ref.checkpoint import INDEX_NAME, SINGLE_NAME, tensor_table
 from qwen_ref.commands import inspect as checkpoint
 from qwen_ref.commands.generate import main as generate_command

@@ -1,4 +1,4 @@
-"""What the tools that draw do alike: matplotlib where it is installed, and files that are whole."""
+"""Plots: matplotlib, if it is installed, and PNG files that are complete or not there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def pyplot() -> ModuleType:
-    """matplotlib without a screen; ValueError where it is not installed."""
+    """matplotlib's pyplot, without a screen; ValueError if matplotlib is not installed."""
     try:
         import matplotlib
 
@@ -28,8 +28,8 @@ def pyplot() -> ModuleType:
     return pyplot
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A PNG file, whole or not at all. Closes the figure."""
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a PNG file, complete or not at all, and closes the figure."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # a file's name may hold bytes that are no characters

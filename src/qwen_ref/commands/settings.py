@@ -1,4 +1,4 @@
-"""What the commands that generate share: their options, a folder's own defaults, the model loaded as asked.
+"""What the commands that run a model share: their options, and the model loaded as the options ask.
 
 torch is imported inside the functions, so that --help answers at once.
 """
@@ -15,15 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwen_ref.commands.cli import Progress, say
+from qwen_ref.commands.cli import Progress, say, utf8
 from qwen_ref.commands.files import bundled_checkpoint
-from qwen_ref.commands.ranks import TIMEOUT, Ranks, ranks_of_command
-from qwen_ref.config import (
-    InputError,
-    QwenConfig,
-    read_json_object,
-    shown,
-)
+from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
+from qwen_ref.config import InputError, QwenConfig, read_json_object, shown
 from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS, GPTQConfig
 from qwen_ref.tokenizer import Tokenizer
 
@@ -33,12 +28,13 @@ if TYPE_CHECKING:
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:
-    """What costs less time or less memory than the plain model."""
+    """Options for less time or less memory than the plain model takes."""
     add = parser.add_argument
     add(
         "--fast",
         action="store_true",
-        help="lay the weights out for decoding on the CPU, as a copy",
+        help="keep a copy of the weights in a layout that decodes faster on the CPU. The project's figures "
+        "are from a processor with AVX-512; python -m qwen_ref.bench --fast --against plain measures yours",
     )
     add("--quantize", choices=QUANTIZATIONS, help="--fast, with the weights rounded to 8 or 4 bits")
     add(
@@ -46,24 +42,24 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         type=int,
         choices=INT4_GROUPS,
         metavar="G",
-        help=f"with --quantize int4: inputs that share a scale, {', '.join(map(str, INT4_GROUPS))} "
+        help=f"with --quantize int4: how many inputs share a scale, {', '.join(map(str, INT4_GROUPS))} "
         f"(default: {INT4_GROUP})",
     )
     add(
         "--packed",
         action="store_true",
-        help="keep a GPTQ checkpoint's 4 or 8 bits, and dequantise a layer at a time in each pass: the least "
-        "memory, on any device; slow. With --fast they are kept and used as they are",
+        help="keep a GPTQ checkpoint's weights in 4 or 8 bits and dequantise a layer at a time in each pass: "
+        "the least memory, on any device, but slow. With --fast they are used in 4 or 8 bits as they are",
     )
     add(
         "--kv-cache",
         choices=["int8"],
-        help="keep keys and values in 8 bits: half the memory of the cache, slower",
+        help="keep keys and values in 8 bits: half the memory of the cache, but slower",
     )
 
 
 def speed_options(args: argparse.Namespace) -> list[str]:
-    """Those of add_speed_options that were given; ValueError where they do not go together."""
+    """The options of add_speed_options that were given; ValueError where they contradict each other."""
     if args.group_size is not None and args.quantize != "int4":
         raise InputError("--group-size is for --quantize int4")
     given = [f"--{name}" for name in ("fast", "packed") if getattr(args, name)]
@@ -156,14 +152,57 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prompt_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """The prompt, --file and --allow-special; what: what the prompt is for."""
+    add = parser.add_argument
+    end = "(one newline at its end is dropped)"
+    add("prompt", type=utf8, nargs="?", help=f"{what}; - or nothing reads stdin {end}")
+    add("--file", type=Path, help=f"read the prompt from this file {end}")
+    add(
+        "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in the prompt"
+    )
+
+
+def encoded_prompt(
+    tokenizer: Tokenizer,
+    prompt: str,
+    allow_special: bool,
+    remedy: str = "give it as an argument, with --file or on stdin",
+) -> list[int]:
+    """The ids of a prompt; ValueError for an empty one."""
+    ids = tokenizer.encode(prompt, allowed_special="all" if allow_special else ())
+    if not ids:
+        raise InputError(f"the prompt is empty; {remedy}")
+    return ids
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """--dtype."""
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="the dtype to compute in: auto (as stored, the default), bfloat16, float16, float32 or float64",
+    )
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is asked of the generation loop, and how the model is to be loaded."""
+    """The settings of the generation loop, and how the model is to be loaded."""
     add = parser.add_argument
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens")
     add("--temperature", type=float, metavar="T", help="0 is greedy; 1 samples the model's own distribution")
     add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens; 0 is no limit")
-    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens that reach probability P")
-    add("--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens seen before less likely")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample among the likeliest tokens that together reach probability P",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1 makes tokens of the text so far less likely",
+    )
     add("--seed", type=int, help="the same seed gives the same text (default: a new one, printed)")
     add_load_options(parser)
 
@@ -171,7 +210,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """How the model is to be loaded."""
     add = parser.add_argument
-    add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
+    add_dtype_option(parser)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …; under torchrun cuda: one for each rank")
     add_speed_options(parser)
     add(
@@ -179,13 +218,13 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=TIMEOUT,
         metavar="S",
-        help="under torchrun: when another rank is lost, end within S seconds; silence for half of that is "
-        "loss (default: %(default)g)",
+        help="under torchrun: end within S seconds when another rank is lost, that is, silent for half of S "
+        "(default: %(default)g)",
     )
 
 
 def chosen_settings(args: argparse.Namespace, defaults: Defaults) -> dict[str, Any]:
-    """The loop's: the options of add_options, where they are given, else what the folder says; checked."""
+    """The loop's settings, checked: the options of add_options that are given, else the folder's own."""
     found = {
         name: getattr(defaults, name) if getattr(args, name) is None else getattr(args, name)
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -216,7 +255,7 @@ def describe(settings: dict[str, Any], stop_ids: Iterable[int], stop_texts: Sequ
 
 
 def length_note(config: QwenConfig, length: int) -> str | None:
-    """What to know of a text of so many tokens."""
+    """The note for a text of more tokens than the model was trained on, if it has no dynamic NTK."""
     if length <= config.seq_length or config.use_dynamic_ntk:
         return None
     return (
@@ -230,11 +269,34 @@ def on_every_rank(
     lead: Callable[[argparse.Namespace, Path, Ranks], int],
     follow: Callable[[argparse.Namespace, Path, Ranks], int],
 ) -> int:
-    """A command, with the checkpoint's folder and the ranks: lead on rank 0, follow on all others."""
+    """Runs a command with the checkpoint's folder and the ranks: lead on rank 0, follow on all others."""
     speed_options(args)
     folder = args.model or bundled_checkpoint()
     with ranks_of_command(args.timeout, folder) as ranks:
         return (lead if ranks.rank == 0 else follow)(args, folder, ranks)
+
+
+def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
+    """The ranks of this command, by torchrun's variables. torch is imported only if torchrun has started it.
+
+    Raises InputError where the folder's model cannot be cut for so many ranks.
+    """
+    if not 0 < timeout < 1e6:
+        raise InputError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
+    if not started_by_torchrun():
+        return Ranks()
+    # torch reads this when it is imported. Without it a lost connection is reported with stacks of C++.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from qwen_ref.checkpoint import check_cut
+    from qwen_ref.commands.watch import WatchedRanks
+    from qwen_ref.parallel import launched
+
+    launch = launched()
+    if launch is None or launch.size == 1:
+        return Ranks()
+    if folder is not None:
+        check_cut(folder, launch.size)
+    return WatchedRanks(launch, timeout)
 
 
 def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:
@@ -249,7 +311,7 @@ def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:
 
 
 def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
-    """The model, or this rank's part of it, as the options ask; rank 0 says what came of it."""
+    """The model, or this rank's part of it, as the options ask; rank 0 prints a line about it."""
     from qwen_ref.checkpoint import tensor_table
     from qwen_ref.commands.sizes import resident_bytes
 
@@ -274,11 +336,11 @@ def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
 
 
 def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
-    """load_model with the options of add_options, and what makes the model faster."""
+    """load_model with the options of add_load_options, and with the layouts that they ask for."""
     from qwen_ref.checkpoint import load_model
 
     gptq = None
-    with contextlib.suppress(InputError):  # load_model says it, with all else that is wrong
+    with contextlib.suppress(InputError):  # load_model reports it, with all else that is wrong
         gptq = GPTQConfig.from_folder(folder)
     if gptq is not None and args.quantize is not None:
         raise InputError(
@@ -307,12 +369,14 @@ def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
 
 
 def dtype_name(model: Qwen) -> str:
-    """ "bfloat16" and the like."""
-    return str(model.embed.weight.dtype).removeprefix("torch.")
+    """The name of a model's dtype, such as "bfloat16"."""
+    from qwen_ref.checkpoint import dtype_name
+
+    return dtype_name(model.embed.weight.dtype)
 
 
 class Clock:
-    """Times the steps of a generation: the first is the prefill, each later one a decoded token."""
+    """Times the steps of a generation: the first is the prefill, each later one a decode step."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwen_ref.commands.figures import pyplot, save
+from qwen_ref.commands.tables import aligned
 from qwen_ref.parity.bundle import layer_of, meaning
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis
@@ -28,7 +29,7 @@ def comparison_lines(comparison: Comparison, decode: Decode | None, full: bool =
     yield ""
     first = comparison.first_beyond
     shown = list(comparison.stages) if full else _in_part(comparison.stages, first)
-    yield from _table([_HEAD, *(_row(stage, stage is first) for stage in shown)])
+    yield from aligned([_HEAD, *(_row(stage, stage is first) for stage in shown)], "<>>>>><")
     if len(shown) < len(comparison.stages):
         yield f"({len(comparison.stages) - len(shown)} more stages are not shown; --full shows all)"
     yield ""
@@ -82,14 +83,6 @@ def _row(stage: StageResult, first: bool) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True)]
-        yield "  ".join([*cells, row[-1]]).rstrip()
-
-
 def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.2e}"
 
@@ -139,12 +132,9 @@ def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
         yield f"these ids cannot show: {'; '.join(names)}" + (f"; and {rest} more (--full)" if rest else "")
     yield ""
     rows = diagnosis.ranking if full else diagnosis.ranking[:5]
-    yield from _table(
-        [
-            ("residual", "in tolerances", "at", "with"),
-            *((_number(h.residual), _short(h.excess), h.stage, h.text) for h in rows),
-        ]
-    )
+    head = ("residual", "in tolerances", "at", "with")
+    cells = [(_number(h.residual), _short(h.excess), h.stage, h.text) for h in rows]
+    yield from aligned([head, *cells], "<>><")
     yield ""
     comparison = diagnosis.comparison
     if diagnosis.first_divergence and comparison and comparison.first_beyond:
