@@ -244,7 +244,7 @@ def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 
 class Progress:
-    """One line on stderr: what is done and the time left. Redrawn in a terminal; a file gets one every 10 s."""
+    """One line on stderr: what is done and the time left, redrawn in a terminal, else every 10 s."""
 
     def __init__(self, what: str, unit: str = "GB") -> None:
         self.what, self.unit = what, unit

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from qwen_ref.commands.cli import printable
-from qwen_ref.commands.files import new_file
+from qwen_ref.commands.files import new_file, output_path
 from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def pyplot() -> ModuleType:
     except ValueError as error:  # of the environment's MPLBACKEND
         raise InputError(f"--plot takes matplotlib, which does not start: {error}") from None
     return pyplot
+
+
+def check_plot(args: argparse.Namespace) -> None:
+    """Before any work: raises ValueError where --plot cannot be drawn or written."""
+    if args.plot is not None:
+        output_path(args.plot, "--plot", args)
+        pyplot()
 
 
 def save(figure: Figure, path: str | Path) -> None:

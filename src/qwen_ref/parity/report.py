@@ -1,4 +1,4 @@
-"""What a person reads of a comparison or a diagnosis, and the plot of error against depth."""
+"""A comparison or a diagnosis as text, and the plot of error by depth."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _since(stage: StageResult) -> str:
 
 
 def _in_part(stages: Sequence[StageResult], first: StageResult | None) -> list[StageResult]:
-    """A deep model's table cut down: each layer's residual, and all of the layer where tolerance ends."""
+    """A long table in part: each layer's residual, and all stages of the layer that `first` is in."""
     if len(stages) <= _MOST_ROWS:
         return list(stages)
     layer = layer_of(first.stage) if first is not None else None
@@ -157,6 +157,7 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         yield "rounding only: nothing is wrong that this dtype could show"
         return
     if diagnosis.verdict == "none of these":
+        assert diagnosis.first_divergence is not None
         yield f"none of these; first divergence at {diagnosis.first_divergence}"
         yield f"look at {meaning(diagnosis.first_divergence)}; nearest was: {best.text}"
         return
@@ -175,7 +176,7 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def plot(comparison: Comparison, out: str | Path) -> None:
-    """Error against depth, one line a dtype: what is judged, and the measured rounding of each dtype.
+    """Error by depth: of what is judged, and the measured rounding of each dtype, a line each.
 
     Raises ValueError where matplotlib is not installed.
     """
@@ -190,7 +191,10 @@ def plot(comparison: Comparison, out: str | Path) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("relative RMS error")
     axes.set_xlabel("stage, in the order in which data flows (a tick where a layer begins)")
-    starts = {layer_of(name): i for i, name in reversed(list(enumerate(names))) if layer_of(name) is not None}
+    starts: dict[int, int] = {}  # layer → its first stage
+    for i, name in enumerate(names):
+        if (layer := layer_of(name)) is not None:
+            starts.setdefault(layer, i)
     step = -(-len(starts) // 20)
     chosen = [layer for layer in sorted(starts) if layer % max(step, 1) == 0]
     axes.set_xticks([starts[layer] for layer in chosen], [f"layer {layer}" for layer in chosen])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import Parser, Progress, as_json, integer, on_stdout, run, say
-from qwen_ref.commands.figures import pyplot, save
+from qwen_ref.commands.figures import check_plot, pyplot, save
 from qwen_ref.commands.files import output_path, read_text
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import (
@@ -104,9 +104,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     for name in ("stride", "windows", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if args.plot is not None:
-        pyplot()
-        output_path(args.plot, "--plot", args)
+    check_plot(args)
     if args.state is not None:
         output_path(args.state, "--state")
     config, tokenizer = open_folder(folder)
