@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from needle_corpus import draw_needle, haystack
 
-from qwen_ref.checkpoint import load_model
+from qwen_ref.checkpoint import dtype_name, load_model
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, utf8
 from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.commands.files import output_path, read_text
-from qwen_ref.commands.settings import dtype_name, open_folder
+from qwen_ref.commands.loading import open_folder
 from qwen_ref.config import InputError, require_folder
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.perplexity.scoring import score_texts
@@ -362,11 +362,11 @@ def command(args: argparse.Namespace) -> int:
     }
     model = load_model(args.model, args.dtype, args.device)
     cells = measure(model, texts, args.depths, args.variants, args.batch_size)
-    trained = model.config.seq_length
+    trained, dtype = model.config.seq_length, dtype_name(model.embed.weight.dtype)
     if args.json:
         report = {
             "model": str(args.model),
-            "dtype": dtype_name(model),
+            "dtype": dtype,
             "seq_length": trained,
             "seed": args.seed,
             "cells": [cell._asdict() for cell in cells],
@@ -375,7 +375,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join("\n".join(table(cells, variant)) for variant in args.variants), flush=True)
     if args.plot is not None:
-        what = f"{args.model.resolve().name}, {dtype_name(model)}, {args.samples} texts a cell"
+        what = f"{args.model.resolve().name}, {dtype}, {args.samples} texts a cell"
         save(heat_map(cells, trained, f"Facts retrieved: {what}"), args.plot)
     return 0
 

@@ -21,7 +21,7 @@ from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
 from qwen_ref.chat.__main__ import main
-from qwen_ref.commands.settings import Clock
+from qwen_ref.commands.clock import Clock
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
 
@@ -414,7 +414,7 @@ class Terminal:
 SLOW = """
 import sys, time
 from qwen_ref.chat.__main__ import main
-from qwen_ref.commands.settings import Clock
+from qwen_ref.commands.clock import Clock
 
 watch = Clock.watch
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
 from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.loading import load_as_asked, ranks_of_command
 from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
-from qwen_ref.commands.settings import add_speed_options, load_as_asked, ranks_of_command, speed_options
+from qwen_ref.commands.settings import add_speed_options, speed_options
 from qwen_ref.commands.tables import aligned
 from qwen_ref.config import InputError, require_folder
 from qwen_ref.quantize.config import GPTQConfig

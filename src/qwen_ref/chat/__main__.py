@@ -18,19 +18,12 @@ from qwen_ref.commands.cli import (
     say,
     utf8,
 )
+from qwen_ref.commands.clock import Clock
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import read_prompt
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    Clock,
-    add_model_option,
-    add_options,
-    chosen_settings,
-    describe,
-    load,
-    on_every_rank,
-    open_folder,
-    read_defaults,
-)
+from qwen_ref.commands.settings import add_model_option, add_options, chosen_settings, describe
 from qwen_ref.config import InputError, read_json_object, require_folder, shown
 
 

@@ -27,12 +27,10 @@ from qwen_ref.commands.cli import (
     say,
     to_stderr,
 )
+from qwen_ref.commands.clock import Clock
 from qwen_ref.commands.files import from_stdin, output_path, write_whole
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    Clock,
-    length_note,
-)
+from qwen_ref.commands.settings import length_note
 from qwen_ref.config import LARGEST_TEXT, InputError, read_json_object, shown
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.generate import begun

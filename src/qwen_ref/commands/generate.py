@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import Parser, Progress, integer, on_stdout, run, say, utf8
+from qwen_ref.commands.clock import Clock
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import read_prompt
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import (
-    Clock,
     add_model_option,
     add_options,
     add_prompt_options,
     chosen_settings,
     describe,
-    dtype_name,
     encoded_prompt,
     length_note,
-    load,
-    on_every_rank,
-    open_folder,
-    read_defaults,
 )
 from qwen_ref.config import InputError, require_folder, shown
 from qwen_ref.tokenizer import Tokenizer
@@ -112,6 +109,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
         say(note)
 
+    from qwen_ref.checkpoint import dtype_name
     from qwen_ref.decoding.lookup import Passes
     from qwen_ref.decoding.streaming import TextStream
 
@@ -131,7 +129,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "finish_reason": stream.finish_reason or "interrupted",
             "tokens": [_token_report(step, tokenizer) for step in stream.steps],
             "settings": {
-                "dtype": dtype_name(model),
+                "dtype": dtype_name(model.embed.weight.dtype),
                 "device": args.device,
                 **settings,
                 "stop": list(stop_texts),

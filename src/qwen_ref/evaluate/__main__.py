@@ -21,16 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import Parser, as_json, on_stdout, out_of_memory, run, say, utf8
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import decoded, output_path, write_whole
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    add_load_options,
-    add_model_option,
-    load,
-    on_every_rank,
-    open_folder,
-    read_defaults,
-)
+from qwen_ref.commands.settings import add_load_options, add_model_option
 from qwen_ref.config import InputError, read_bytes, require_folder
 from qwen_ref.parallel import RankLost
 

@@ -15,17 +15,9 @@ from typing import TYPE_CHECKING, Any
 from qwen_ref.commands.cli import Parser, Progress, as_json, integer, on_stdout, run, say
 from qwen_ref.commands.figures import check_plot, pyplot, save
 from qwen_ref.commands.files import output_path, read_text
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    add_load_options,
-    add_model_option,
-    dtype_name,
-    length_note,
-    load,
-    on_every_rank,
-    open_folder,
-    speed_options,
-)
+from qwen_ref.commands.settings import add_load_options, add_model_option, length_note, speed_options
 from qwen_ref.config import InputError, QwenConfig, require_folder, shown
 from qwen_ref.perplexity.state import State
 from qwen_ref.perplexity.windows import Sums, Window, bucket_edges, window_sums, windows
@@ -100,6 +92,8 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    from qwen_ref.checkpoint import dtype_name
+
     require_folder(folder)
     for name in ("stride", "windows", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -124,13 +118,14 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         for length, window, sums in ranks.until_interrupted(scored):
             state.add(length, window, sums)
     results = [_result(model.config, length, found, state) for length, found in asked.items()]
+    dtype = dtype_name(model.embed.weight.dtype)
     if args.json:
         report = {
             "model": str(folder),
             "texts": [
                 {"file": str(path), "tokens": len(text)} for path, text in zip(args.text, texts, strict=True)
             ],
-            "dtype": dtype_name(model),
+            "dtype": dtype,
             "stride": args.stride,
             "use_dynamic_ntk": model.config.use_dynamic_ntk,
             "use_logn_attn": model.config.use_logn_attn,
@@ -140,7 +135,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     else:
         print("\n".join(_table(results)), flush=True)
     if args.plot is not None:
-        _draw(results, f"{folder.resolve().name}, {dtype_name(model)}", args.plot)
+        _draw(results, f"{folder.resolve().name}, {dtype}", args.plot)
     return 0
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, say
 from qwen_ref.commands.files import bundled_checkpoint, read_prompt
+from qwen_ref.commands.loading import open_folder
 from qwen_ref.commands.settings import (
     add_dtype_option,
     add_model_option,
     add_prompt_options,
     encoded_prompt,
     length_note,
-    open_folder,
 )
 from qwen_ref.config import InputError, QwenConfig, require_folder
 from qwen_ref.tokenizer import Tokenizer
