@@ -848,3 +848,13 @@ def test_a_package_that_is_not_installed_is_named(run_command: Callable[..., Res
 
     line = refused(run_command(lambda arguments: run(Parser(), command, arguments)))
     assert line == "qwen_ref: error: torch is not installed: pip install torch"
+
+
+@pytest.mark.parametrize("folder", ["chat", "decoding", "fast", "parity", "perplexity", "quantize", "trace"])
+def test_public_names_are_there_and_seen(folder: str) -> None:
+    package = importlib.import_module(f"qwen_ref.{folder}")
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match=f"module 'qwen_ref.{folder}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
