@@ -60,8 +60,8 @@ def _parser() -> Parser:
         type=_draft_tokens,
         const=True,
         metavar="N",
-        help="behind the prompt: guess up to N tokens (default: 8) from the text so far and check all of "
-        "them in one pass: the same greedy text in fewer passes, if it repeats itself",
+        help="guess up to N tokens (default: 8) from the text so far and check all of them in one pass: the "
+        "same greedy text in fewer passes, if it repeats itself. The option stands after the prompt",
     )
     add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
     add("--json", action="store_true", help="print one JSON object at the end")

@@ -33,7 +33,7 @@ def _parser() -> Parser:
         description="What a prompt goes through in a first-generation Qwen: shape, dtype, mean, spread and "
         "largest value of every tensor from the embedding to the logits, layer by layer. "
         "The table goes to stdout, everything else to stderr.",
-        epilog="The model runs on the CPU, one matrix in memory at a time, so that it may exceed the memory.",
+        epilog="The model runs on the CPU, one matrix in memory at a time: it may be larger than memory.",
     )
     add = parser.add_argument
     add_prompt_options(parser, "the text to trace")
@@ -49,7 +49,7 @@ def _parser() -> Parser:
     add(
         "--lens",
         action="store_true",
-        help="what the last position would predict after each layer, through the final norm and the head",
+        help="what the last position would predict after each layer, by the final norm and the head",
     )
     add("--top", type=int, metavar="N", help=f"the N likeliest tokens of each with --lens (default: {TOP})")
     add("--json", action="store_true", help="print everything as one JSON object instead")
