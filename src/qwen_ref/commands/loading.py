@@ -47,7 +47,7 @@ def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
         raise InputError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
     if not started_by_torchrun():
         return Ranks()
-    # torch reads this when it is imported. Without it a lost connection is reported with stacks of C++.
+    # torch reads this variable when it is imported. By default it reports a lost connection with C++ stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from qwen_ref.checkpoint import check_cut
     from qwen_ref.commands.watch import WatchedRanks

@@ -27,7 +27,6 @@ from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import add_load_options, add_model_option
 from qwen_ref.config import InputError, read_bytes, require_folder
-from qwen_ref.parallel import RankLost
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -276,6 +275,8 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 @contextlib.contextmanager
 def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
     """Errors of many kinds, from task files, data sets and metrics, as a ValueError of one line."""
+    from qwen_ref.parallel import RankLost
+
     try:
         yield
     except RankLost:
