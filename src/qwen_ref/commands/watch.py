@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import Store
 
 from qwen_ref.commands.cli import out_of_memory, say
 from qwen_ref.commands.ranks import TIMEOUT, Ranks
@@ -218,7 +217,7 @@ class _Watch(threading.Thread):
         self._listener: threading.Thread | None = None
         self._over = threading.Event()
 
-    def connect(self) -> tuple[Store, Store]:
+    def connect(self) -> tuple[dist.Store, dist.Store]:
         """Meets the other ranks and starts to listen. Returns two connections to the store: one for the main
         thread, one for the process group.
         """
@@ -266,7 +265,7 @@ class _Watch(threading.Thread):
             if self._suspicion is not None and time.monotonic() - self._suspicion[1] > 6 * self.interval:
                 self._end(self._suspicion[0])
 
-    def _listen(self, store: Store) -> None:
+    def _listen(self, store: dist.Store) -> None:
         """Writes this rank's heartbeats and reads those of the others, until the ranks leave."""
         me, ranks = self.launch.rank, range(self.launch.size)
         heard = {rank: (0, time.monotonic()) for rank in ranks if rank != me}
