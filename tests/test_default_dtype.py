@@ -19,7 +19,7 @@ from qwen_ref.decoding.lookup import generate_lookup
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate, generate_batch, in_chunks
-from qwen_ref.perplexity import windows as perplexity
+from qwen_ref.perplexity import scoring as perplexity
 from qwen_ref.perplexity.scoring import score_continuations
 from qwen_ref.quantize.rounding import dequantize_gptq, quantize_int4, quantize_int8
 from qwen_ref.trace.tracing import trace

@@ -23,7 +23,7 @@ from qwen_ref.fast import matrices as fast
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate_batch, generate_uncached
-from qwen_ref.perplexity.windows import score
+from qwen_ref.perplexity.scoring import score
 
 COPIES = ("aten::to", "aten::_to_copy", "aten::copy_")  # these may go from one device to another
 ITEMS = ("aten::item", "aten::is_nonzero", "aten::_local_scalar_dense")  # these wait for the device

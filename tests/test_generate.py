@@ -13,7 +13,7 @@ from qwen_ref import Tokenizer, load_model
 from qwen_ref.decoding.lookup import generate_lookup
 from qwen_ref.decoding.streaming import TextStream
 from qwen_ref.generate import Step, generate, generate_batch, generate_uncached
-from qwen_ref.perplexity import windows as perplexity
+from qwen_ref.perplexity import scoring as perplexity
 from qwen_ref.tokenizer import SPECIAL_TOKENS
 
 FOLDERS = ("extended_base", "ntk_logn")

@@ -23,7 +23,7 @@ from conftest import read_jsonl
 from qwen_ref import Tokenizer
 from qwen_ref import tokenizer as plain
 from qwen_ref.config import InputError
-from qwen_ref.fast.tokenizer import _LONG_RUN_SAMPLED, nfc
+from qwen_ref.loading.tokenizer import _LONG_RUN_SAMPLED, nfc
 from qwen_ref.tokenizer import StreamDecoder, merge_pairs, read_ranks
 
 PATTERN = (
@@ -854,7 +854,7 @@ def test_a_million_spaces_encode_though_tiktoken_gives_up(
 def test_the_remembered_pieces_stay_bounded_and_change_no_result(
     tokens: list[bytes], published: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_ref.fast.tokenizer._REMEMBERED", 7)
+    monkeypatch.setattr("qwen_ref.loading.tokenizer._REMEMBERED", 7)
     tokenizer = Tokenizer(tokens)
     for text in random_texts(2000, seed=12):
         assert tokenizer.encode(text) == published(text)

@@ -363,11 +363,11 @@ def command(args: argparse.Namespace) -> int:
     }
     model = load_model(args.model, args.dtype, args.device)
     cells = measure(model, texts, args.depths, args.variants, args.batch_size)
-    trained = model.config.seq_length
+    trained, dtype = model.config.seq_length, dtype_name(model.embed.weight.dtype)
     if args.json:
         report = {
             "model": str(args.model),
-            "dtype": dtype_name(model),
+            "dtype": dtype,
             "seq_length": trained,
             "seed": args.seed,
             "cells": [cell._asdict() for cell in cells],
@@ -376,7 +376,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join("\n".join(table(cells, variant)) for variant in args.variants), flush=True)
     if args.plot is not None:
-        what = f"{args.model.resolve().name}, {dtype_name(model)}, {args.samples} texts a cell"
+        what = f"{args.model.resolve().name}, {dtype}, {args.samples} texts a cell"
         save(heat_map(cells, trained, f"Facts retrieved: {what}"), args.plot)
     return 0
 

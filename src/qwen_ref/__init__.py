@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_ref import chat, perplexity, quantize, sampling
     from qwen_ref.config import InputError, QwenConfig
-    from qwen_ref.fast.tokenizer import FastTokenizer as Tokenizer
     from qwen_ref.loading import load_model
+    from qwen_ref.loading.tokenizer import FastTokenizer as Tokenizer
     from qwen_ref.model import KVCache, Qwen
     from qwen_ref.tokenizer import StreamDecoder
 
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"qwen_ref.{_HOME[name]}"), name)
     if name == "Tokenizer":
-        return import_module("qwen_ref.fast.tokenizer").FastTokenizer
+        return import_module("qwen_ref.loading.tokenizer").FastTokenizer
     if name in __all__:
         return import_module(f"qwen_ref.{name}")
     raise AttributeError(f"module 'qwen_ref' has no attribute {name!r}")

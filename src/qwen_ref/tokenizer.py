@@ -6,7 +6,7 @@
 
 The pieces there are `It`, `'s`, ` `, `2`, `0`, `2`, `4`. A piece that is itself a token is taken whole; any
 other starts as single bytes, of which the adjacent pair with the lowest rank is merged first, until no pair
-is a token. qwen_ref.Tokenizer is FastTokenizer of fast/tokenizer.py: this one, sooner.
+is a token. qwen_ref.Tokenizer is FastTokenizer of loading/tokenizer.py: this one, sooner.
 """
 
 from __future__ import annotations

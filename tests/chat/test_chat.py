@@ -14,7 +14,7 @@ from conftest import GOLDEN, WEIGHTS, read_jsonl
 
 import qwen_ref
 from qwen_ref import Qwen, Tokenizer, load_model
-from qwen_ref.chat.context import build_context, context
+from qwen_ref.chat.context import build_context, fitted_context
 from qwen_ref.chat.conversation import Conversation, reply
 from qwen_ref.commands.sizes import cache_bytes, held_bytes
 from qwen_ref.decoding.prefix import PrefixCache
@@ -78,16 +78,19 @@ def test_a_turn_stays_as_long_as_the_window_is_not_reached(tiny_tokenizer: Token
     history = [ICELAND, NORWAY]
     size = len(build_context(tiny_tokenizer, "", history)) - len(build_context(tiny_tokenizer, "", []))
     size += len(tiny_tokenizer.encode("system\nYou are a helpful assistant.")) + 2  # im_start and im_end
-    everything = context(tiny_tokenizer, "", history, max_window_size=size + 1)
+    everything = fitted_context(tiny_tokenizer, "", history, max_window_size=size + 1)
     assert everything == (build_context(tiny_tokenizer, "", history), 0)
-    one_less = context(tiny_tokenizer, "", history, max_window_size=size)
+    one_less = fitted_context(tiny_tokenizer, "", history, max_window_size=size)
     assert one_less == (build_context(tiny_tokenizer, "", [NORWAY]), 1)
-    assert context(tiny_tokenizer, "", history, max_window_size=1) == (build_context(tiny_tokenizer, ""), 2)
+    assert fitted_context(tiny_tokenizer, "", history, max_window_size=1) == (
+        build_context(tiny_tokenizer, ""),
+        2,
+    )
 
 
 def test_a_turn_that_has_no_room_takes_the_older_ones_with_it(tiny_tokenizer: Tokenizer) -> None:
     history = [NORWAY, ("x " * 500, "y"), NORWAY]
-    found = context(tiny_tokenizer, "", history, max_window_size=200)
+    found = fitted_context(tiny_tokenizer, "", history, max_window_size=200)
     assert found == (build_context(tiny_tokenizer, "", [NORWAY]), 2)
 
 

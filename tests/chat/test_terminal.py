@@ -21,7 +21,7 @@ from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
 from qwen_ref.chat.__main__ import main
-from qwen_ref.commands.settings import Clock
+from qwen_ref.commands.clock import Clock
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
         f"{file}: 1 turns",
         "all turns are forgotten",
         "error: there is no query to repeat yet",
-        "error: /reset takes nothing behind it",
+        "error: /reset takes no argument",
         "error: '/nonsense' is no command; /help lists them",
         "error: /save needs the name of a file",
     ):
@@ -414,7 +414,7 @@ class Terminal:
 SLOW = """
 import sys, time
 from qwen_ref.chat.__main__ import main
-from qwen_ref.commands.settings import Clock
+from qwen_ref.commands.clock import Clock
 
 watch = Clock.watch
 

@@ -848,3 +848,27 @@ def test_a_package_that_is_not_installed_is_named(run_command: Callable[..., Res
 
     line = refused(run_command(lambda arguments: run(Parser(), command, arguments)))
     assert line == "qwen_ref: error: torch is not installed: pip install torch"
+
+
+@pytest.mark.parametrize("folder", ["chat", "decoding", "fast", "parity", "perplexity", "quantize", "trace"])
+def test_public_names_are_there_and_seen(folder: str) -> None:
+    package = importlib.import_module(f"qwen_ref.{folder}")
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match=f"module 'qwen_ref.{folder}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module", ["bench", "chat", "commands.generate", "evaluate", "parity", "perplexity", "trace"]
+)
+def test_no_help_needs_torch_or_numpy(module: str) -> None:
+    name = f"qwen_ref.{module}" if "." in module else f"qwen_ref.{module}.__main__"
+    code = (
+        "import importlib, sys; sys.modules['torch'] = sys.modules['numpy'] = None; "
+        f"sys.exit(importlib.import_module('{name}').main(['--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout

@@ -20,8 +20,8 @@ from qwen_ref.bench import __main__ as bench
 from qwen_ref.chat import __main__ as chat
 from qwen_ref.checkpoint import INDEX_NAME, SINGLE_NAME, tensor_table
 from qwen_ref.commands import inspect as checkpoint
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.generate import main as generate_command
-from qwen_ref.commands.settings import read_defaults
 from qwen_ref.config import QwenConfig
 from qwen_ref.generate import generate
 from qwen_ref.parity import __main__ as parity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, WEIGHTS, Result, refused
 from golden_cases import golden, model
+from safetensors import safe_open
 from torch import Tensor
 
 import qwen_ref.model
@@ -61,6 +63,18 @@ def changed(bundle: Path, out: Path, change: Callable[[str, Tensor], Tensor], dt
 
 
 # record
+
+
+def test_a_record_needs_no_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout on PYTHONPATH is enough: then no installed version can be asked for."""
+
+    def not_installed(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
+    parity.record(NTK, torch.tensor([[1, 2]]), tmp_path / "b", stages="logits", rounding=())
+    metadata = safe_open(tmp_path / "b", framework="pt").metadata()
+    assert metadata["tool"] == f"qwen_ref {qwen_ref.__version__}"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

@@ -25,7 +25,8 @@ from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 from qwen_ref.perplexity import scoring
 from qwen_ref.perplexity.__main__ import main
-from qwen_ref.perplexity.windows import bucket_edges, score, windows
+from qwen_ref.perplexity.scoring import score
+from qwen_ref.perplexity.windows import bucket_edges, windows
 
 FOLDERS = ("extended_base", "ntk_logn", "long")
 

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
 from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.loading import load_as_asked, ranks_of_command
 from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
-from qwen_ref.commands.settings import add_speed_options, load_as_asked, ranks_of_command, speed_options
+from qwen_ref.commands.settings import add_speed_options, speed_options
+from qwen_ref.commands.tables import aligned
 from qwen_ref.config import InputError
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig
@@ -352,10 +354,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(["  share of that", _spread(shares, 1, 2)])
     columns = max(map(len, rows))
     rows = [row + [""] * (columns - len(row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *aligned(rows, "<" * columns)])
 
 
 def _tokens(batch: int) -> str:

@@ -1,4 +1,4 @@
-"""`python -m qwen_ref.chat`."""
+"""`python -m qwen_ref.chat`: its options, and what each rank does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwen_ref.chat.context import DEFAULT_SYSTEM, MAX_WINDOW_SIZE, chat_stop_ids
 from qwen_ref.commands.cli import (
@@ -19,26 +18,14 @@ from qwen_ref.commands.cli import (
     say,
     utf8,
 )
+from qwen_ref.commands.clock import Clock
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import read_prompt
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    Clock,
-    add_model_option,
-    add_options,
-    chosen_settings,
-    describe,
-    load,
-    on_every_rank,
-    open_folder,
-    read_defaults,
-)
+from qwen_ref.commands.settings import add_model_option, add_options, chosen_settings, describe
 from qwen_ref.config import InputError, read_json_object, shown
 from qwen_ref.loading.folder import require_folder
-
-if TYPE_CHECKING:
-    pass
-
-# The command
 
 
 def _parser() -> Parser:
@@ -60,13 +47,13 @@ def _parser() -> Parser:
         metavar="TEXT",
         help="answer TEXT and end; - or nothing reads it from stdin (one newline at its end is dropped)",
     )
-    add("--history", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    add("--history", type=Path, metavar="FILE", help="continue a conversation that /save wrote")
     add_options(parser)
     return parser
 
 
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    """A rank that only computes: rank 0 reads what is typed, samples and prints."""
+    """Every rank but 0: it only computes. Rank 0 reads what is typed, samples and prints."""
     from qwen_ref.decoding.prefix import PrefixCache
 
     ranks.share(None)  # rank 0 is ready
@@ -125,7 +112,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _require_chat(folder: Path) -> None:
-    """Raises ValueError for a checkpoint that was not taught to answer."""
+    """Raises ValueError for a checkpoint that is no chat model."""
     require_folder(folder)
     path = folder / "generation_config.json"
     if not os.path.lexists(path):

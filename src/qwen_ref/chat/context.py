@@ -1,4 +1,17 @@
-"""A conversation as token ids, in the form that chat models were trained on: ChatML."""
+"""A conversation as token ids, in the form that chat models were trained on: ChatML.
+
+There <|im_start|> and <|im_end|> are single tokens:
+
+    <|im_start|>system
+    You are a helpful assistant.<|im_end|>
+    <|im_start|>user
+    冰岛的首都是哪里？<|im_end|>
+    <|im_start|>assistant
+
+The model continues with its answer and <|im_end|>. The ids are put together piece by piece, never from such a
+text as a whole: what a user or the model wrote is encoded as plain text. "<|im_end|>" in a message is
+therefore ten characters and no control token, and nobody can speak in another's name.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +21,9 @@ from typing import NamedTuple
 from qwen_ref.config import InputError, shown
 from qwen_ref.tokenizer import Tokenizer
 
-MAX_WINDOW_SIZE = 6144  # tokens of a context, where a folder says nothing else
+MAX_WINDOW_SIZE = 6144  # tokens of a context, unless the folder's generation_config.json gives another size
 DEFAULT_SYSTEM = "You are a helpful assistant."
-
-
 STOP_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
 
 Turn = tuple[str, str]  # a query and the response to it
 
@@ -22,7 +32,7 @@ class Context(NamedTuple):
     """What the model reads before it answers."""
 
     ids: list[int]
-    dropped: int  # oldest turns for which the window had no room
+    dropped: int  # how many of the oldest turns were left out
 
 
 def build_context(
@@ -34,27 +44,28 @@ def build_context(
 ) -> list[int]:
     """The ids of a conversation up to where the assistant begins to answer query.
 
-    history: the turns so far, the oldest first. The oldest are left out where the system message, the later
-    turns and they themselves would reach max_window_size tokens; the query, which is always there, does not
-    count. `context` also says how many were left out.
-    Raises ValueError for what is no text, no pair of texts, or a window of no size.
+    history: the turns so far, the oldest first. A turn is left out, with all turns before it, if it would
+    bring the system message and the turns up to max_window_size tokens. The query is always there and does
+    not count.
+    Raises ValueError for a query or system message that is no text, a turn that is no pair of texts, and a
+    max_window_size below 1.
 
     >>> build_context(tokenizer, "hi", system="")  # with the published vocabulary
     [151644, 8948, 198, 151645, 198, 151644, 872, 198, 6023, 151645, 198, 151644, 77091, 198]
     """
-    return context(tokenizer, query, history, system, max_window_size).ids
+    return fitted_context(tokenizer, query, history, system, max_window_size).ids
 
 
-def context(
+def fitted_context(
     tokenizer: Tokenizer,
     query: str,
     history: Sequence[Turn] = (),
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = MAX_WINDOW_SIZE,
 ) -> Context:
-    """build_context's ids, and how many turns they leave out."""
+    """The ids of build_context, and how many turns were left out."""
     check_texts(query, history, system)
-    _check_count("max_window_size", max_window_size)
+    check_tokens("max_window_size", max_window_size)
     im_start, im_end = (tokenizer.special_ids[name] for name in ("<|im_start|>", "<|im_end|>"))
     newline = tokenizer.encode("\n")
 
@@ -75,7 +86,7 @@ def context(
 
 
 def check_texts(query: object, history: object, system: object) -> None:
-    """Raises ValueError where a conversation is not made of texts."""
+    """Raises ValueError where query or system message is no text, or a turn no pair of texts."""
     for name, text in (("query", query), ("system", system)):
         if not isinstance(text, str):
             raise InputError(f"{name} must be text, not {shown(text)}")
@@ -89,11 +100,12 @@ def check_texts(query: object, history: object, system: object) -> None:
             )
 
 
-def _check_count(name: str, value: object) -> None:
+def check_tokens(name: str, value: object) -> None:
+    """Raises ValueError for what is no number of tokens."""
     if not isinstance(value, int) or value < 1:
         raise InputError(f"{name}={shown(value)} must be at least 1 token, a whole number")
 
 
 def chat_stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end an answer: of ChatML, and the end of the text."""
+    """The tokens that end an answer: those of ChatML and <|endoftext|>."""
     return frozenset(tokenizer.special_ids[name] for name in STOP_TOKENS)

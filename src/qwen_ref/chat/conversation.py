@@ -1,25 +1,13 @@
-"""Chat: ChatML contexts as token ids, a conversation, and `python -m qwen_ref.chat`.
+"""A conversation: the turns so far, and a model that answers the next query.
 
-    response, history = reply(model, tokenizer, "冰岛的首都是哪里？")
-    response, history = reply(model, tokenizer, "And of Norway?", history)
-
-A chat model was trained on texts of this form, in which <|im_start|> and <|im_end|> are single tokens:
-
-    <|im_start|>system
-    You are a helpful assistant.<|im_end|>
-    <|im_start|>user
-    冰岛的首都是哪里？<|im_end|>
-    <|im_start|>assistant
-
-and goes on with its answer and <|im_end|>. The ids are put together piece by piece. They are never those of
-such a text as a whole: what a user or the model wrote is encoded as plain text, so that "<|im_end|>" in it
-stays ten characters, and nobody can speak in another's name.
+response, history = reply(model, tokenizer, "冰岛的首都是哪里？")
+response, history = reply(model, tokenizer, "And of Norway?", history)
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat.context import (
@@ -27,10 +15,10 @@ from qwen_ref.chat.context import (
     MAX_WINDOW_SIZE,
     Context,
     Turn,
-    _check_count,
     chat_stop_ids,
     check_texts,
-    context,
+    check_tokens,
+    fitted_context,
 )
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.decoding.streaming import TextStream, checked_stop_texts
@@ -41,15 +29,14 @@ if TYPE_CHECKING:
     from qwen_ref.generate import Step
     from qwen_ref.model import Qwen
 
-
 _logger = logging.getLogger(__name__)
 
 
 class Conversation:
     """A system message, the turns so far, and a model that answers the next query.
 
-    A new turn computes what the last one did not (see prefix.py). There is one answer at a time: asking again
-    ends one that is still coming, as closing its iterator does.
+    Each turn computes only what the cache does not hold from the turn before (decoding/prefix.py). There is
+    one answer at a time: the next `ask` ends an answer that is still coming, as closing its iterator does.
     """
 
     def __init__(
@@ -63,36 +50,35 @@ class Conversation:
         stop_ids: Collection[int] | None = None,
         **settings: Any,
     ) -> None:
-        """settings: those of qwen_ref.generate.generate, all but cache. A seed is that of the first answer,
-        and the next one's is one more. stop_ids: those of ChatML by default.
+        """settings: those of qwen_ref.generate.generate, all but cache. A seed is the first answer's; each
+        later answer has the seed before it plus one. stop_ids: those of ChatML by default.
         """
         check_texts("", history, system)
         self.settings = {"max_new_tokens": 512, **settings}
-        _check_count("max_window_size", max_window_size)
-        _check_count("max_new_tokens", self.settings["max_new_tokens"])
+        check_tokens("max_window_size", max_window_size)
+        check_tokens("max_new_tokens", self.settings["max_new_tokens"])
         self.tokenizer = tokenizer
         self.system = system
         self.history: list[Turn] = [(asked, answered) for asked, answered in history]
         self.max_window_size = max_window_size
-        self.settings = {"max_new_tokens": 512, **settings}
         self.stop_texts = checked_stop_texts(stop_texts)
         self.stop_ids = chat_stop_ids(tokenizer) if stop_ids is None else checked_stop_ids(stop_ids)
         self.prefix = PrefixCache(model)
-        self.answers = 0  # so many were asked for, repeated ones included
-        self.context = Context([], 0)  # the last one
-        # Of the last answer: "stop" or "length"; None: it is still coming, or was given up.
+        self.answers = 0  # how many were asked for, repeated ones included
+        self.context = Context([], 0)  # that of the last answer
+        # The last answer's: "stop" or "length"; None while it is coming and after it was stopped.
         self.finish_reason: str | None = None
         self._answer: Generator[str] | None = None
 
-    def ask(self, query: str) -> Iterator[str]:
+    def ask(self, query: str) -> Generator[str]:
         """Yields the answer's text as it comes, in whole characters; then the turn is part of the history.
 
-        So it is with what was yielded when the iterator is closed or interrupted, unless that is nothing.
-        Raises what `generate` raises.
+        If the iterator is closed or interrupted, the text yielded so far becomes the answer of the turn;
+        without any text there is no turn. Raises what `generate` raises.
         """
         if self._answer is not None:
             self._answer.close()
-        self.context = context(self.tokenizer, query, self.history, self.system, self.max_window_size)
+        self.context = fitted_context(self.tokenizer, query, self.history, self.system, self.max_window_size)
         settings = {**self.settings, "stop_ids": self.stop_ids}
         if settings.get("seed") is not None:
             settings["seed"] = (settings["seed"] + self.answers) % 2**63
@@ -128,9 +114,9 @@ def reply(
     """The model's answer to query, and the history with this turn at its end, for the next call.
 
     settings: those of qwen_ref.generate.generate, all but cache. Greedy by default; max_new_tokens is 512.
-    Where the window has no room for the oldest turns, a warning is logged, and the history still has them.
-    Each call computes its whole context; a Conversation keeps what the last answer left in the cache.
-    Raises ValueError for what is no text, and what `generate` raises.
+    If the window has no room for the oldest turns, a warning is logged. The history keeps these turns.
+    Each call computes its whole context; a Conversation reuses the cache of the last answer.
+    Raises ValueError for a query, history or system message of the wrong type, and what `generate` raises.
     """
     conversation = Conversation(model, tokenizer, system, history, max_window_size, **settings)
     response = "".join(conversation.ask(query))

@@ -1,4 +1,4 @@
-"""The chat in a terminal, and once for a pipe: what `python -m qwen_ref.chat` does.
+"""The chat in a terminal or a pipe: messages read from stdin, commands such as /save, answers printed.
 
 Answers go to stdout as they come, everything else to stderr. Ctrl-C stops an answer, not the program.
 """
@@ -12,7 +12,7 @@ import json
 import locale
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,10 @@ from qwen_ref.commands.cli import (
     say,
     to_stderr,
 )
+from qwen_ref.commands.clock import Clock
 from qwen_ref.commands.files import LARGEST_TEXT, from_stdin, output_path, write_whole
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    Clock,
-    length_note,
-)
+from qwen_ref.commands.settings import length_note
 from qwen_ref.config import InputError, read_json_object, shown
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.generate import begun
@@ -50,23 +48,23 @@ HELP = '''/help           these lines
 /reset          forget all turns
 /save FILE      write system message and turns to FILE; `--history FILE` goes on from there
 /quit           end, as Ctrl-D does
-Ctrl-C stops an answer. Pasted lines are one message; to type several, put """ before the first and after
-the last. A message that begins with / is written with two.'''
+Ctrl-C stops an answer. Pasted lines are one message. To type a message of several lines, put """ before the
+first line and after the last. To begin a message with /, write //.'''
 
 
 class Chat:
-    """The commands of the terminal around a conversation."""
+    """A conversation with the commands of the terminal."""
 
     def __init__(self, conversation: Conversation, clock: Clock) -> None:
-        """clock: what watches the steps of each answer."""
+        """clock: what times the steps of each answer."""
         self.conversation = conversation
         self.clock = clock
-        self.failed = False  # whether any message was
+        self.failed = False  # whether a message ended in an error
         self.query: str | None = None  # the last one
         self._noted = False
 
     def message(self, text: str) -> bool:
-        """Does what one message asks for; False where that is the end. What goes wrong is said."""
+        """Does what one message asks for; False if that is the end. Errors are printed, not raised."""
         try:
             if text.startswith("/") and not text.startswith("//") and "\n" not in text:
                 return self._command(*text.split(maxsplit=1))
@@ -79,9 +77,9 @@ class Chat:
         return True
 
     def answer(self, query: str, otherwise: str = "there is no answer yet; /retry asks again") -> int:
-        """Prints the answer while it comes; 130 where Ctrl-C stopped it, else 0.
+        """Prints the answer while it comes; returns 130 if Ctrl-C stopped it, else 0.
 
-        otherwise: what is so where it was stopped before there was anything.
+        otherwise: what to say if Ctrl-C stopped it before any text came.
         """
         talk, turns = self.conversation, len(self.conversation.history)
         self.query = query
@@ -106,7 +104,7 @@ class Chat:
         return 0
 
     def _note(self, tokens: int) -> None:
-        """What is to be known of the context."""
+        """Says which turns were left out, and that a text is too long for the model."""
         talk = self.conversation
         if talk.context.dropped:
             say(f"note: {dropped_note(talk)}")
@@ -118,9 +116,7 @@ class Chat:
     def _command(self, name: str, argument: str = "") -> bool:
         talk = self.conversation
         if argument and name in ("/quit", "/help", "/history", "/reset", "/retry"):
-            raise InputError(
-                f"{name} takes nothing behind it; a message that begins with / is written with //"
-            )
+            raise InputError(f"{name} takes no argument; a message that begins with / is written with //")
         if name == "/quit":
             return False
         if name == "/help":
@@ -130,7 +126,7 @@ class Chat:
                 print(on_stdout(f"> {asked}\n{answered}"), flush=True)
         elif name == "/system" and argument:
             talk.system = argument
-            say("the system message is another one now; the turns stay, /reset forgets them")
+            say("the system message is changed; the turns stay, /reset forgets them")
         elif name == "/system":
             print(on_stdout(talk.system), flush=True)
         elif name == "/reset":
@@ -165,19 +161,22 @@ class Chat:
 
 
 class WatchedCache(PrefixCache):
-    """A PrefixCache that tells the other ranks what to generate, and the clock what comes of it."""
+    """A PrefixCache that tells the other ranks what to generate, and times the steps."""
 
     def __init__(self, model: Qwen, ranks: Ranks, clock: Clock) -> None:
         super().__init__(model)
         self.ranks, self.clock = ranks, clock
 
-    def generate(self, prompt_ids: Sequence[int], **settings: Any) -> Iterator[Step]:
-        request = {"prompt_ids": list(prompt_ids), **settings, "stop_ids": sorted(settings["stop_ids"])}
+    def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
+    ) -> Generator[Step]:
+        settings = {"max_new_tokens": max_new_tokens, **settings, "stop_ids": sorted(settings["stop_ids"])}
+        request: dict[str, Any] = {"prompt_ids": list(prompt_ids), **settings}
         self.model.group.texts(json.dumps(request))
         progress = Progress("prompt", unit="tokens")
         steps = super().generate(**request, progress=progress.update)
 
-        def watched() -> Iterator[Step | None]:
+        def watched() -> Generator[Step | None]:
             with progress, contextlib.closing(steps):
                 yield None  # see begun
                 yield from self.clock.watch(self.ranks.until_interrupted(steps))
@@ -189,7 +188,7 @@ class WatchedCache(PrefixCache):
 
 
 def save(path: Path, system: str, history: Sequence[Turn]) -> None:
-    """Writes a conversation as JSON, whole or not at all; ValueError where another kind of file is there."""
+    """Writes a conversation as JSON, whole or not at all; ValueError if a file of another kind is there."""
     content = {"format": SAVED_AS, "system": system, "history": history}
     target = output_path(path)
     if target.exists() and not _is_saved(target):
@@ -198,7 +197,7 @@ def save(path: Path, system: str, history: Sequence[Turn]) -> None:
 
 
 def _at_home(argument: str) -> Path:
-    """The path that a shell would make of what was typed."""
+    """The path as a shell reads it, with ~ as the home folder."""
     try:
         return Path(argument).expanduser()
     except RuntimeError:
@@ -214,7 +213,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def read_saved(path: Path) -> tuple[str, list[Turn]]:
-    """The system message and the turns of a file that /save wrote; ValueError, naming it, for any other."""
+    """The system message and turns in a file that /save wrote; ValueError, with its name, for other files."""
     raw = read_json_object(path)
     remedy = "--history reads what /save wrote"
     if raw.get("format") != SAVED_AS:
@@ -238,7 +237,7 @@ def read_saved(path: Path) -> tuple[str, list[Turn]]:
 def messages() -> Iterator[str]:
     """What is typed or piped in, message by message, to the end of stdin; Ctrl-C drops what is being typed.
 
-    Raises ValueError for what is not UTF-8, unless it comes from a terminal: then it is said.
+    A message that is not UTF-8 raises ValueError. If it comes from a terminal, the error is printed.
     """
     typed = is_terminal(sys.stdin)
     line_of = _typed_line if typed and is_terminal(sys.stdout) else _piped_line
@@ -278,26 +277,26 @@ def _message(line_of: Callable[[str], str | None]) -> str | None:
 
 
 def _edit_lines() -> None:
-    """Line editing and recall of earlier lines by readline, where Python has it: not on Windows."""
+    """Line editing and recall of earlier lines by readline, which Python does not have on Windows."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if importlib.util.find_spec("readline") is None:
         return
     if _coding() != "utf-8":
-        # There readline, which asks the environment, takes the bytes of a Chinese character for commands.
+        # In any other locale readline takes the bytes of a Chinese character for editing commands.
         os.environ["LC_ALL"] = "C.UTF-8"
     import readline
 
-    # A terminal then marks what is pasted, and line ends in it do not send it. The default since 8.1.
+    # The terminal marks pasted text, so that line ends in it do not send it. The default since readline 8.1.
     readline.parse_and_bind("set enable-bracketed-paste on")
-    # Completion would put the names of files into a message.
+    # Completion would put file names into a message.
     readline.parse_and_bind("set disable-completion on")
     for key in "*?=/":
         readline.parse_and_bind(f'"\\e{key}": ""')
 
 
 def _coding() -> str:
-    """How the locale of the environment codes text."""
+    """The encoding of the environment's locale."""
     before = locale.setlocale(locale.LC_CTYPE)
     try:
         locale.setlocale(locale.LC_CTYPE, "")
@@ -314,11 +313,11 @@ def _typed_line(prompt: str) -> str | None:
     except EOFError:
         print(flush=True)
         return None
-    return _decoded(line.encode("utf-8", "surrogateescape")).rstrip("\n")  # a paste may end with some
+    return _decoded(line.encode("utf-8", "surrogateescape")).rstrip("\n")  # a paste may end with line ends
 
 
 def _piped_line(prompt: str) -> str | None:
-    if is_terminal(sys.stdin):  # and stdout goes elsewhere: no prompt may get there
+    if is_terminal(sys.stdin):  # stdout is a pipe or a file: it must not get the "> "
         to_stderr(prompt, end="")
     line = from_stdin(LARGEST_TEXT + 1, line=True)
     if len(line) > LARGEST_TEXT:

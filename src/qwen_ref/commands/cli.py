@@ -1,4 +1,4 @@
-"""What every command of the project does alike: messages and progress on stderr, prompts, exit codes."""
+"""What every command does: options parsed, messages and progress on stderr, JSON, exit codes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from qwen_ref.config import InputError, lacks_memory, shown
 
-FAULT = 70  # the exit code of an error that is ours: EX_SOFTWARE of BSD's sysexits.h
+FAULT = 70  # the exit code of a fault of qwen_ref: EX_SOFTWARE of BSD's sysexits.h
 _NEEDED = ("torch", "numpy", "safetensors", "tiktoken", "regex")
 FAULT_LINE = "this is a fault of qwen_ref, not of its input; please report it, with the lines above"
 
@@ -34,23 +34,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
         options = args[: args.index("--")] if "--" in args else args
-        for option in options:  # of this one argparse makes an empty list, whatever the type
+        for option in options:  # argparse would make an empty list of it, whatever the option's type
             if option.startswith("-") and option.endswith("=--"):
                 self.error(f"argument {option.removesuffix('=--')}: -- is no value")
         return super().parse_known_args(args, namespace)
 
-    def print_help(self, file: TextIO | None = None) -> None:
-        # argparse would pass over an error of writing.
+    def print_help(self, file: Any = None) -> None:
+        # argparse's own ignores errors of writing.
         print(self.format_help(), end="", file=sys.stdout if file is None else file, flush=True)
 
 
 def integer(argument: str) -> int:
-    """What type=int means here: of 64 bits, so that nothing later overflows. (int() takes 4,300 digits.)"""
+    """type=int: a whole number of 64 bits, so that nothing overflows later. (int() takes 4,300 digits.)"""
     number = int(argument) if len(argument) <= 20 else 2**63
     if abs(number) >= 2**63:
         raise argparse.ArgumentTypeError(f"{shown(argument)} must be a whole number of 64 bits")
@@ -58,19 +56,17 @@ def integer(argument: str) -> int:
 
 
 def given_path(argument: str) -> Path:
-    """What type=Path means here. An empty one, such as an unset variable of the shell, would be the current
-    folder.
-    """
+    """type=Path, without the empty path: an unset variable of the shell would mean the current folder."""
     if not argument:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(argument)
 
 
 def utf8(argument: str) -> str:
-    """The text of a command line's argument, whatever the locale made of its bytes."""
+    """The text of a command line's argument, whatever encoding the locale has."""
     try:
         encoded = os.fsencode(argument)
-    except UnicodeEncodeError:  # from a caller of main, with characters that the locale does not have
+    except UnicodeEncodeError:  # an argument that a caller gave to main, with characters outside the locale
         encoded = argument.encode("utf-8", "surrogatepass")
     try:
         return encoded.decode("utf-8")
@@ -79,7 +75,7 @@ def utf8(argument: str) -> str:
 
 
 def not_utf8(source: str, error: UnicodeDecodeError) -> str:
-    """Where text of some source is no UTF-8, and what to do."""
+    """The message for text of some source that is no UTF-8: where, and what to do."""
     where = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
     remedy = "convert it first"
     if error.reason == "unexpected end of data":
@@ -93,11 +89,13 @@ def run(
     arguments: Sequence[str] | None = None,
     lost: int = 1,
 ) -> int:
-    """Runs a command; its exit code, or one of these after an error, which is said in one line.
+    """Runs a command and returns its exit code. An error is printed in one line, and its code is
 
-    2: a mistake of the user's (InputError), too little memory, or an error of the system (OSError), such as a
-    full disk. 130: Ctrl-C. 141: stdout was closed, as by `| head`. lost: another rank is gone; a command that
-    uses 1 itself gives another code. 70: anything else is a fault of ours and keeps its traceback.
+    - 2: wrong input (InputError), too little memory, or an error of the system (OSError), such as a full disk
+    - 130: Ctrl-C
+    - 141: stdout was closed, as `| head` does
+    - lost: another rank is gone; a command that uses 1 itself gives another code here
+    - 70: any other error is a fault of qwen_ref, and its traceback is printed
     """
     with _streams():
         try:
@@ -126,9 +124,9 @@ def run(
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """stdout and stderr that take text in any script, whatever the locale says; in the end as they were.
+    """stdout and stderr in UTF-8, whatever the locale; at the end they are as they were.
 
-    A caller may have put others in their place, as notebooks do: these may know of no encoding.
+    A caller may have replaced them, as notebooks do. The streams of a notebook may have no encoding.
     """
     before = [(name, getattr(sys, name)) for name in ("stdin", "stdout", "stderr")]
     codings = [
@@ -162,8 +160,8 @@ def _streams() -> Iterator[None]:
 
 
 def _drop_pending(stream: TextIO) -> None:
-    """Text that a full disk or a closed pipe does not take: Python would fail once more when it ends, with an
-    exit code of its own.
+    """Drops text that a full disk or a closed pipe does not take. With it Python would fail again at its end,
+    with an exit code of its own.
     """
     with contextlib.suppress(OSError, ValueError, AttributeError):
         number = stream.fileno()
@@ -181,7 +179,7 @@ _ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTPE]i?B)")
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say of an error that is lack of memory, on any device; None for every other error."""
+    """The message for an error that is lack of memory, on any device; None for every other error."""
     text = str(error)
     if isinstance(error, RuntimeError) and text == "can't start new thread":
         return "no thread can be started: too little memory, or a limit on processes (ulimit -u)"
@@ -196,23 +194,23 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def say(line: str) -> None:
-    """One line on stderr, without the controls that a file's names may hold; stdout carries only results."""
+    """A message on stderr, in one line, without the control characters that a file's name may hold."""
     rank = os.environ.get("RANK", "0")  # torchrun's: one of several processes says which it is
     who = "qwen_ref" if rank == "0" else f"qwen_ref, rank {rank}"
     to_stderr(f"{who}: {printable(line)}")
 
 
 def to_stderr(text: str, end: str = "\n") -> None:
-    """Text as it is; for a line of ours there is say."""
+    """Text as it is. `say` is for messages."""
     try:
-        sys.stderr.write(text + end)  # at once: two ranks may speak at a time
+        sys.stderr.write(text + end)  # in one call: two ranks may write at the same time
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):  # a full disk behind it must not cost the result on stdout
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person is at the other end of a stream. One of a notebook may not know."""
+    """Whether a stream is a terminal. A notebook's stream may not have isatty."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):  # ValueError: it is closed
@@ -220,32 +218,33 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def on_stdout(text: str) -> str:
-    """Text for stdout: a terminal does not get to obey what a model or a file says. A pipe gets all of it."""
+    """Text for stdout. A terminal gets no control characters from a model or a file; a pipe gets all text."""
     return printable(text, kept="\n\t") if is_terminal(sys.stdout) else text
 
 
 def printable(text: str, kept: str = "") -> str:
-    """Text without the controls that a terminal would obey, all but those kept."""
+    """Text without the control characters that a terminal acts on, except those in `kept`."""
     return "".join(
         c if c.isprintable() or c in kept else " " if c.isspace() else ascii(c)[1:-1] for c in text
     )
 
 
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON, in which there is no NaN and no infinity: null stands for them."""
-
-    def finite(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: finite(each) for key, each in part.items()}
-        if isinstance(part, list | tuple):
-            return [finite(each) for each in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
+    """JSON, with null for NaN and infinity."""
     return json.dumps(finite(value), ensure_ascii=False, allow_nan=False, default=default)
 
 
 class Progress:
-    """One line on stderr with what is done and the time left, redrawn in a terminal, else every 10 s."""
+    """One line on stderr: what is done and the time left, redrawn in a terminal, else every 10 s."""
 
     def __init__(self, what: str, unit: str = "GB") -> None:
         self.what, self.unit = what, unit
@@ -267,7 +266,7 @@ class Progress:
         if done == total:
             return self._end_line()
         now = time.monotonic()
-        if now - self.shown < self.interval or os.environ.get("RANK", "0") != "0":  # one rank speaks for all
+        if now - self.shown < self.interval or os.environ.get("RANK", "0") != "0":  # rank 0 speaks for all
             return
         self.shown = now
         left = (now - self.start) * (total - done) / max(done, 1)

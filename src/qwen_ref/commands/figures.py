@@ -1,13 +1,14 @@
-"""What the tools that draw do alike: matplotlib where it is installed, and files that are whole."""
+"""Plots: matplotlib, if it is installed, and PNG files that are complete or not there."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from qwen_ref.commands.cli import printable
-from qwen_ref.commands.files import new_file
+from qwen_ref.commands.files import new_file, output_path
 from qwen_ref.config import InputError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def pyplot() -> ModuleType:
-    """matplotlib without a screen; ValueError where it is not installed."""
+    """matplotlib's pyplot, without a screen; ValueError if matplotlib is not installed."""
     try:
         import matplotlib
 
@@ -28,8 +29,15 @@ def pyplot() -> ModuleType:
     return pyplot
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A PNG file, whole or not at all. Closes the figure."""
+def check_plot(args: argparse.Namespace) -> None:
+    """Before any work: raises ValueError where --plot cannot be drawn or written."""
+    if args.plot is not None:
+        output_path(args.plot, "--plot", args)
+        pyplot()
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a PNG file, complete or not at all, and closes the figure."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # a file's name may hold bytes that are no characters

@@ -1,4 +1,4 @@
-"""Files that commands read and write: prompts and texts, outputs that are whole or not there."""
+"""Files that commands read and write: prompts and texts, and outputs, which are complete or not there."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def bundled_checkpoint() -> Path:
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt from a command's argument (see utf8), from a file, or from stdin for "-" or neither.
+    """The prompt: a command's argument (see utf8), the text of a file, or stdin for the argument "-" or None.
 
-    One line end of a file or of stdin is dropped at its end: `echo` and editors add it.
+    One line end at the end of a file or of stdin is dropped: `echo` and editors add it.
     Raises ValueError for what is not UTF-8.
     """
     if file is not None:
@@ -78,14 +78,14 @@ def read_stream(path: Path) -> bytes:
 
 
 def from_stdin(most: int = -1, line: bool = False) -> bytes:
-    """The next line of stdin, or all that is left, up to so many bytes. A StringIO there has only text."""
+    """The next line of stdin, or the rest of it, at most `most` bytes. stdin may be a StringIO."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     found = stream.readline(most) if line else stream.read(most)
     return found.encode("utf-8", "surrogatepass") if isinstance(found, str) else found
 
 
 def decoded(source: str, encoded: bytes) -> str:
-    """The text of UTF-8 bytes, exactly; ValueError, which names the source, for anything else."""
+    """The exact text of UTF-8 bytes; ValueError, with the source, for anything else."""
     try:
         return encoded.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -106,11 +106,13 @@ _REGULAR = "give the name of a regular file; what is printed goes to stdout by i
 
 
 def output_path(path: str | Path, option: str = "", args: argparse.Namespace | None = None) -> Path:
-    """Where a file is to be written, links followed. option: what names it. args: the command's.
+    """Where a file is to be written, links followed. option: the option that names it. args: the command's.
 
-    To be called before any work: it raises InputError where no file can be written, where what is there is no
-    regular file, which a whole file cannot be written to, only put in the place of, and where it is what
-    another option names, or a file of a folder that one names: it would be lost.
+    To be called before any work. It raises InputError
+    - where no file can be written;
+    - where something is there that is no regular file: a complete file could not replace it;
+    - where the file is there and another option names it, or names the checkpoint that it belongs to: the
+      command would overwrite what it reads.
     """
     itself, path, there = path, Path(path), None
     try:
@@ -129,7 +131,7 @@ def output_path(path: str | Path, option: str = "", args: argparse.Namespace | N
 
 
 def _read_elsewhere(itself: str | Path, target: Path, args: argparse.Namespace) -> str | None:
-    """Why an existing file must stay: another option names it, or the checkpoint that it belongs to."""
+    """Why an existing file must not be overwritten: another option names it or its checkpoint."""
     given = [
         other for value in vars(args).values() for other in (value if isinstance(value, list) else [value])
     ]
@@ -143,7 +145,7 @@ def _read_elsewhere(itself: str | Path, target: Path, args: argparse.Namespace) 
 
 
 def _output_problem(folder: Path, target: Path, there: os.stat_result | None) -> str | None:
-    """Why a file cannot be written. folder: where it, or the link to it, stands; there: what is there now."""
+    """Why a file cannot be written. folder: of the file, or of the link to it. there: what is there now."""
     if there is not None and stat.S_ISDIR(there.st_mode):
         return "it is a folder; give the name of a file"
     if there is not None and not stat.S_ISREG(there.st_mode):
@@ -160,14 +162,14 @@ def _output_problem(folder: Path, target: Path, there: os.stat_result | None) ->
 
 
 def _is_open_as(number: int, there: os.stat_result) -> bool:
-    """Whether a file is the one that is open under a number."""
+    """Whether a file is open under this file descriptor."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(number), there)
     return False
 
 
 def make_folder(path: Path) -> None:
-    """A folder and those around it; InputError where there cannot be one."""
+    """Makes a folder and its parents; InputError where that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -177,15 +179,15 @@ def make_folder(path: Path) -> None:
 
 
 def unfinished_name(target: Path) -> Path:
-    """A name beside target for what is not complete yet: no one can guess it, and it is short."""
+    """A short name beside target that nobody can guess, for a file that is not complete yet."""
     return target.with_name(f".qwen_ref-{secrets.token_hex(8)}.part")
 
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write, which is called path once the block is done. After an error nothing is left of it.
+    """A file to write, which gets the name `path` when the block ends. An error leaves nothing of it.
 
-    A link stays a link; a file that is replaced keeps its mode. Raises InputError where it cannot be written.
+    A link stays a link. A file that is replaced keeps its mode. Raises InputError where it cannot be written.
     """
     target = output_path(path)
     part = unfinished_name(target)
@@ -196,7 +198,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
         _replace(part, target)
     except OSError as error:
-        of_this = error.filename in (None, str(part))  # an error of write() names no file
+        of_this = error.filename in (None, str(part))  # an error of write() has no file name
         if not of_this or isinstance(error, ConnectionError) or out_of_memory(error):
             raise
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
@@ -216,6 +218,6 @@ def _replace(part: Path, target: Path) -> None:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """A file, whole or not at all (see new_file); text in UTF-8, with its line ends as they are."""
-    with new_file(path) as file:  # a name of the system's that is no UTF-8 may be in the text
+    """Writes a file, complete or not at all (see new_file). Text is in UTF-8, its line ends as they are."""
+    with new_file(path) as file:  # the text may hold a file name that is no UTF-8
         file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)

@@ -6,25 +6,24 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import Parser, Progress, integer, on_stdout, run, say, utf8
+from qwen_ref.commands.clock import Clock
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import read_prompt
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import (
-    Clock,
     add_model_option,
     add_options,
+    add_prompt_options,
     chosen_settings,
     describe,
-    dtype_name,
+    encoded_prompt,
     length_note,
-    load,
-    on_every_rank,
-    open_folder,
-    read_defaults,
 )
 from qwen_ref.config import InputError, shown
 from qwen_ref.loading.folder import require_folder
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from qwen_ref.generate import Step
     from qwen_ref.model import Qwen
 
-# The command
-
 
 def _parser() -> Parser:
     parser = Parser(
@@ -47,13 +44,7 @@ def _parser() -> Parser:
         epilog="Defaults come from the folder's generation_config.json; without one, decoding is greedy.",
     )
     add = parser.add_argument
-    add(
-        "prompt",
-        type=utf8,
-        nargs="?",
-        help="the text to continue; - or nothing reads stdin (one newline at its end is dropped)",
-    )
-    add("--file", type=Path, help="read the prompt from this file (one newline at its end is dropped)")
+    add_prompt_options(parser, "the text to continue")
     add_model_option(parser)
     add_options(parser)
     add(
@@ -70,11 +61,8 @@ def _parser() -> Parser:
         type=_draft_tokens,
         const=True,
         metavar="N",
-        help="after the prompt: guess up to N tokens a pass (default: 8) from the text so far; "
-        "the same greedy text in fewer passes where it repeats itself",
-    )
-    add(
-        "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in the prompt"
+        help="guess up to N tokens (default: 8) from the text so far and check all of them in one pass: the "
+        "same greedy text in fewer passes, if it repeats itself. The option stands after the prompt",
     )
     add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
     add("--json", action="store_true", help="print one JSON object at the end")
@@ -90,7 +78,7 @@ def _draft_tokens(argument: str) -> int:
 
 
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    """A rank that only computes: rank 0 reads the prompt, samples and prints."""
+    """Every rank but 0: it only computes. Rank 0 reads the prompt, samples and prints."""
     from qwen_ref.decoding.lookup import Passes
 
     request = json.loads(ranks.share(None))
@@ -105,9 +93,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     require_folder(folder)
     prompt = read_prompt(args.prompt, args.file)
     config, tokenizer = open_folder(folder)
-    prompt_ids = tokenizer.encode(prompt, allowed_special="all" if args.allow_special else ())
-    if not prompt_ids:
-        raise InputError("the prompt is empty; give it as an argument, with --file or on stdin")
+    prompt_ids = encoded_prompt(tokenizer, prompt, args.allow_special)
     defaults = read_defaults(folder, tokenizer)
     settings = chosen_settings(args, defaults)
     stop_texts = (*defaults.stop_texts, *args.stop)
@@ -124,11 +110,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
         say(note)
 
+    from qwen_ref.checkpoint import dtype_name
     from qwen_ref.decoding.lookup import Passes
     from qwen_ref.decoding.streaming import TextStream
 
     clock, passes = Clock(), Passes()
-    # Closed by its end in any case: the other ranks are waiting for its next step.
+    # The loop is closed in any case: the other ranks wait for its next step.
     with (
         Progress("prompt", unit="tokens") as progress,
         contextlib.closing(_loop(model, request, passes, progress.update)) as steps,
@@ -137,13 +124,13 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         stream = TextStream(watched, tokenizer, defaults.stop_ids, stop_texts)
         text, code = _print_stream(stream, args, tokenizer)
     if args.json:
-        report = {
+        report: dict[str, Any] = {
             "prompt": prompt,
             "text": text,
             "finish_reason": stream.finish_reason or "interrupted",
             "tokens": [_token_report(step, tokenizer) for step in stream.steps],
             "settings": {
-                "dtype": dtype_name(model),
+                "dtype": dtype_name(model.embed.weight.dtype),
                 "device": args.device,
                 **settings,
                 "stop": list(stop_texts),
@@ -153,8 +140,8 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "decode_tokens_per_second": clock.decode_rate(),
         }
         if args.lookup is not None:
-            each = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
-            report["lookup"] = {**dataclasses.asdict(passes), **each}
+            more = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
+            report["lookup"] = {**dataclasses.asdict(passes), **more}
         print(on_stdout(json.dumps(report, ensure_ascii=False)), flush=True)
     say(clock.report(len(prompt_ids)) + ("" if args.lookup is None else f"; {_passes_report(passes)}"))
     return code
@@ -162,8 +149,8 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 def _loop(
     model: Qwen, request: dict[str, Any], passes: Passes, progress: Callable[[int, int], None] | None
-) -> Iterator[Step]:
-    """The loop that rank 0's command asks every rank for."""
+) -> Generator[Step]:
+    """The loop that every rank runs: rank 0's command has shared the request."""
     from qwen_ref.decoding.lookup import GREEDY, generate_lookup
     from qwen_ref.generate import generate
 
@@ -176,7 +163,7 @@ def _loop(
 
 
 def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where --lookup cannot be, with where the other settings come from and the remedy."""
+    """Raises ValueError where another setting rules --lookup out, with its origin and the remedy."""
     from qwen_ref.decoding.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, check_lookup
 
     if args.lookup is True:
@@ -200,13 +187,13 @@ def _passes_report(passes: Passes) -> str:
 
 
 def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:
-    """Prints as the options ask while the stream runs; the whole text and the exit code."""
+    """Prints the stream as the options ask; returns the whole text and the exit code."""
     text, code = "", 0
-    characters = steps = 0  # printed
+    characters = steps = 0  # how many are printed
 
     def show() -> None:
         nonlocal characters, steps
-        # What is to be printed counts as printed before it is: Ctrl-C in between must not print it twice.
+        # Text counts as printed before it is printed: Ctrl-C in between must not print it twice.
         new_text, characters = text[characters:], len(text)
         new_steps, steps = stream.steps[steps:], len(stream.steps)
         if args.json:

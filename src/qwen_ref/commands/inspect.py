@@ -1,4 +1,4 @@
-"""`python -m qwen_ref.checkpoint inspect FOLDER`: what a model weighs, for every rank that shares it."""
+"""`python -m qwen_ref.checkpoint inspect FOLDER`: tensors and their bytes, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 
-from qwen_ref.checkpoint import INDEX_NAME, STORED_DTYPES, tensor_table
+from qwen_ref.checkpoint import INDEX_NAME, STORED_DTYPES, dtype_name, tensor_table
 from qwen_ref.commands.cli import Parser, run
-from qwen_ref.commands.sizes import Kind, cache_bytes, expected, kinds, packed_kinds, weight_bytes
+from qwen_ref.commands.sizes import Kind, bias_bytes, cache_bytes, expected, kinds, weight_bytes
+from qwen_ref.commands.tables import aligned
 from qwen_ref.config import LARGEST_LENGTH, InputError, QwenConfig
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.loading.loader import PICKLE_SUFFIXES, open_checkpoint
 from qwen_ref.quantize.config import GPTQConfig
-from qwen_ref.quantize.gptq import (
-    unpackable,
-)
+from qwen_ref.quantize.gptq import unpackable
 
 
 def report(
@@ -32,37 +31,32 @@ def report(
         f"hidden size {config.hidden_size}, MLP {config.mlp_width}, vocabulary {config.vocab_size}"
     )
     yield ""
-    cells = [("tensor", "count", "form", "cut", "shape", "bytes", "shape of a rank", "bytes of a rank")]
+    table = [["tensor", "count", "form", "cut", "shape", "bytes", "shape of a rank", "bytes of a rank"]]
     for row in rows:
-        cells.append(
-            (
+        table.append(
+            [
                 row.name,
-                str(row.count),
+                str(row.number),
                 row.form,
                 row.spec.cut or "whole",
                 " × ".join(map(str, row.spec.shape)),
                 f"{weight_bytes(row):,}",
                 " × ".join(map(str, row.spec.shape_of_rank(ranks))),
                 f"{weight_bytes(row, ranks):,}",
-            )
+            ]
         )
-    if ranks == 1:  # without the cut and what it gives
-        cells = [line[:3] + line[4:6] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        yield "  ".join(
-            cell.rjust(width) if title.startswith(("count", "bytes")) else cell.ljust(width)
-            for title, cell, width in zip(cells[0], line, widths, strict=True)
-        ).rstrip()
+    sides = "<><<<><>"
+    if ranks == 1:  # without the cut and the columns of a rank
+        table, sides = [line[:3] + line[4:6] for line in table], "<><<>"
+    yield from aligned(table, sides)
     yield ""
     stored, own = (sum(weight_bytes(row, n) for row in rows) for n in (1, ranks))
-    packed = packed_kinds(rows)
+    packed = [row for row in rows if row.stored.packed]
     copied = sum(weight_bytes(row, ranks) for row in packed or rows if packed or row.spec.cut == "columns")
     cache, own_cache = (cache_bytes(config, context, dtype, n) for n in (1, ranks))
-    count = sum(row.count * math.prod(row.spec.shape) for row in rows)
-    name = str(dtype).removeprefix("torch.")
+    count = sum(row.number * math.prod(row.spec.shape) for row in rows)
     yield _total(f"weights, {count:,} parameters", stored, own, ranks)
-    yield _total(f"keys and values of {context:,} positions, {name}", cache, own_cache, ranks)
+    yield _total(f"keys and values of {context:,} positions, {dtype_name(dtype)}", cache, own_cache, ranks)
     yield _total("together", stored + cache, own + own_cache, ranks)
     if ranks > 1:
         yield (
@@ -115,10 +109,7 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"from the configuration alone: weights as they should be, in {forms}")
     dtype = STORED_DTYPES[rows[0].stored.dtype]
     print("\n".join(report(config, rows, args.tp, context, dtype)))
-    biases = sum(
-        row.count * row.stored.zero_bias.nbytes for row in packed_kinds(rows) if row.stored.zero_bias
-    )
-    if biases:
+    if biases := sum(map(bias_bytes, rows)):
         whose = "that such files often have" if stored is None else "of the files"
         print(f"not counted: {biases:,} bytes of zero biases {whose}; none is kept in memory")
     sys.stdout.flush()
@@ -143,16 +134,18 @@ def _parser() -> Parser:
     inspect.add_argument(
         "folder",
         metavar="FOLDER",
-        help="a checkpoint folder, a folder with config.json alone, or one of 1.8b, 7b, 14b, 72b",
+        help="a checkpoint folder, a folder that has only config.json, or one of 1.8b, 7b, 14b, 72b",
     )
     inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
     inspect.add_argument(
-        "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"
+        "--context",
+        type=int,
+        metavar="T",
+        help="with a cache of T positions (default: the trained length)",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m qwen_ref.checkpoint`; returns its exit code (see cli.run)."""
-
     return run(_parser(), inspect, arguments)

@@ -1,6 +1,6 @@
-"""What a model weighs, for every rank that shares it: `python -m qwen_ref.checkpoint inspect FOLDER`.
+"""Bytes: of the tensors of a checkpoint and of a cache on each rank, and of a model and a cache in memory.
 
-Everything comes from the table of tensors and the files' headers; no weight is read.
+The first two come from the table of tensors and from the files' headers; no weight is read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from qwen_ref.quantize.gptq import expected as gptq_tensors
 
 
 class Kind(NamedTuple):
-    """The tensors of all layers that are alike: `*` stands for the layer in their name."""
+    """The tensors that are alike in all layers: `*` stands for the layer in their name."""
 
     name: str
-    count: int
+    number: int  # of such tensors
     spec: TensorSpec
     form: str  # the dtype, or how it is packed
     stored: Stored  # the last of them
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
 def expected(table: Sequence[TensorSpec], gptq: GPTQConfig | None) -> dict[str, Stored]:
     """What the files of a configuration should hold: bfloat16; in a GPTQ release float16 and packed weights.
 
-    It has the zero biases that AutoGPTQ wrote.
+    That of GPTQ includes the zero biases that AutoGPTQ wrote.
     """
     if gptq is None:
         return {spec.published: StoredTensor(None, spec.published, spec.shape, "BF16") for spec in table}
@@ -43,24 +43,27 @@ def expected(table: Sequence[TensorSpec], gptq: GPTQConfig | None) -> dict[str, 
 
 
 def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored]) -> list[Kind]:
-    """The table with one row a kind."""
+    """The table with one row for each kind."""
     found: dict[tuple, Kind] = {}
     for spec in table:
         tensor = stored[spec.published]
         form = tensor.form if tensor.packed else dtype_name(STORED_DTYPES[tensor.dtype])
         name = re.sub(r"\.\d+\.", ".*.", spec.published)
-        count = found[name, form].count if (name, form) in found else 0
-        found[name, form] = Kind(name, count + 1, spec, form, tensor)
+        number = found[name, form].number if (name, form) in found else 0
+        found[name, form] = Kind(name, number + 1, spec, form, tensor)
     return list(found.values())
 
 
 def weight_bytes(kind: Kind, ranks: int = 1) -> int:
-    """Bytes of all tensors of a kind, of each of so many ranks."""
-    return kind.count * kind.stored.bytes_of_rank(kind.spec, ranks)
+    """Bytes of all tensors of a kind, on each rank."""
+    return kind.number * kind.stored.bytes_of_rank(kind.spec, ranks)
 
 
-def packed_kinds(rows: Sequence[Kind]) -> list[Kind]:
-    return [row for row in rows if isinstance(row.stored, StoredPacked)]
+def bias_bytes(kind: Kind) -> int:
+    """Bytes of the zero biases that AutoGPTQ wrote, of all tensors of a kind."""
+    if not isinstance(kind.stored, StoredPacked) or kind.stored.zero_bias is None:
+        return 0
+    return kind.number * kind.stored.zero_bias.nbytes
 
 
 def resident_bytes(model: Qwen) -> int:
@@ -75,7 +78,7 @@ def held_bytes(cache: KVCache) -> int:
 
 
 def cache_bytes(config: QwenConfig, context: int, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Bytes of the keys and values of one sequence of so many positions, of each rank.
+    """Bytes of the keys and values of one sequence with `context` positions, on each rank.
 
     >>> cache_bytes(QwenConfig.preset("72b"), 1, torch.bfloat16)  # 2.6 MB a token
     2621440

@@ -1,8 +1,8 @@
-"""One process a rank: torchrun's variables, the process group, and the watch over the other ranks.
+"""Several ranks of a command, and the watch over them: if one is lost, all end, and say which one it was.
 
-torchrun starts the processes and tells each by environment variables which rank it is and where the ranks
-meet: a small key-value store over TCP, which torchrun or rank 0 keeps. The collectives find each other by it;
-here it also carries the ranks' heartbeats, because a collective alone would wait for a dead rank.
+torchrun starts a process for each rank. Environment variables tell each process its rank and where the ranks
+meet: a small key-value store over TCP, which torchrun or rank 0 keeps. The collectives connect through the
+store. Here it also carries a heartbeat of each rank, because a collective alone would wait for a dead rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from qwen_ref.commands import cli
+from qwen_ref.commands.cli import out_of_memory, say
 from qwen_ref.commands.ranks import TIMEOUT, Ranks
 from qwen_ref.config import InputError, lacks_memory
 from qwen_ref.parallel import (
@@ -36,7 +36,7 @@ from qwen_ref.parallel import (
 )
 
 if TYPE_CHECKING:  # some builds of torch have no torch.distributed, and this command says so
-    from torch.distributed import Store
+    pass
 
 _RUNS = itertools.count()  # of Ranks in this process; all ranks count alike
 
@@ -81,19 +81,19 @@ def _number(name: str) -> int:
 
 
 class WatchedRanks(Ranks):
-    """The ranks of a command, for as long as it runs: see ranks.py.
+    """The ranks of a command, for as long as it runs.
 
-    Threads of each rank write heartbeats into the store and read the others'. Where a rank falls silent, or
-    has left word why it failed, every other one ends with exit code 1 and a line that says so, whatever its
-    main thread is waiting for; with exit code 2 where memory was too little for that rank.
+    Threads of each rank write its heartbeats into the store and read those of the others. If a rank falls
+    silent or has written why it failed, every other rank ends with exit code 1 and a line that says so,
+    whatever its main thread is waiting for. The exit code is 2 if that rank had too little memory.
 
-    A process may do this several times, one after another, as all ranks do. At the end nothing is left of it.
+    A process may do this several times, one after another, if all ranks do. Each time leaves nothing behind.
     """
 
     def __init__(self, launch: Launch, timeout: float = TIMEOUT) -> None:
         self.launch, self.timeout = launch, timeout
         self.rank, self.size = launch.rank, launch.size
-        self._ours = False  # the default process group
+        self._started_group = False
 
     def __enter__(self) -> WatchedRanks:
         if threading.current_thread() is not threading.main_thread():
@@ -112,17 +112,16 @@ class WatchedRanks(Ranks):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not isinstance(error, RankLost):
             try:
-                problem = None
-                if error is not None:
-                    problem = cli.out_of_memory(error) or str(error) or type(error).__name__
-                    if lacks_memory(error):
-                        with _store_errors_named():
-                            self._store.set("too little memory", "")
-                self._leave(problem)
+                if error is not None and lacks_memory(error):
+                    with _store_errors_named():
+                        self._store.set("too little memory", "")
+                self._leave(
+                    None if error is None else out_of_memory(error) or str(error) or type(error).__name__
+                )
             except RankLost as lost:
                 error = lost
         if isinstance(error, RankLost):
@@ -133,15 +132,16 @@ class WatchedRanks(Ranks):
     def share(self, text: str | None) -> str:
         with _store_errors_named():
             if self.rank == 0:
-                self._store.set("shared", (text or "").encode("utf-8", "surrogatepass"))
+                encoded = (text or "").encode("utf-8", "surrogatepass")
+                self._store.set("shared", encoded)  # type: ignore[arg-type]  # it takes bytes, too
                 return text or ""
             _until(lambda: self._store.check(["shared"]))
             return self._store.get("shared").decode("utf-8", "surrogatepass")
 
     def meet(self, device: str) -> None:
-        """Its collectives may wait for days, as for the reader of `| less`.
+        """Starts the default process group. One that the caller has started is used as it is.
 
-        That every rank lives is the watch's business. A group that the caller has started is used as it is.
+        A collective may wait for days, for example for the reader of `| less`: the watch finds lost ranks.
         """
         if not dist.is_initialized():
             start_process_group(
@@ -165,9 +165,9 @@ class WatchedRanks(Ranks):
             signal.signal(signal.SIGINT, before)
 
     def _leave(self, problem: str | None) -> None:
-        """Waits until all ranks leave. One that has failed does not wait long, but leaves word of why.
+        """Waits until all ranks leave. A rank that has failed waits only briefly, and writes why it failed.
 
-        Rank 0 goes last, since it may keep the store.
+        Rank 0 leaves last, because it may keep the store.
         """
         store, pause = self._store, 2 * self._watch.interval
 
@@ -186,16 +186,16 @@ class WatchedRanks(Ranks):
                 _until(lambda: store.add("left", 0) == self.size - 1, pause)
             else:
                 store.add("left", 1)
-                if not _kept_by_torchrun():  # the next run must not meet rank 0 at a store that is closing
+                if not _kept_by_torchrun():  # the next run must not meet at a store that rank 0 is closing
                     with contextlib.suppress(RuntimeError):
                         _until(lambda: store.check(["never"]), pause)
 
     def _stop_watching(self) -> None:
         self._watch.stop()
-        if self._ours:
+        if self._started_group:
             dist.destroy_process_group()
-        self.__dict__.pop("_store", None)  # closes the connections
-        self.__dict__.pop("_for_group", None)
+        vars(self).pop("_store", None)  # this and the next one close connections, if the ranks have met
+        vars(self).pop("_for_group", None)
         sys.excepthook = self._excepthook
         for number, handler in self._handlers.items():
             if handler is not None:  # None: not Python's, which cannot put it back
@@ -203,7 +203,7 @@ class WatchedRanks(Ranks):
 
 
 def _until(condition: Callable[[], bool], patience: float = math.inf) -> bool:
-    """Waits for it; whether it came true within so many seconds."""
+    """Waits for the condition; whether it came true within `patience` seconds."""
     end = time.monotonic() + patience
     while not (true := condition()) and time.monotonic() < end:
         time.sleep(0.02)
@@ -223,23 +223,25 @@ def _keeper() -> str:
 
 
 def _plain(text: str) -> str:
-    """What UTF-8 can say of a text that may hold the bytes of a file's name."""
+    """The text in UTF-8. Bytes of a file's name that are no UTF-8 are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class _Watch(threading.Thread):
     """Ends the process when another rank is gone.
 
-    Three threads, each of which may wait where another does not:
-    - the main thread, for a collective, a file, or whoever reads stdout
-    - `_listen`, for the store: every half second it writes a heartbeat, a number one higher than before, and
-      reads those of the other ranks, and "fault", where a rank leaves word of why it failed
-    - `run`, for nothing but half a second or a signal: it sees when the store does not answer
+    Three threads wait for different things, so that one of them can always act:
+    - the main thread waits for a collective, a file, or the reader of stdout.
+    - `_listen` waits for the store. Every half second it writes a heartbeat, a number one higher than before.
+      It reads the heartbeats of the other ranks, and "fault", in which a failed rank writes why it failed.
+    - `run` waits for half a second or a signal, nothing else. It sees when the store does not answer.
 
-    The process ends when a rank or the store has been silent for half the timeout; when there is a reason for
-    suspicion (an error of a collective, SIGTERM) and a rank has been silent for three heartbeats; when nobody
-    has after five (six, where the store does not answer), by that reason; when the ranks have not met after
-    nine tenths of the timeout.
+    The process ends
+    - when a rank or the store has been silent for half the timeout;
+    - when something is suspicious (an error of a collective, SIGTERM) and a rank has been silent for three
+      heartbeats; if no rank is silent, after five heartbeats (six, if the store does not answer), with what
+      was suspicious as the reason;
+    - when the ranks have not met after nine tenths of the timeout.
     """
 
     def __init__(self, launch: Launch, timeout: float) -> None:
@@ -247,13 +249,13 @@ class _Watch(threading.Thread):
         self.launch, self.timeout = launch, timeout
         self.interval = min(0.5, timeout / 20)
         self.leaving = False
-        self._answered = time.monotonic()  # by the store
+        self._answered = time.monotonic()  # when the store last answered
         self._connected = False
         self._suspicion: tuple[str, float] | None = None
         self._ended = threading.Lock()
         # torchrun ends the other ranks by SIGTERM as soon as one has died. A handler in Python would run in
-        # the main thread, which waits for the dead rank; the signal's number comes through these sockets at
-        # once. (A pipe would do, but not on Windows.)
+        # the main thread, which waits for the dead rank. Through these sockets the signal's number comes at
+        # once. (Windows cannot wait for a pipe.)
         self._wakeup, self._written = socket.socketpair()
         self._written.setblocking(False)
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -261,15 +263,15 @@ class _Watch(threading.Thread):
         self._listener: threading.Thread | None = None
         self._over = threading.Event()
 
-    def connect(self) -> tuple[Store, Store]:
-        """Meets the others, and starts to listen; the store that they meet at, for the main thread and for
-        the process group.
+    def connect(self) -> tuple[dist.Store, dist.Store]:
+        """Meets the other ranks and starts to listen. Returns two connections to the store: one for the main
+        thread, one for the process group.
         """
         require_distributed()
         run = next(_RUNS)  # the store may still hold what an earlier one left
         patience = timedelta(seconds=self.timeout)
         with lost_ranks_named(f"the ranks could not meet at {self.launch.address}:{self.launch.port}"):
-            # A connection for each thread: to wait on one holds up whoever else uses it.
+            # A connection for each thread: one that waits blocks all others on its connection.
             stores = [next(dist.rendezvous("env://", timeout=patience))[0] for _ in range(3)]
         for_listening, for_main, for_group = (dist.PrefixStore(f"qwen_ref/{run}", store) for store in stores)
         self._answered, self._connected = time.monotonic(), True
@@ -278,7 +280,7 @@ class _Watch(threading.Thread):
         return for_main, for_group
 
     def suspect(self, sign: str) -> None:
-        """Something is wrong: who is silent now is taken for gone sooner; if nobody is, sign is told."""
+        """A silent rank is now taken for lost sooner. If no rank is silent, sign is given as the reason."""
         self._suspicion = self._suspicion or (sign, time.monotonic())
 
     def stop(self) -> None:
@@ -309,8 +311,8 @@ class _Watch(threading.Thread):
             if self._suspicion is not None and time.monotonic() - self._suspicion[1] > 6 * self.interval:
                 self._end(self._suspicion[0])
 
-    def _listen(self, store: Store) -> None:
-        """Writes this rank's heartbeats and reads the others', until the process ends."""
+    def _listen(self, store: dist.Store) -> None:
+        """Writes this rank's heartbeats and reads those of the others, until the ranks leave."""
         me, ranks = self.launch.rank, range(self.launch.size)
         heard = {rank: (0, time.monotonic()) for rank in ranks if rank != me}
         while not self.leaving:
@@ -324,7 +326,7 @@ class _Watch(threading.Thread):
                         heard[rank] = now_beats, time.monotonic()
                 self._answered = now = time.monotonic()
                 silent, rank = max((now - since, rank) for rank, (_, since) in heard.items())
-                # One that was never heard may still be starting.
+                # A rank without any heartbeat yet may still be starting.
                 patience = self.timeout / 2 if heard[rank][0] else 0.9 * self.timeout
                 if silent > (patience if self._suspicion is None else 3 * self.interval):
                     message = (
@@ -343,11 +345,11 @@ class _Watch(threading.Thread):
             self._over.wait(self.interval)
 
     def _end(self, message: str, code: int = 1) -> None:
-        """Says why, and ends the process: the main thread may wait in a place that nothing else reaches."""
+        """Says why, and ends the process: nothing else reaches a main thread that waits for a lost rank."""
         self._ended.acquire()  # never released: two threads may come here
-        speaker = threading.Thread(target=cli.say, args=(f"error: {message}",), daemon=True)
+        speaker = threading.Thread(target=say, args=(f"error: {message}",), daemon=True)
         speaker.start()
         speaker.join(1)  # stderr may be a pipe that nobody reads
-        if self.launch.rank == 0:  # it may keep the store: let the others read what it has written there
+        if self.launch.rank == 0:  # it may keep the store: the others need time to read what is written there
             time.sleep(2 * self.interval)
         os._exit(code)

@@ -7,7 +7,7 @@ texts part, by moving its length back: what stands behind is overwritten.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.config import whole
@@ -34,7 +34,7 @@ class PrefixCache:
 
     def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
-    ) -> Iterator[Step]:
+    ) -> Generator[Step]:
         """As qwen_ref.generate.generate, which has the settings, all but cache.
 
         There is one text at a time: an iterator that is still running ends with the next call.

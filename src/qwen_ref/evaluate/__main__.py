@@ -1,7 +1,7 @@
 """`python -m qwen_ref.evaluate`: a checkpoint on the tasks of lm-evaluation-harness (the extra "eval").
 
-MMLU, C-Eval, GSM8K and some thousand other tasks, as the field runs them; and task files of one's own. The
-harness is imported inside the functions, and only here and in harness.py.
+MMLU, C-Eval, GSM8K, some thousand other tasks as the field runs them, and your own task files. The harness
+is imported inside the functions, and only here and in harness.py.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import Parser, as_json, on_stdout, out_of_memory, run, say, utf8
+from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import decoded, output_path, write_whole
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    add_load_options,
-    add_model_option,
-    load,
-    on_every_rank,
-    open_folder,
-    read_defaults,
-)
+from qwen_ref.commands.settings import add_load_options, add_model_option
 from qwen_ref.config import InputError, read_bytes
 from qwen_ref.loading.folder import require_folder
 
@@ -78,7 +73,7 @@ def _parser() -> Parser:
         "--limit",
         type=float,
         metavar="N",
-        help="only the first N questions of each task; below 1, that part of them",
+        help="only the first N questions of each task; below 1: this share of them",
     )
     add(
         "--apply-chat-template",
@@ -86,9 +81,7 @@ def _parser() -> Parser:
         action="store_true",
         help="ask in ChatML, for chat checkpoints",
     )
-    add(
-        "--system", type=utf8, metavar="TEXT", help="the system message, or what stands before every question"
-    )
+    add("--system", type=utf8, metavar="TEXT", help="the system message, or a text before every question")
     add(
         "--gen-kwargs", "--gen_kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks"
     )
@@ -104,8 +97,8 @@ def _parser() -> Parser:
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens of a question with its answer; of longer ones the beginning is cut off "
-        "(default: what the model was trained on)",
+        help="tokens of a question with its answer; longer ones lose their beginning "
+        "(default: the trained length)",
     )
     add(
         "--seed",
@@ -133,7 +126,7 @@ def _names(argument: str) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    """What every rank does: the harness asks the same of each."""
+    """What every rank does: the harness sends the same requests to each."""
     require_folder(folder)
     for name, least in (("num_fewshot", 0), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
         value = getattr(args, name)
@@ -194,7 +187,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _task_files(names: list[str]) -> dict[Path, Declared | None]:
-    """The task files that are named, and those of the folders that are, with what they say they are.
+    """The task files among the names, and those in the folders among them, each with what it declares.
 
     A folder may hold other .yaml files, which task files include. ValueError for a file that is not there.
     """
@@ -262,7 +255,7 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
                 "your own"
             )
         known += matches
-    # The harness knows what a group's parts are where it knows the group by its name, not by its file.
+    # The harness finds the parts of a group by the group's name, not by its file.
     known += [declared[1] for declared in files.values() if declared and declared[0] == "group"]
     with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
         by_name = manager.load(list(dict.fromkeys(known)))
@@ -282,7 +275,7 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 
 @contextlib.contextmanager
 def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
-    """What task files, data sets and metrics raise, of many kinds, as a ValueError of one line."""
+    """Errors of many kinds, from task files, data sets and metrics, as a ValueError of one line."""
     from qwen_ref.parallel import RankLost
 
     try:
@@ -303,7 +296,7 @@ def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error came up in this project's model, not in the harness, its caller and its helper."""
+    """Whether an error comes from this project's code, this file apart, and not from the harness."""
     ours = False
     for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call to the innermost
         module = frame.f_globals.get("__name__", "")

@@ -1,9 +1,9 @@
-"""A model behind the interface of lm-evaluation-harness, the field's standard: every task of it runs.
+"""A model behind the interface of lm-evaluation-harness, the field's standard: all its tasks run.
 
     import lm_eval
     lm_eval.simple_evaluate(HarnessModel(model, tokenizer), tasks=["mmlu"], num_fewshot=5)
 
-How a context and a continuation become ids is the harness's own (TemplateLM), so that figures compare.
+The harness itself (TemplateLM) makes ids of a context and a continuation, so that figures can be compared.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.decoding.streaming import TextStream
 from qwen_ref.generate import checked_stop_ids, generate_batch
 from qwen_ref.model import Qwen
-from qwen_ref.perplexity.scoring import score_continuations, score_texts
+from qwen_ref.perplexity.scoring import Scores, score_continuations, score_texts
 from qwen_ref.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-# Stands before the special tokens of a chat, and is no part of the text: so one that a message spells out is
-# none. A code point that no text has (Unicode calls it a noncharacter).
+# Stands before each special token of a chat, so that "<|im_end|>" in a message is no special token. It is a
+# code point that no text has (Unicode calls it a noncharacter).
 MARK = "\ufdd0"
 _MARKUP = re.compile(MARK + r"(?:<\|im_start\|>(\w+)(\n?)|<\|im_end\|>)")
 
@@ -40,7 +40,7 @@ Pair = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of the context
 class HarnessModel(TemplateLM):
     """What the harness asks of a model: log-likelihoods and generated text.
 
-    Several ranks each run the harness, alike: it asks the same of each, and each computes its part.
+    With several ranks, each runs the harness. All get the same requests, and each computes its part.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class HarnessModel(TemplateLM):
         stop_ids: Collection[int] | None = None,
         seed: int = 0,
     ) -> None:
-        """max_length: tokens of a context and what follows; longer contexts lose their beginning. By default
-        the length that the model was trained on. The harness's own models do not count the last token, which
-        is only predicted, and so cut one token later; dynamic NTK does.
+        """max_length: tokens of a context and what follows, by default the length that the model was trained
+        on. Longer contexts lose their beginning. The harness's own models do not count the last token, which
+        is only predicted, and therefore cut one token later. Here it counts, as it does for dynamic NTK.
         stop_ids: what ends a generated text besides the task's own stops; by default <|endoftext|>.
         seed: for tasks that sample.
         """
@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):
         self.stop_ids = checked_stop_ids([self.eot_token_id] if stop_ids is None else stop_ids)
         self.seed = seed
         self.truncated = 0  # requests whose context lost its beginning
-        self.apart = 0  # requests whose two parts were encoded apart
+        self.apart = 0  # requests whose context and continuation were encoded separately
         self._prefix = PrefixCache(model)
 
     # Text and ids
@@ -99,7 +99,7 @@ class HarnessModel(TemplateLM):
         return "".join(messages).removesuffix(f"{MARK}<|im_end|>\n")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Of plain text, in which no special token is parsed; of chats, those of chat.build_context."""
+        """The ids of plain text, without special tokens; of a chat, the ids of chat.build_context."""
         ids: list[int] = []
         special, end, plain = self.qwen_tokenizer.special_ids, 0, self.qwen_tokenizer.encode
         for found in _MARKUP.finditer(string):
@@ -115,20 +115,21 @@ class HarnessModel(TemplateLM):
     # Log-likelihoods
 
     def _loglikelihood_tokens(self, requests: list[Pair], **_: Any) -> list[tuple[float, bool]]:
-        """(log p of the continuation, whether it is the greedy one) of each.
+        """(log p of the continuation, whether it is the greedy one) of each request.
 
-        Continuations of one context share it, and contexts that begin alike (the same examples before other
-        questions) their beginning. Contexts that have one continuation and little in common share passes.
+        Continuations of the same context use it together. Contexts that begin alike (the same examples before
+        different questions) use their beginning together. Contexts with one continuation and little in common
+        share passes, as batches.
         """
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         pairs = []
-        for (before, after), context, continuation in requests:
-            if not context or not continuation:  # a token reaches across the border, or all of one is spaces
-                context = self.tok_encode(before) or [self.prefix_token_id]
-                continuation = self.tok_encode(after)
+        for (text, following), context, continuation in requests:
+            if not context or not continuation:  # a token reaches across the border, or one is only spaces
+                context = self.tok_encode(text) or [self.prefix_token_id]
+                continuation = self.tok_encode(following)
                 self.apart += 1
             if not continuation:
-                raise InputError(f"an empty continuation behind {before[-40:]!r}: there is nothing to score")
+                raise InputError(f"an empty continuation behind {text[-40:]!r}: there is nothing to score")
             if len(continuation) >= self.max_length:
                 raise InputError(
                     f"a continuation of {len(continuation)} tokens leaves no room for a context in "
@@ -136,37 +137,37 @@ class HarnessModel(TemplateLM):
                 )
             pairs.append((tuple(self._fitted(context, len(continuation))), continuation))
         groups: dict[tuple[int, ...], list[int]] = {}
-        for number, (context, _) in enumerate(pairs):
-            groups.setdefault(context, []).append(number)
+        for number, pair in enumerate(pairs):
+            groups.setdefault(pair[0], []).append(number)
         alone = []
-        before: Sequence[int] = ()
+        before: tuple[int, ...] = ()
         with Progress("scoring", unit="requests") as progress:
             done = 0
-            for context in sorted(groups):
-                numbers = groups[context]
-                if len(numbers) == 1 and 2 * _common(context, before) < len(context):
+            for ids in sorted(groups):
+                numbers = groups[ids]
+                if len(numbers) == 1 and 2 * _common(ids, before) < len(ids):
                     alone += numbers
                 else:
                     continuations = [pairs[number][1] for number in numbers]
                     scores = score_continuations(
-                        self.model, context, continuations, self.batch_size, self._prefix
+                        self.model, ids, continuations, self.batch_size, self._prefix
                     )
                     for number, score in zip(numbers, scores, strict=True):
-                        found[number] = float(score.logprobs.double().sum()), bool(score.likeliest.all())
+                        found[number] = _summed(score)
                     done += len(numbers)
                     progress.update(done, len(requests))
-                before = context
-            scored = self._scored_pairs([pairs[number] for number in alone], progress, done)
-            for number, score in zip(alone, scored, strict=True):
-                found[number] = score
-        for (texts, _, _), result in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, result)
+                before = ids
+            summed = self._scored_pairs([pairs[number] for number in alone], progress, done)
+            for number, result in zip(alone, summed, strict=True):
+                found[number] = result
+        for request, result in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], result)
         return found
 
     def _scored_pairs(
         self, pairs: list[tuple[tuple[int, ...], list[int]]], progress: Progress, done: int
     ) -> Iterator[tuple[float, bool]]:
-        """Contexts and continuations that have nothing in common, a batch of like lengths at a time."""
+        """Contexts and continuations with little in common, in batches of similar lengths."""
         order = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
         found: dict[int, tuple[float, bool]] = {}
         for first in range(0, len(order), self.batch_size):
@@ -174,7 +175,7 @@ class HarnessModel(TemplateLM):
             texts = [[*pairs[n][0], *pairs[n][1]] for n in batch]
             scores = score_texts(self.model, texts, [len(pairs[n][0]) for n in batch], self.batch_size)
             for n, score in zip(batch, scores, strict=True):
-                found[n] = float(score.logprobs.double().sum()), bool(score.likeliest.all())
+                found[n] = _summed(score)
             progress.update(done + len(found), done + len(pairs))
         return (found[n] for n in range(len(pairs)))
 
@@ -183,7 +184,7 @@ class HarnessModel(TemplateLM):
         found = []
         with Progress("scoring", unit="texts") as progress:
             for done, (text,) in enumerate(request.args for request in requests):
-                # A window has max_length tokens with the first of them, which is not predicted.
+                # A window has max_length tokens. That includes the first, which is not predicted.
                 windows = get_rolling_token_windows(
                     self.tok_encode(text), self.prefix_token_id, self.max_length - 1, context_len=1
                 )
@@ -264,6 +265,11 @@ class HarnessModel(TemplateLM):
             text if stream.finish_reason is not None else text + stream.flush()
             for text, stream in zip(texts, streams, strict=True)
         ]
+
+
+def _summed(scores: Scores) -> tuple[float, bool]:
+    """What the harness wants of a continuation: log p of all of it, and whether it is the greedy one."""
+    return float(scores.logprobs.double().sum()), bool(scores.likeliest.all())
 
 
 def _common(some: Sequence[int], others: Sequence[int]) -> int:

@@ -10,8 +10,9 @@
 with its stages in sight, compare.py measures, mistakes.py and diagnosis.py find out why.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qwen_ref.commands.lazy import lazy
 
 if TYPE_CHECKING:
     from qwen_ref.parity.bundle import Bundle, read_bundle, weights_checksum, write_bundle
@@ -32,22 +33,10 @@ __all__ = [
     "write_bundle",
 ]
 
-_HOME = {
-    "Bundle": "bundle",
-    "Comparison": "compare",
-    "Diagnosis": "diagnosis",
-    "check": "recording",
-    "diagnose": "diagnosis",
-    "diff": "recording",
-    "read_bundle": "bundle",
-    "record": "recording",
-    "weights_checksum": "bundle",
-    "write_bundle": "bundle",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: --help must not wait for torch."""
-    if name in _HOME:
-        return getattr(import_module(f"qwen_ref.parity.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'qwen_ref.parity' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__,
+    bundle=["Bundle", "read_bundle", "weights_checksum", "write_bundle"],
+    compare=["Comparison"],
+    diagnosis=["Diagnosis", "diagnose"],
+    recording=["check", "diff", "record"],
+)

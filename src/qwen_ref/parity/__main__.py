@@ -1,4 +1,4 @@
-"""`python -m qwen_ref.parity`: record the truth, hold an implementation against it, name its mistake."""
+"""`python -m qwen_ref.parity`: record the truth, compare an implementation with it, name its mistake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_ref.commands.cli import Parser, Progress, on_stdout, run, say, utf8
+from qwen_ref.commands.figures import check_plot
 from qwen_ref.commands.files import bundled_checkpoint, output_path, read_prompt
+from qwen_ref.commands.settings import encoded_prompt
 from qwen_ref.config import InputError
 from qwen_ref.loading.folder import require_folder
 
@@ -32,7 +34,7 @@ def _parser() -> Parser:
 
     record = commands.add_parser(
         "record",
-        help="what a checkpoint computes, stage by stage, into a bundle",
+        help="write what a checkpoint computes, stage by stage, to a bundle",
         description="Record what a checkpoint computes for a prompt: by default the truth, in float64.",
     )
     _model(record)
@@ -42,26 +44,36 @@ def _parser() -> Parser:
         "--ids", type=Path, metavar="FILE", help="token ids: numbers, or a JSON list, of lists for a batch"
     )
     record.add_argument(
-        "--allow-special", action="store_true", help="special tokens in --prompt count as such"
+        "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in --prompt"
     )
     record.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bundle to write")
-    record.add_argument("--stages", choices=("all", "logits"), default="all", help="(default: all)")
-    record.add_argument("--dtype", choices=("auto", *_DTYPES), default="float64", help="(default: float64)")
     record.add_argument(
-        "--decode", type=int, default=0, metavar="N", help="N greedy tokens more, one by one with the cache"
+        "--stages",
+        choices=("all", "logits"),
+        default="all",
+        help="all stages or the logits only (default: all)",
+    )
+    record.add_argument(
+        "--dtype",
+        choices=("auto", *_DTYPES),
+        default="float64",
+        help="the dtype to compute in (default: float64)",
+    )
+    record.add_argument(
+        "--decode", type=int, default=0, metavar="N", help="then N greedy tokens, one by one with the cache"
     )
     record.add_argument(
         "--rounding",
         default=",".join(_DTYPES[1:]),
         metavar="DTYPES",
-        help="dtypes whose rounding is measured and kept with a float64 record: a pass for each "
-        "(default: %(default)s; none)",
+        help="dtypes whose rounding is measured, in one pass each, and kept with a float64 record "
+        "(default: %(default)s; or none)",
     )
     record.set_defaults(run=_record)
 
     check = commands.add_parser(
         "check",
-        help="this implementation against a bundle",
+        help="compare this implementation with a bundle",
         description="Run this implementation on a bundle's ids and compare every stage that it holds.",
     )
     _model(check)
@@ -70,7 +82,7 @@ def _parser() -> Parser:
         "--dtype",
         choices=("auto", *_DTYPES),
         default="auto",
-        help="(default: auto, as the weights are stored)",
+        help="the dtype to compute in (default: auto, as the weights are stored)",
     )
     _shown(check)
     _plotted(check)
@@ -78,19 +90,19 @@ def _parser() -> Parser:
 
     diff = commands.add_parser(
         "diff",
-        help="one bundle against another",
+        help="compare one bundle with another",
         description="Compare two bundles, stage by stage.",
     )
-    diff.add_argument("truth", type=Path, metavar="A", help="the bundle that is taken for right")
-    diff.add_argument("judged", type=Path, metavar="B", help="the one that is judged by it")
-    _model(diff, "measure the rounding that neither bundle holds with this checkpoint")
+    diff.add_argument("truth", type=Path, metavar="A", help="the bundle that is taken as the truth")
+    diff.add_argument("judged", type=Path, metavar="B", help="the bundle that is compared with it")
+    _model(diff, "the checkpoint of both: with it, rounding that neither bundle holds is measured")
     _shown(diff)
     _plotted(diff)
     diff.set_defaults(run=_diff)
 
     diagnose = commands.add_parser(
         "diagnose",
-        help="which mistake a port has made",
+        help="find which mistake a port has made",
         description="Run the reference with each known mistake and name the one that gives a port's numbers.",
     )
     _model(diagnose)
@@ -111,7 +123,9 @@ def _shown(parser: argparse.ArgumentParser) -> None:
 
 
 def _plotted(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw error against depth (matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw error by depth (takes matplotlib)"
+    )
 
 
 def _record(args: argparse.Namespace) -> int:
@@ -152,18 +166,15 @@ def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
     from qwen_ref.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_file(folder / "qwen.tiktoken")
-    ids = tokenizer.encode(
-        read_prompt(args.prompt, None), allowed_special="all" if args.allow_special else ()
-    )
-    if not ids:
-        raise InputError("the prompt is empty")
+    prompt = read_prompt(args.prompt, None)
+    ids = encoded_prompt(tokenizer, prompt, args.allow_special, "give it with --prompt or on stdin")
     return torch.tensor([ids], device="cpu")
 
 
 def _check(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import check
 
-    _check_plot(args)
+    check_plot(args)
     folder = _folder(args)
     with Progress("checking") as progress:
         comparison = check(folder, args.golden, args.dtype, progress.update)
@@ -173,19 +184,10 @@ def _check(args: argparse.Namespace) -> int:
 def _diff(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import diff
 
-    _check_plot(args)
+    check_plot(args)
     with Progress("measuring rounding") as progress:
         comparison = diff(args.truth, args.judged, args.model, progress.update)
     return _show_comparison(comparison, args, args.model)
-
-
-def _check_plot(args: argparse.Namespace) -> None:
-    """Before the work is done: that there can be a plot."""
-    if args.plot is not None:
-        from qwen_ref.commands.figures import pyplot
-
-        output_path(args.plot, "--plot", args)
-        pyplot()
 
 
 def _show_comparison(comparison: Comparison, args: argparse.Namespace, folder: Path | None) -> int:
@@ -222,7 +224,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _decoder(folder: Path | None) -> Callable[[int], str] | None:
-    """A token's text, where the checkpoint has a vocabulary beside it."""
+    """What gives a token's text; None if the folder has no vocabulary."""
     if folder is None or not (folder / "qwen.tiktoken").is_file():
         return None
     from qwen_ref.tokenizer import Tokenizer

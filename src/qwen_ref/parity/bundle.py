@@ -1,8 +1,8 @@
 """Golden bundles: what a model computed for some ids, stage by stage, in one safetensors file.
 
-Any language that writes safetensors can write one; the README has the format. A stage is named by where it
-stands in model.py, `blocks.3.attn.q_rotated`, or as the published code's module is, and has the shape
-(B, T, numbers of the stage), in which the last dimension may also be split into heads.
+Any language that writes safetensors can write a bundle; README.md here has the format. A stage has the name
+of its place in model.py, as `blocks.3.attn.q_rotated`, or the name of the published code's module. Its shape
+is (B, T, numbers of the stage); the last dimension may also be split into heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,13 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwen_ref import __version__
 from qwen_ref.checkpoint import DTYPES, STORED_DTYPES, Stored
 from qwen_ref.commands.files import new_file, read_stream
 from qwen_ref.config import InputError, QwenConfig, file_problem, parse_json, shown
 
 FORMAT_VERSION = 1
 
-# What a layer computes, in the order in which data flows.
+# What a layer computes, in data-flow order.
 LAYER_STAGES = {
     "attn_norm": "the norm before attention",
     "attn.q": "the query third of the fused projection, before rotation",
@@ -67,7 +67,7 @@ _ALIASES = {
 }
 _FUSED = "transformer.h.N.attn.c_attn"
 
-# What another model differs in; the other fields a port may have wrong.
+# A bundle with other sizes is of another model; other fields that differ may be a port's mistake.
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "vocab_size")
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,8}")
@@ -79,7 +79,7 @@ _STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()} | {torch.
 
 
 def stage_widths(config: QwenConfig) -> dict[str, int]:
-    """Every stage of a model, in the order in which data flows, and how many numbers a position has there."""
+    """Every stage of a model, in data-flow order → how many numbers a position has there."""
     D, F = config.hidden_size, config.mlp_width
     widths = {stage: F if stage in ("mlp.gate", "mlp.up", "mlp.product") else D for stage in LAYER_STAGES}
     layers = {
@@ -91,7 +91,7 @@ def stage_widths(config: QwenConfig) -> dict[str, int]:
 
 
 def meaning(stage: str) -> str:
-    """What is computed between a stage and those before it."""
+    """What the stage computes, in words."""
     layer = _LAYER.fullmatch(stage)
     return f"{LAYER_STAGES[layer[2]]} in layer {layer[1]}" if layer else OUTER_STAGES[stage]
 
@@ -103,7 +103,7 @@ def layer_of(stage: str) -> int | None:
 
 
 def flow(stage: str) -> tuple[int, int, int]:
-    """Sorts stages of any model into the order in which data flows."""
+    """The key that sorts stages of any model into data-flow order."""
     match = _LAYER.fullmatch(stage)
     if match:
         return 1, int(match[1]), _ORDER[match[2]]
@@ -121,23 +121,23 @@ class Bundle:
     path: str
     dtype: str  # that of the computation; the tensors may be stored in another
     input_ids: Tensor  # (B, T), int64
-    attention_mask: Tensor | None  # (B, T), 1 for a token; padding stands on the left
-    prefill_length: int  # positions computed in one pass; each later one was a step with the cache
-    config: dict[str, Any]  # QwenConfig's fields, empty if the writer did not say
-    weights_sha256: str | None  # weights_checksum
-    # dtype → stage → what the reference's own rounding was, against this bundle: see Rounding
+    attention_mask: Tensor | None  # (B, T), 1 for a token; padding is on the left
+    prefill_length: int  # positions computed in one pass; each later one was a decode step
+    config: dict[str, Any]  # QwenConfig's fields; empty if the writer gave none
+    weights_sha256: str | None  # as weights_checksum makes it
+    # dtype → stage → the reference's own rounding error, measured against this bundle: see Rounding
     rounding: dict[str, dict[str, tuple[float, float]]]
     _file: safe_open
-    _places: dict[str, tuple[str, int | None]]  # stage → (tensor's name, which third of it)
+    _places: dict[str, tuple[str, int | None]]  # stage → (tensor's name, which third of it; None: all)
 
     @property
     def stages(self) -> list[str]:
-        """Its stages by our names, in the order in which data flows."""
+        """Its stages by our names, in data-flow order."""
         return sorted(self._places, key=flow)
 
     @property
     def real(self) -> Tensor:
-        """(B, T), True where a token is and no padding."""
+        """(B, T), True for tokens, False for padding."""
         if self.attention_mask is None:
             return torch.ones_like(self.input_ids, dtype=torch.bool)
         return self.attention_mask != 0
@@ -203,7 +203,7 @@ class Bundle:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Opens a bundle; ValueError for a file that is none, is cut short, newer, or contradicts itself."""
+    """Opens a bundle; ValueError for a file that is no bundle, incomplete, newer, or contradictory."""
     problem = file_problem(path)
     if problem is not None:
         raise InputError(f"{str(path) or repr('')}: {problem}")
@@ -254,7 +254,7 @@ def _read(path: str, file: safe_open) -> Bundle:
             places[stage] = place
     if unknown:
         raise InputError(
-            f"{', '.join(unknown[:4])}: no stage of this format; the README lists them, "
+            f"{', '.join(unknown[:4])}: no stage of this format; parity/README.md lists them, "
             "for example embed, blocks.0.attn.q, logits"
         )
     if not places:
@@ -292,7 +292,7 @@ def as_ids(ids: Tensor) -> Tensor:
 
 
 def as_mask(mask: Tensor, ids: Tensor) -> Tensor | None:
-    """A mask (B, T) of 0 and 1 in int64, None if nothing is padding; ValueError for anything else."""
+    """A mask (B, T) of 0 and 1 in int64, or None if there is no padding; ValueError for anything else."""
     right = isinstance(mask, Tensor) and not mask.is_meta and mask.shape == ids.shape
     if right:
         tokens = mask != 0
@@ -311,7 +311,7 @@ def _check_version(metadata: dict[str, str]) -> None:
     if found is None:
         raise InputError(
             'not a bundle: its metadata has no "format_version"; a writer puts {"format_version": "1", '
-            '"dtype": "float32"} there, and the README says the rest'
+            '"dtype": "float32"} there; parity/README.md has the rest'
         )
     if not _NUMBER.fullmatch(found) or found == "0":
         raise InputError(f"format_version is {shown(found)}, should be {FORMAT_VERSION}")
@@ -416,10 +416,10 @@ def write_bundle(
     config: QwenConfig | None = None,
     weights_sha256: str | None = None,
 ) -> None:
-    """Writes what some implementation computed, for `check`, `diff` and `diagnose` to read.
+    """Writes what an implementation computed, for `check`, `diff` and `diagnose` to read.
 
-    stages: by name, ours or the published code's, each (B, T, …). dtype: what was computed in.
-    Raises ValueError for whatever `read_bundle` would refuse; nothing is written then.
+    stages: by name, ours or the published code's, each (B, T, …). dtype: the dtype of the computation.
+    Raises ValueError for everything that `read_bundle` refuses; then nothing is written.
     """
     ids = as_ids(input_ids)
     tensors = {"input_ids": ids}
@@ -452,7 +452,7 @@ def bundle_metadata(
         "format_version": str(FORMAT_VERSION),
         "dtype": dtype,
         "prefill_length": str(prefill_length),
-        "tool": f"qwen_ref {version('qwen_ref')}",
+        "tool": f"qwen_ref {__version__}",
         "torch": torch.__version__,
     }
     if config is not None:
@@ -465,7 +465,7 @@ def bundle_metadata(
 class BundleWriter:
     """A safetensors file written piece by piece: a layer at a time, and position by position when decoding.
 
-    The library's own writer wants every tensor in memory. The file has its name once it is complete.
+    The library's own writer needs every tensor in memory. The file gets its name when it is complete.
     """
 
     def __init__(
@@ -477,7 +477,8 @@ class BundleWriter:
     ) -> None:
         """kinds: dtype and shape of every tensor. room: bytes for what `describe` adds to the metadata."""
         self._whole = new_file(path)
-        self.metadata, self.entries, end = metadata, {}, 0
+        self.metadata, end = metadata, 0
+        self.entries: dict[str, dict[str, Any]] = {}
         for name, (dtype, shape) in kinds.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
             self.entries[name] = {
@@ -496,7 +497,7 @@ class BundleWriter:
         self._whole.__exit__(kind, error, trace)
 
     def write(self, name: str, value: Tensor, start: int = 0) -> None:
-        """Puts value (B, t, …) where the tensor's positions start to start + t are; or a whole tensor."""
+        """Writes value (B, t, …) as positions start to start + t of the tensor; or a whole tensor."""
         entry = self.entries[name]
         shape = entry["shape"]
         content = value.detach().cpu().contiguous().view(torch.uint8)
@@ -510,7 +511,7 @@ class BundleWriter:
             self.file.write(piece.numpy())
 
     def describe(self, more: dict[str, str]) -> None:
-        """Adds to the metadata, and makes the partial file one that can be read."""
+        """Adds to the metadata. After that the partial file can be read."""
         self.metadata = {**self.metadata, **more}
         header = self._header()
         if len(header) > self.header_size:
@@ -527,14 +528,14 @@ def weights_checksum(stored: Mapping[str, Stored], progress: Callable[[int], Non
     """SHA-256 over all tensors by sorted published name: for each `name dtype shape\\n` and then its bytes.
 
     The shape is written as 24576,8192 and the dtype as safetensors names it, BF16. How a checkpoint is split
-    into files does not change it. progress is called with the bytes of each tensor done.
+    into files does not change the checksum. progress: called with the bytes of each tensor that is done.
     """
     digest = hashlib.sha256()
     tensors = [tensor for each in stored.values() for tensor in (each.tensors if each.packed else (each,))]
     for tensor in sorted(tensors, key=lambda tensor: tensor.published):
         digest.update(f"{tensor.published} {tensor.dtype} {','.join(map(str, tensor.shape))}\n".encode())
         content = tensor.read().contiguous().view(-1).view(torch.uint8)
-        digest.update(content.numpy())
+        digest.update(content.numpy().data)
         if progress is not None:
             progress(content.numel())
     return digest.hexdigest()
@@ -544,16 +545,16 @@ _MOST_IDS = 2**26
 
 
 def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, T) and mask from a file: numbers apart by spaces, commas or lines, or a JSON list (of lists).
+    """Ids (B, T) and mask from a file of numbers between spaces, commas or lines, or a JSON list (of lists).
 
     Lists of unequal length are rows of a batch, padded on the left with 0.
     """
     text = read_stream(path).decode("utf-8", errors="replace").strip()
     try:
-        found = parse_json(text) if text.startswith("[") else _plain_ids(text)
+        found: list[Any] = parse_json(text) if text.startswith("[") else _plain_ids(text)
     except ValueError as error:
         raise InputError(f"{path}: no token ids: {str(error)[:200]}") from None
-    rows = found if found and all(isinstance(row, list) for row in found) else [found]
+    rows: list[Any] = found if found and all(isinstance(row, list) for row in found) else [found]
     if len(rows) * max(map(len, rows)) > _MOST_IDS:
         raise InputError(f"{path}: {len(rows)} rows of up to {max(map(len, rows))} token ids are too many")
     if not all(rows) or not all(type(x) is int and 0 <= x < 2**31 for row in rows for x in row):

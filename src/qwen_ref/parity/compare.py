@@ -1,7 +1,7 @@
-"""How far one run of a model is from another: stage by stage, and for the logits what it means for the text.
+"""How far one run of a model is from another: at each stage, and for the logits what it means for the text.
 
-Two right implementations differ by rounding, so each difference is judged by what rounding costs at that
-stage: the error that this implementation makes itself in the same dtype, measured against float64.
+Two right implementations differ by rounding. Each difference is therefore judged by the rounding error at its
+stage: the error of this implementation in the same dtype, measured against float64.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
+from qwen_ref.commands.cli import finite
 from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import Bundle, flow, layer_of
 
-# Tolerance over measured rounding. Another order of adding makes as much rounding, but no equal amount: over
-# eight orders of a single float32 position the error went from 2.1e-7 to 7.0e-7. In bfloat16 transformers'
+# Tolerance over measured rounding. Another order of adding gives another rounding error of similar size: with
+# eight orders the error of a single float32 position went from 2.1e-7 to 7.0e-7. In bfloat16 transformers'
 # Qwen2 was at most 1.3 times as far from float64 as this implementation over all positions of a stage, and
-# 1.7 in the worst one; a NumPy port 1.1 and 1.3.
+# 1.7 times at the worst position; a NumPy port 1.1 and 1.3 times.
 FACTOR = 4.0
 
 _CHUNK = 2**22  # numbers that are widened to float64 at once
@@ -38,12 +39,12 @@ Measured = Mapping[str, Mapping[str, tuple[float, float]]]  # dtype → stage �
 
 
 class Measure:
-    """Adds up the differences between a truth and what is judged by it, position by position."""
+    """Adds up the differences between the truth and what is judged, position by position."""
 
     def __init__(self, ids: Tensor, real: Tensor, text: bool = True) -> None:
-        """ids, real: (B, T); what stands at padding means nothing and is left out.
+        """ids, real: (B, T). Numbers at padding mean nothing and are left out.
 
-        text: whether to find out what different logits mean for the text, for `logits_result`.
+        text: whether to measure what different logits mean for the text; `logits_result` needs it.
         """
         self.ids, self.real, self.text = ids, real, text
         self._sums: dict[str, Tensor] = {}  # (5, B, T): Δ², truth², value², truth · value, largest |Δ|
@@ -61,7 +62,7 @@ class Measure:
             part, other = (x[:, first : first + step].double() for x in (truth, value))
             delta = other - part
             if not bool(delta.isfinite().all()):
-                # Both infinite or NaN: they agree. One of them: nothing is as far as that.
+                # If both are infinite or NaN, they agree. If one is, the difference is infinite.
                 ours, theirs = part.isfinite(), other.isfinite()
                 delta = torch.where(ours & theirs, delta, torch.where(ours == theirs, 0.0, math.inf))
                 part, other = part.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
@@ -157,9 +158,9 @@ class Measure:
                 position=position,
                 input_id=int(self.ids[row, position]),
                 kl=worst["kl"],
-                truth_id=worst["token"],
+                truth_id=int(worst["token"]),
                 truth_probabilities=(worst["p_token"], worst["q_token"]),
-                judged_id=worst["other"],
+                judged_id=int(worst["other"]),
                 judged_probabilities=(worst["p_other"], worst["q_other"]),
             ),
         )
@@ -167,7 +168,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage: how far, and how far rounding may be."""
+    """One stage: the error, and the tolerance for it."""
 
     stage: str
     max_abs: float  # largest |Δ|
@@ -182,7 +183,7 @@ class StageResult:
 
     @property
     def excess(self) -> float:
-        """The error in tolerances: up to 1 is rounding."""
+        """The error in units of the tolerance: up to 1 it is rounding."""
         return max(_ratio(self.relative_rms, self.tolerance), _ratio(self.worst, self.worst_tolerance))
 
     @property
@@ -196,7 +197,7 @@ def _ratio(error: float, tolerance: float) -> float:
 
 @dataclass(frozen=True)
 class WorstPosition:
-    """Where the distributions differ most: the token there and what each side would say next."""
+    """The position where the distributions differ most: its token, and what each side would say next."""
 
     row: int
     position: int
@@ -210,7 +211,7 @@ class WorstPosition:
 
 @dataclass(frozen=True)
 class LogitsResult:
-    """What the difference means for the text. KL: of the judged distribution from the truth's, in nats."""
+    """What the difference means for the text. KL divergences are KL(truth ‖ judged), in nats."""
 
     positions: int
     kl_mean: float
@@ -226,7 +227,7 @@ class LogitsResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `check` and `diff` find."""
+    """The result of `check` and `diff`."""
 
     truth: str
     truth_dtype: str
@@ -248,7 +249,7 @@ class Comparison:
         stored: Mapping[str, tuple[torch.dtype, ...]],
         notes: list[str],
     ) -> Comparison:
-        """names: of the truth and of what is judged. stored: the dtypes in which a stage was kept."""
+        """names: of the truth and of what is judged. stored: the dtypes in which each stage was stored."""
         stages = sorted(measure.stages, key=flow)
         results = [measure.result(stage, tolerances.of(stage, stored[stage])) for stage in stages]
         logits = None
@@ -274,7 +275,7 @@ class Comparison:
 
     @property
     def first_beyond(self) -> StageResult | None:
-        """The first stage that is further away than rounding explains."""
+        """The first stage that is beyond its tolerance."""
         return next((stage for stage in self.stages if not stage.within), None)
 
     @property
@@ -287,22 +288,13 @@ class Comparison:
         found["factor"] = FACTOR
         for stage, row in zip(self.stages, found["stages"], strict=True):
             row["within"] = stage.within
-        return plain(found)
-
-
-def plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite(found)
 
 
 class Tolerances:
-    """How much two sides may differ at a stage, by the rounding of each one's dtype.
+    """How much two sides may differ at a stage, from the rounding of their two dtypes.
 
-    Rounding that was not measured is estimated from the dtype alone: roughly, and `source` says so.
+    Rounding that was not measured is estimated roughly, from the dtype alone. `source` then says so.
     """
 
     def __init__(self, measured: Measured, first: str, second: str) -> None:
@@ -325,7 +317,7 @@ class Tolerances:
         return how
 
     def rounding(self, dtype: str, stage: str) -> Rounding:
-        """What computing in a dtype costs at a stage."""
+        """The rounding error of a dtype at a stage."""
         eps = torch.finfo(DTYPES[dtype]).eps
         known = self.measured.get(dtype, {}).get(stage)
         if known is not None and not all(map(math.isfinite, known)):
@@ -336,11 +328,11 @@ class Tolerances:
                 known = single[0] * 2**-29, single[1] * 2**-29
         if known is None:
             known = estimated_rounding(dtype, stage)
-        # One rounding alone: of what is stored, or of a stage that happened to be exact here.
+        # At least a single rounding: of what is stored, or of a stage that happened to be exact here.
         return Rounding(max(known[0], eps / 4), max(known[1], eps / 4))
 
     def of(self, stage: str, stored: tuple[torch.dtype, ...] = ()) -> Rounding:
-        """The tolerance at a stage; stored: dtypes in which its tensors were kept, each a rounding more."""
+        """The tolerance at a stage. stored: the dtypes of its stored tensors; each adds a rounding."""
         costs = [self.rounding(dtype, stage) for dtype in self.dtypes]
         costs += [Rounding(*2 * [torch.finfo(dtype).eps / 4]) for dtype in stored]
         return Rounding(
@@ -350,10 +342,10 @@ class Tolerances:
 
 
 def estimated_rounding(dtype: str, stage: str) -> Rounding:
-    """What rounding may cost after so many layers, from figures of the golden models: no more than a guess.
+    """A rough estimate of the rounding error after so many layers, from figures of the golden models.
 
-    There 3 layers cost 1.7 eps in bfloat16 and float16, 6 eps in float32 and, by its angles, 55 at 3,000
-    positions. A single position may have three times the error of all.
+    There the error after 3 layers was 1.7 eps in bfloat16 and float16, and 6 eps in float32; because of its
+    angles it was 55 eps at 3,000 positions. A single position may have three times the error of all.
     """
     layer = layer_of(stage)
     depth = {"embed": 0, "norm": 40, "logits": 40}[stage] if layer is None else layer + 1
@@ -363,7 +355,7 @@ def estimated_rounding(dtype: str, stage: str) -> Rounding:
 
 
 def compare_bundles(truth: Bundle, judged: Bundle, measured: Measured, name: str | None = None) -> Comparison:
-    """Every stage that both have; ValueError where they are not of the same input.
+    """Compares every stage that both have; ValueError where they are not of the same input.
 
     name: what the truth is called in the result, if not by its path.
     """

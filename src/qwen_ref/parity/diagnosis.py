@@ -1,7 +1,7 @@
-"""Which mistake a port has made: the reference is run with each known one and held against the port's.
+"""Which mistake a port has made: the reference is run with each known mistake and compared with the port.
 
-A run with the port's own mistake agrees with it to rounding, and the others do not. Logits alone are enough;
-more stages also say where the two part.
+The run with the port's own mistake agrees with the port to rounding, and no other run does. Logits alone are
+enough. With more stages the diagnosis also says at which stage the port first differs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_ref.checkpoint import DTYPES
+from qwen_ref.checkpoint import DTYPES, dtype_name
+from qwen_ref.commands.cli import finite
 from qwen_ref.parity.bundle import Bundle, meaning, stage_widths
 from qwen_ref.parity.compare import (
     FACTOR,
@@ -25,7 +26,6 @@ from qwen_ref.parity.compare import (
     Tolerances,
     compare_bundles,
     measure_bundles,
-    plain,
 )
 from qwen_ref.parity.mistakes import CLAMPED, Make, Mistake, mistakes, norm_epsilon, rope_base
 from qwen_ref.parity.recording import (
@@ -40,11 +40,11 @@ from qwen_ref.parity.recording import (
 )
 from qwen_ref.parity.stages import Checkpoint, Port
 
-# A mistake is named only if the port is this many times nearer to it than to the reference.
+# A mistake is named only if the port is this many times nearer to the run with it than to the reference.
 MARGIN = 3.0
 
-# Where all is within rounding, a mistake whose effect is as large as the rounding makes it this much nearer;
-# among right ports no mistake came nearer by more than a tenth.
+# Within rounding, a mistake whose effect is as large as the rounding brings the run with it nearer by this
+# factor. For right ports no mistake brought a run nearer by more than a tenth.
 _MARGIN_WITHIN = 1.5
 _LEAST = 0.1  # tolerances: a difference below that is less than rounding usually makes
 
@@ -53,27 +53,27 @@ _LEAST = 0.1  # tolerances: a difference below that is less than rounding usuall
 # stage was 0.8 to 1.8 times this implementation's own in that dtype. Where only what enters a product is
 # rounded it was 0.4 to 0.6 at the logits. FACTOR, 4, either way holds all of them. bfloat16's rounding is 7
 # to 8 times float16's: what lies between the two is given to the nearer one.
-# All of them err everywhere: the most exact of 400 positions had 1/14 of this implementation's error there.
-# A wrong position, angle or mask leaves the first position right, with 1/2,000 of float16's error.
+# All of them have errors at every position: the most exact of 400 positions had 1/14 of this implementation's
+# error. A wrong position, angle or mask leaves the first position right, with 1/2,000 of float16's error.
 _FAINT = 1 / 64
 
-# A port with less than this much of its dtype's rounding keeps part of the computation in a finer one: the
-# figures above are 0.8 and more where all is in one dtype, and 0.4 to 0.6 where products alone are.
+# A port with less than this share of its dtype's rounding computes a part in a finer dtype: the figures above
+# are 0.8 and more if all is in one dtype, and 0.4 to 0.6 if only the products are.
 _FINER = 0.7
 _HALVES = ("bfloat16", "float16")
 
-_SURE = 0.4  # tolerances: the quarter that rounding takes of its own tolerance, and some
+_SURE = 0.4  # tolerances: rounding takes a quarter of its own tolerance, this is a little more
 _NOISE = 0.5  # the largest relative error that is still called rounding
 
-# Of the numbers, so many must be finite, or not, in the reference in float16 as in a port that overflowed.
+# The share of numbers that must be finite in both, or in neither: the reference in float16 and the port.
 _OVERFLOW_AGREES = 0.9
 
-_SAMPLE = 64  # positions in which a dtype's numbers are looked for
+_SAMPLE = 64  # positions at which numbers are tested for their dtype
 _FINALISTS = 4  # hypotheses whose own rounding is measured
-_FITTED_LENGTH = 256  # positions that a number is fitted to
-_LIKELY = 3  # mistakes that are tried together with every other in any case
-_PAIR_CALLS = 1300  # all pairs are tried while they cost no more than so many calls of a small model,
-_CALL_OPERATIONS = 2.5e8  # which are so many operations: some 10 s on two cores
+_FITTED_LENGTH = 256  # positions to which a base or epsilon is fitted
+_LIKELY = 3  # mistakes that are always tried in pairs with every other
+_PAIR_CALLS = 1300  # all pairs are tried if they cost no more than so many calls of a small model
+_CALL_OPERATIONS = 2.5e8  # operations in such a call; 1300 calls take some 10 s on two cores
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class Hypothesis:
     excess: float  # the error there in tolerances: up to 1 is rounding
     residuals: tuple[float, ...]  # of every stage, in the order in which data flows
     agrees: int  # stages before the first that is beyond tolerance
-    dtype: str = ""  # where it was judged by that dtype's rounding: residual and excess are then of that,
-    ratios: dict[str, float] = field(default_factory=dict)  # and the error in units of each dtype's
+    # If it was judged by a dtype's rounding: this dtype, to which residual and excess then belong, and the
+    # port's error in units of each dtype's rounding.
+    dtype: str = ""
+    ratios: dict[str, float] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -113,15 +115,15 @@ class Diagnosis:
     def to_json(self) -> dict[str, Any]:
         parts = {name: value for name, value in vars(self).items() if name not in ("ranking", "comparison")}
         comparison = self.comparison and self.comparison.to_json()
-        return plain({**parts, "ranking": [asdict(h) for h in self.ranking], "comparison": comparison})
+        return finite({**parts, "ranking": [asdict(h) for h in self.ranking], "comparison": comparison})
 
 
 def diagnose(folder: str | Path, path: str | Path, progress: Progress | None = None) -> Diagnosis:
-    """Names the mistake, or the two, that a port's bundle comes from.
+    """Names the mistake, or the two mistakes, that explain a port's bundle.
 
-    progress: called with the bytes of weights read, and to be read at most.
-    Raises ValueError where the bundle is none, is of another checkpoint, or holds NaN that no overflow of
-    float16 explains.
+    progress: called with the bytes of weights that are read, and the most that may have to be read.
+    Raises ValueError for a file that is no bundle, a bundle of another checkpoint, and NaN that float16
+    overflow does not explain.
     """
     work = Work(progress)
     checkpoint, theirs = open_both(folder, path, work)
@@ -336,7 +338,7 @@ class _Search:
     def _within_its_own_rounding(self, hypothesis: Hypothesis) -> bool:
         """A mistake may make a model that rounds more, as attention without 1/√K does."""
         port = self._port(hypothesis.mistakes)
-        dtype = str(port.dtype).removeprefix("torch.")
+        dtype = dtype_name(port.dtype)
         with temporary_record(
             self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
         ) as truth:
@@ -474,10 +476,13 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
     port = reference(checkpoint, "float64", theirs)
     port.stepwise, port.progress = False, work.did
     port.run(keep_beyond, order)
-    stage, row, position = theirs.first_not_finite()
+    not_finite = theirs.first_not_finite()
+    assert not_finite is not None
+    stage, row, position = not_finite
     first = min(beyond, key=order.index, default=None)
     if first is None or order.index(stage) < order.index(first):
         theirs.require_finite()
+    assert first is not None  # else it was not finite, and this raised
 
     measure = Measure(theirs.input_ids, theirs.real, text=False)
     agreeing = count = 0

@@ -1,7 +1,7 @@
-"""What ports of Qwen get wrong: each mistake as a change to a Port, none of them in model.py.
+"""What ports of Qwen get wrong: each mistake is a change to a Port, and none is in model.py.
 
-A function here takes a Port that is right and makes its mistake in it. They are independent, so that two can
-be made in one port.
+Each function takes a right Port and makes a mistake in it. The mistakes are independent, so that two can be
+made in one port.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Mistake:
 
     text: str
     make: Make
-    # Usual in ports that compute in half precision: there a matter of rounding, and no mistake.
+    # Ports that compute in half precision usually do this: there it is rounding and no mistake.
     usual_in_half: bool = False
-    # It is nothing but this dtype's rounding: `diagnose` judges it by the size of the error.
+    # The mistake is only the rounding of this dtype: `diagnose` judges it by the size of the error.
     dtype: str | None = None
 
 
@@ -136,7 +136,7 @@ def rope_base(base: float) -> Make:
 
 
 def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> None:
-    """Positions are what `move` makes of them, in the rotation and in LogN."""
+    """Changes positions by `move`, in the rotation and in LogN."""
     tables, scale = port.rotation_tables, port.logn_scale
     port.rotation_tables = lambda positions, frequencies: tables(move(positions), frequencies)
     if logn:
@@ -161,7 +161,7 @@ def _decoded_at_0(port: Port) -> None:
 
 
 def _rotated_ahead(which: int) -> Make:
-    """Queries (0) or keys (1) are rotated as the next token's would be."""
+    """Rotates queries (0) or keys (1) as if they were one position later."""
 
     def make(port: Port) -> None:
         tables, rotate = port.rotation_tables, port.rotate
@@ -187,7 +187,7 @@ def _bfloat16_angles(port: Port) -> None:
     tables = port.rotation_tables
 
     def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        # bfloat16 as the dtype of both makes their product one, too; so are cosines and sines.
+        # Both in bfloat16, so that their product and its cosines and sines are bfloat16, too.
         cos, sin = tables(positions.bfloat16(), frequencies.bfloat16())
         return cos.to(frequencies.dtype), sin.to(frequencies.dtype)
 
@@ -204,8 +204,9 @@ def _bfloat16_frequencies(port: Port) -> None:
 def _narrow_tables(port: Port, dtype: torch.dtype) -> None:
     tables = port.rotation_tables
 
-    def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, ...]:
-        return tuple(table.to(dtype).to(table.dtype) for table in tables(positions, frequencies))
+    def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = tables(positions, frequencies)
+        return cos.to(dtype).to(cos.dtype), sin.to(dtype).to(sin.dtype)
 
     port.rotation_tables = narrow
 
@@ -222,7 +223,7 @@ def _float16_tables(port: Port) -> None:
 
 
 def _renamed(names: dict[str, str]) -> Make:
-    """A weight is read where another should be: parts of names, and what stands in their place."""
+    """Reads a weight in place of another. names: part of a name → the part that replaces it."""
 
     def make(port: Port) -> None:
         weight = port.weight
@@ -236,7 +237,7 @@ def _renamed(names: dict[str, str]) -> Make:
 
 
 def _changed(port: Port, ending: str, change: Callable[[Tensor], Tensor]) -> None:
-    """The weights whose names end so are changed."""
+    """Changes the weights whose names have this ending."""
     weight = port.weight
     port.weight = lambda name: change(weight(name)) if name.endswith(ending) else weight(name)
 
@@ -368,7 +369,7 @@ def _logn_on_keys(queries: bool) -> Make:
 
 
 def _logn_ratio(factor: float) -> Make:
-    """Two kinds of logarithm in one ratio: LogN's factor is off by the ratio of the kinds."""
+    """Two kinds of logarithm in one ratio: LogN's factor is wrong by the ratio of the two."""
 
     def make(port: Port) -> None:
         scale = port.logn_scale
@@ -456,7 +457,7 @@ def _mask_ignored(port: Port) -> None:
 
 
 def _padding_counted(positions: bool, ntk: bool) -> Make:
-    """In positions, as in the published code's batches; and in the prompt's length, which fixes α."""
+    """Counts padding in positions, as batches of the published code do, or in the prompt's length: in α."""
 
     def make(port: Port) -> None:
         padding, prompt, frequencies = port.padding, port.prefill_length, port.rotary_frequencies

@@ -1,16 +1,17 @@
-"""Recording the truth, and holding this implementation or another against it."""
+"""Records the truth, and compares this implementation or another with it."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qwen_ref.checkpoint import dtype_name
 from qwen_ref.commands.files import output_path
 from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import (
@@ -42,7 +43,7 @@ Progress = Callable[[int, int], None]  # bytes of weights done, and in all
 
 
 class Work:
-    """Counts the bytes of weights that are read, for a line of progress."""
+    """Counts the bytes of weights that are read, for the line of progress."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress, self.done, self.total = progress, 0, 0
@@ -70,12 +71,12 @@ def record(
 ) -> Bundle:
     """Records what a checkpoint computes for ids (B, T), and returns the bundle, opened.
 
-    mask: (B, T), 1 for a token; padding stands on the left. dtype: to compute in; float64 is the truth.
-    stages: "all" or "logits". decode: so many greedy tokens follow, one by one with the cache.
-    rounding: dtypes whose error at every stage is measured against the truth and kept with it; only a float64
-    record has it. progress: called with the bytes of weights read, and to be read.
+    mask: (B, T), 1 for a token; padding is on the left. dtype: the dtype to compute in; float64 is the truth.
+    stages: "all" or "logits". decode: how many greedy tokens follow, one by one with the cache.
+    rounding: dtypes whose error at every stage is measured against the truth and stored with it, in a float64
+    record only. progress: called with the bytes of weights that are read, and of all to be read.
 
-    Memory is that of one matrix in dtype, one position's numbers of a stage times T, and the cache.
+    It takes the memory of one matrix in dtype, of a stage's numbers for T positions, and of the cache.
     Raises ValueError for a folder that is no checkpoint and for ids outside its vocabulary.
     """
     output_path(out)
@@ -123,16 +124,15 @@ def _recorded(
     dtypes: int,
     work: Work,
 ) -> Iterator[BundleWriter]:
-    """The writer of a bundle in which everything stands but the rounding of so many dtypes."""
+    """The writer of a bundle that is complete except for the rounding. dtypes: how many it will have."""
     widths = stage_widths(port.config)
     names = [name for name in names if name in widths]  # a port may lack a layer
     B, T = port.ids.shape[0], port.ids.shape[1] + decode
-    kinds = {"input_ids": (torch.int64, (B, T))}
+    kinds: dict[str, tuple[torch.dtype, Sequence[int]]] = {"input_ids": (torch.int64, (B, T))}
     if port.mask is not None:
         kinds["attention_mask"] = (torch.int64, (B, T))
     kinds |= {name: (port.dtype, (B, T, widths[name])) for name in names}
-    dtype = str(port.dtype).removeprefix("torch.")
-    metadata = bundle_metadata(dtype, port.prefill_length, port.config, checksum)
+    metadata = bundle_metadata(dtype_name(port.dtype), port.prefill_length, port.config, checksum)
     room = 200 + dtypes * (20 + sum(len(name) + 60 for name in names))
     with BundleWriter(out, kinds, metadata, room) as writer:
         port.progress = work.did
@@ -148,7 +148,7 @@ def _recorded(
 
 @contextmanager
 def temporary_record(port: Port, names: Sequence[str], work: Work) -> Iterator[Bundle]:
-    """What a port computes, on disk for as long as it is looked at."""
+    """What a port computes, as a bundle on disk that is deleted at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="qwen_ref-") as folder:
         out = Path(folder) / "record.safetensors"
         with _recorded(port, out, names, 0, None, 0, work):
@@ -157,7 +157,7 @@ def temporary_record(port: Port, names: Sequence[str], work: Work) -> Iterator[B
 
 
 def held_against(port: Port, truth: Bundle, names: Iterable[str], text: bool = True) -> Measure:
-    """How far a port is from a bundle, at each of these stages that the port has; text: see Measure."""
+    """How far a port is from a bundle at each of these stages, if the port has it; text: see Measure."""
     measure = Measure(truth.input_ids, truth.real, text)
 
     def keep(stage: str, value: Tensor, start: int) -> None:
@@ -182,7 +182,7 @@ def _measure(
 
 
 def _finite(measured: dict[str, dict[str, Rounding]]) -> dict[str, dict[str, list[float]]]:
-    """Short numbers; where float16 overflows there is none."""
+    """In few digits; stages where float16 overflows are left out."""
     return {
         dtype: {
             stage: [float(f"{x:.3g}") for x in found]
@@ -193,14 +193,13 @@ def _finite(measured: dict[str, dict[str, Rounding]]) -> dict[str, dict[str, lis
     }
 
 
-def measured_rounding(
-    checkpoint: Checkpoint, bundle: Bundle, dtypes: Iterable[str], work: Work
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """The rounding of these dtypes at a bundle's stages: what the bundle says, the rest measured now."""
+def measured_rounding(checkpoint: Checkpoint, bundle: Bundle, dtypes: Iterable[str], work: Work) -> Measured:
+    """The rounding of these dtypes at a bundle's stages: the bundle's, or else measured now."""
     wanted = {"float32" if dtype == "float64" else dtype for dtype in dtypes}
-    known = {dtype: stages for dtype, stages in bundle.rounding.items() if set(bundle.stages) <= set(stages)}
-    missing = sorted(wanted - known.keys())
-    measured = {dtype: known[dtype] for dtype in known}
+    measured: dict[str, Mapping[str, tuple[float, float]]] = {
+        dtype: stages for dtype, stages in bundle.rounding.items() if set(bundle.stages) <= set(stages)
+    }
+    missing = sorted(wanted - measured.keys())
     if missing:
         calls = 1 + bundle.input_ids.shape[1] - bundle.prefill_length
         work.expect(checkpoint.bytes * calls * (1 + len(missing)))
@@ -225,9 +224,9 @@ def open_both(folder: str | Path, path: str | Path, work: Work) -> tuple[Checkpo
 def check(
     folder: str | Path, golden: str | Path, dtype: str = "auto", progress: Progress | None = None
 ) -> Comparison:
-    """This implementation in a dtype against a bundle, of this project or of another.
+    """Compares this implementation, in a dtype, with a bundle of this project or of another.
 
-    Raises ValueError where the bundle is none, is of another checkpoint or holds NaN.
+    Raises ValueError for a file that is no bundle, and a bundle of another checkpoint or with NaN.
     """
     work = Work(progress)
     checkpoint, truth = open_both(folder, golden, work)
@@ -266,10 +265,10 @@ def diff(
     folder: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """One bundle against another.
+    """Compares one bundle with another.
 
-    Tolerances come from the rounding that either of them holds; with a folder, what they lack is measured.
-    Raises ValueError where one is no bundle, holds NaN, or where they are not of the same input.
+    Tolerances come from the rounding that is stored in either bundle. With a folder, missing rounding is
+    measured. Raises ValueError for a file that is no bundle, for NaN, and for bundles of different inputs.
     """
     first, second = read_bundle(truth), read_bundle(judged)
     measured: Measured = {**second.rounding, **first.rounding}

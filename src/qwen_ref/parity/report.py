@@ -1,4 +1,4 @@
-"""What a person reads of a comparison or a diagnosis, and the plot of error against depth."""
+"""A comparison or a diagnosis as text, and the plot of error by depth."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwen_ref.commands.figures import pyplot, save
+from qwen_ref.commands.tables import aligned
 from qwen_ref.parity.bundle import layer_of, meaning
 from qwen_ref.parity.compare import FACTOR, Comparison, LogitsResult, StageResult
 from qwen_ref.parity.diagnosis import Diagnosis
@@ -28,7 +29,7 @@ def comparison_lines(comparison: Comparison, decode: Decode | None, full: bool =
     yield ""
     first = comparison.first_beyond
     shown = list(comparison.stages) if full else _in_part(comparison.stages, first)
-    yield from _table([_HEAD, *(_row(stage, stage is first) for stage in shown)])
+    yield from aligned([_HEAD, *(_row(stage, stage is first) for stage in shown)], "<>>>>><")
     if len(shown) < len(comparison.stages):
         yield f"({len(comparison.stages) - len(shown)} more stages are not shown; --full shows all)"
     yield ""
@@ -56,7 +57,7 @@ def _since(stage: StageResult) -> str:
 
 
 def _in_part(stages: Sequence[StageResult], first: StageResult | None) -> list[StageResult]:
-    """A deep model's table cut down: each layer's residual, and all of the layer where tolerance ends."""
+    """A long table in part: each layer's residual, and all stages of the layer that `first` is in."""
     if len(stages) <= _MOST_ROWS:
         return list(stages)
     layer = layer_of(first.stage) if first is not None else None
@@ -80,14 +81,6 @@ def _row(stage: StageResult, first: bool) -> tuple[str, ...]:
         _number(stage.worst_tolerance),
         f"{stage.cosine:.9f}{mark}",
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True)]
-        yield "  ".join([*cells, row[-1]]).rstrip()
 
 
 def _number(value: float) -> str:
@@ -139,12 +132,9 @@ def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
         yield f"these ids cannot show: {'; '.join(names)}" + (f"; and {rest} more (--full)" if rest else "")
     yield ""
     rows = diagnosis.ranking if full else diagnosis.ranking[:5]
-    yield from _table(
-        [
-            ("residual", "in tolerances", "at", "with"),
-            *((_number(h.residual), _short(h.excess), h.stage, h.text) for h in rows),
-        ]
-    )
+    head = ("residual", "in tolerances", "at", "with")
+    cells = [(_number(h.residual), _short(h.excess), h.stage, h.text) for h in rows]
+    yield from aligned([head, *cells], "<>><")
     yield ""
     comparison = diagnosis.comparison
     if diagnosis.first_divergence and comparison and comparison.first_beyond:
@@ -167,6 +157,7 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         yield "rounding only: nothing is wrong that this dtype could show"
         return
     if diagnosis.verdict == "none of these":
+        assert diagnosis.first_divergence is not None
         yield f"none of these; first divergence at {diagnosis.first_divergence}"
         yield f"look at {meaning(diagnosis.first_divergence)}; nearest was: {best.text}"
         return
@@ -185,7 +176,7 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def plot(comparison: Comparison, out: str | Path) -> None:
-    """Error against depth, one line a dtype: what is judged, and the measured rounding of each dtype.
+    """Error by depth: of what is judged, and the measured rounding of each dtype, a line each.
 
     Raises ValueError where matplotlib is not installed.
     """
@@ -200,7 +191,10 @@ def plot(comparison: Comparison, out: str | Path) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("relative RMS error")
     axes.set_xlabel("stage, in the order in which data flows (a tick where a layer begins)")
-    starts = {layer_of(name): i for i, name in reversed(list(enumerate(names))) if layer_of(name) is not None}
+    starts: dict[int, int] = {}  # layer → its first stage
+    for i, name in enumerate(names):
+        if (layer := layer_of(name)) is not None:
+            starts.setdefault(layer, i)
     step = -(-len(starts) // 20)
     chosen = [layer for layer in sorted(starts) if layer % max(step, 1) == 0]
     axes.set_xticks([starts[layer] for layer in chosen], [f"layer {layer}" for layer in chosen])

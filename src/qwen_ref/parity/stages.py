@@ -1,8 +1,8 @@
-"""The model at work with every stage in sight, from outside: hooks and wrappers while it runs, none after.
+"""Runs the model and hands over every stage, by hooks and wrappers that are there only while it runs.
 
-A Port is an implementation of Qwen: this one, until a mistake is made in it (mistakes.py). Its weights come
-from the checkpoint matrix by matrix as they are needed and are dropped again, so that a model that exceeds
-the memory runs too, in any dtype.
+A Port is an implementation of Qwen. It is this one until a mistake is made in it (mistakes.py). Each matrix
+is read from the checkpoint when it is needed, and dropped after use. So a model larger than the memory can
+run, in any dtype.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qwen_ref.model
-from qwen_ref.checkpoint import DTYPES, NoInitialisation, compute_dtype, tensor_table
+from qwen_ref.checkpoint import DTYPES, NoInitialisation, compute_dtype, dtype_name, tensor_table
 from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.loading.loader import check_values, open_checkpoint
-from qwen_ref.model import KVCache, Qwen, RMSNorm
+from qwen_ref.model import Block, KVCache, Qwen, RMSNorm
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
 
-# The most bytes of the output head that are widened at once. In float64 the 72B's would take 10 GB.
+# The most bytes of the output head that are widened at once: that of the 72B takes 10 GB in float64.
 _HEAD_BYTES = 2**30
 
 
@@ -42,19 +42,19 @@ class Checkpoint:
         self.bytes = sum(stored.nbytes for stored in self.stored.values())
 
     def weight(self, name: str) -> Tensor:
-        """A view of the mapped file, or dequantised."""
+        """A weight: a view of the mapped file, or dequantised."""
         return self.stored[self._published[name]].read()
 
     def dtype(self, name: str) -> str:
-        """The name of a dtype to compute in, "auto" made out; ValueError for an unknown one."""
-        return str(compute_dtype(name, self.stored)).removeprefix("torch.")
+        """The name of the dtype to compute in, also for "auto"; ValueError for an unknown one."""
+        return dtype_name(compute_dtype(name, self.stored))
 
 
 class Port:
-    """One implementation on one input: all that a mistake may change.
+    """One implementation and one input, with everything that a mistake may change.
 
-    The functions are those of model.py under their names there, silu and scaled_dot_product_attention those
-    that it calls; `normalise` is RMSNorm's forward.
+    Its functions have their names in model.py, or in torch.nn.functional: silu, scaled_dot_product_attention.
+    `normalise` is RMSNorm's forward.
     """
 
     def __init__(
@@ -65,26 +65,27 @@ class Port:
         mask: Tensor | None = None,
         prefill_length: int | None = None,
     ) -> None:
-        """ids, mask: (B, T). prefill_length: positions of the first pass, each later one is a step."""
+        """ids, mask: (B, T). prefill_length: positions of the first pass; each later one is a decode step."""
         self.config = checkpoint.config
         self.weight: Callable[[str], Tensor] = checkpoint.weight
         self.dtype = DTYPES[dtype]
         self.ids, self.mask = ids, mask
         self.prefill_length = prefill_length or ids.shape[1]
-        self.stepwise = True  # else one pass over all positions, which is the same computation
-        self.saturates = False  # numbers beyond float16's range become its largest, in any dtype
-        self.cached = True  # else every step computes all positions again
+        self.stepwise = True  # False: one pass over all positions, which computes the same
+        self.saturates = False  # True: numbers beyond float16's range become its largest, in any dtype
+        self.cached = True  # False: every step computes all positions again
         self.progress: Callable[[int], None] | None = None  # called with the bytes just read
 
-        self.rotate = qwen_ref.model.rotate
-        self.rotation_tables = qwen_ref.model.rotation_tables
-        self.rotary_frequencies = qwen_ref.model.rotary_frequencies
-        self.ntk_alpha = qwen_ref.model.ntk_alpha
-        self.logn_scale = qwen_ref.model.logn_scale
-        self.causal_mask = qwen_ref.model.causal_mask
-        self.normalise = RMSNorm.forward
-        self.silu = F.silu
-        self.scaled_dot_product_attention = F.scaled_dot_product_attention
+        model = qwen_ref.model
+        self.rotate: Callable[..., Tensor] = model.rotate
+        self.rotation_tables: Callable[..., tuple[Tensor, Tensor]] = model.rotation_tables
+        self.rotary_frequencies: Callable[..., Tensor] = model.rotary_frequencies
+        self.ntk_alpha: Callable[..., int] = model.ntk_alpha
+        self.logn_scale: Callable[..., Tensor] = model.logn_scale
+        self.causal_mask: Callable[..., Tensor] = model.causal_mask
+        self.normalise: Callable[..., Tensor] = RMSNorm.forward
+        self.silu: Callable[..., Tensor] = F.silu
+        self.scaled_dot_product_attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     @property
     def padding(self) -> Tensor:
@@ -92,7 +93,7 @@ class Port:
         return self.ids.new_zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
 
     def read(self, name: str) -> Tensor:
-        """A weight, and word of it."""
+        """A weight; progress hears of it."""
         weight = self.weight(name)
         if self.progress is not None:
             self.progress(weight.nbytes)
@@ -105,10 +106,11 @@ class Port:
         return x.clamp(-limit, limit)
 
     def run(self, keep: Keep, only: Sequence[str] | None = None, greedy: int = 0) -> Tensor:
-        """Computes all positions, then `greedy` more tokens; hands over the stages; returns the ids (B, T).
+        """Computes all positions, then `greedy` more tokens; returns the ids (B, T).
 
-        keep is called with each stage as it is computed, or with those in `only`. The process's model.py is
-        changed while it runs: one at a time, and nothing else of the model beside it.
+        keep: called with each stage when it is computed. only: the stages that are wanted, by default all.
+        While it runs, functions of qwen_ref.model are replaced in the whole process: no other port and no
+        other model may run beside it.
         """
         model = _streamed(self)
         B, T = self.ids.shape
@@ -128,18 +130,19 @@ class Port:
                     problem = f"a cache of {B} × {T + greedy} positions does not fit into memory"
                     raise InputError(problem) from None
             calls = [self.ids[:, :first], *(self.ids[:, i : i + 1] for i in range(first, T))]
-            ids, start, logits = [], 0, None
+            start = 0
             for step in range(len(calls) + greedy):
-                call = calls[step] if step < len(calls) else logits[:, -1:].argmax(dim=-1)
+                call = calls[step]
                 mask = None if self.mask is None or step > 0 else self.mask[:, : call.shape[1]]
                 with _captured(model, keep, only, start):
                     logits = model(call, mask, cache)
-                ids.append(call)
                 start += call.shape[1]
-        return torch.cat(ids, dim=1)
+                if start >= T:
+                    calls.append(logits[:, -1:].argmax(dim=-1))
+        return torch.cat(calls[:-1], dim=1)
 
     def read_out(self, residual: Tensor) -> Tensor:
-        """What the final norm and the output head make of any layer's residual stream: (…, D) → (…, V)."""
+        """The final norm and the output head on any layer's residual stream: (…, D) → (…, V)."""
         norm = RMSNorm(self.config.hidden_size, self.config.layer_norm_epsilon)
         norm.weight = nn.Parameter(self.read("norm.weight").to(self.dtype), requires_grad=False)
         head = _Head()
@@ -160,7 +163,7 @@ class Port:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """This port's functions stand in model.py while it runs."""
+        """Puts this port's functions into model.py while it runs."""
         module = qwen_ref.model
         names = (
             "rotate",
@@ -199,18 +202,20 @@ def _replaced(owner: Any, values: dict[str, Any]) -> Iterator[None]:
 
 
 def _streamed(port: Port) -> Qwen:
-    """The model without weights: each module fetches its own before it runs and drops them after."""
-    model = _empty_model(port.config, port.dtype)
-    model.lm_head.port = port
+    """The model without weights: each module reads its own before it runs and drops them after."""
+    model, head = _empty_model(port.config, port.dtype)
+    head.port = port
     return model
 
 
 @lru_cache(maxsize=4)
-def _empty_model(config: QwenConfig, dtype: torch.dtype) -> Qwen:
-    """Kept, since one port runs at a time and building the modules takes as long as a small model's run."""
+def _empty_model(config: QwenConfig, dtype: torch.dtype) -> tuple[Qwen, _Head]:
+    """A model and its head. They are reused: only one port runs at a time, and building the modules takes as
+    long as running a small model.
+    """
     with torch.device("meta"), NoInitialisation():
-        model = Qwen(config).to(dtype).eval()
-        model.lm_head = head = _Head()
+        model, head = Qwen(config).to(dtype).eval(), _Head()
+        model.add_module("lm_head", head)
     for name, module in model.named_modules():
         parameters = {key: value for key, value in module._parameters.items() if value is not None}
         if not parameters:
@@ -221,7 +226,7 @@ def _empty_model(config: QwenConfig, dtype: torch.dtype) -> Qwen:
         def fetch(module: nn.Module, inputs: tuple, keys: Sequence[str] = tuple(parameters)) -> tuple:
             for key in keys:
                 weight = head.port.read(f"{module.qualified_name}.{key}")
-                if module is not model.embed:  # a few of its rows are wanted: these are widened, not all
+                if module is not model.embed:  # of the embedding only the rows in use are widened
                     weight = weight.to(dtype)
                 setattr(module, key, nn.Parameter(weight, requires_grad=False))
             return tuple(map(head.port.saturated, inputs))
@@ -233,11 +238,11 @@ def _empty_model(config: QwenConfig, dtype: torch.dtype) -> Qwen:
 
         module.register_forward_pre_hook(fetch)
         module.register_forward_hook(drop)
-    return model
+    return model, head
 
 
 class _Head(nn.Module):
-    """The output head, in slices where it must be widened."""
+    """The output head. It is used in slices if it must be widened."""
 
     port: Port
 
@@ -251,7 +256,7 @@ class _Head(nn.Module):
 
 @contextmanager
 def _captured(model: Qwen, keep: Keep, only: Sequence[str] | None, start: int) -> Iterator[None]:
-    """While it lasts, every stage that the model computes is handed to keep."""
+    """Inside the block, every stage that the model computes is handed to keep."""
     K = model.config.kv_channels
     layer, rotated = 0, 0  # rotate is called for a layer's queries, then for its keys
     wanted = None if only is None else set(only)
@@ -297,6 +302,7 @@ def _captured(model: Qwen, keep: Keep, only: Sequence[str] | None, start: int) -
         model.lm_head.register_forward_hook(gives("logits")),
     ]
     for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         ours = f"blocks.{number}"
         hooks += [
             block.register_forward_pre_hook(entered(number)),

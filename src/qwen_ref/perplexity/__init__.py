@@ -1,22 +1,17 @@
 """Log-probabilities of given texts, and `python -m qwen_ref.perplexity`."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qwen_ref.commands.lazy import lazy
 
 if TYPE_CHECKING:
-    from qwen_ref.perplexity.windows import score
+    from qwen_ref.perplexity.scoring import score
 
 __all__ = [
     "score",
 ]
 
-_HOME = {
-    "score": "windows",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: --help must not wait for torch."""
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(
+    __name__,
+    scoring=["score"],
+)

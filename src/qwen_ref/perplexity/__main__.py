@@ -1,4 +1,4 @@
-"""`python -m qwen_ref.perplexity`."""
+"""`python -m qwen_ref.perplexity`: the perplexity of texts by length, as a table, JSON or a plot."""
 
 from __future__ import annotations
 
@@ -13,30 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_ref.commands.cli import Parser, Progress, as_json, integer, on_stdout, run, say
-from qwen_ref.commands.figures import pyplot, save
+from qwen_ref.commands.figures import check_plot, pyplot, save
 from qwen_ref.commands.files import output_path, read_text
+from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import (
-    add_load_options,
-    add_model_option,
-    dtype_name,
-    length_note,
-    load,
-    on_every_rank,
-    open_folder,
-    speed_options,
-)
+from qwen_ref.commands.settings import add_load_options, add_model_option, length_note, speed_options
 from qwen_ref.config import InputError, QwenConfig, shown
 from qwen_ref.loading.folder import require_folder
+from qwen_ref.perplexity.state import State
+from qwen_ref.perplexity.windows import Sums, Window, bucket_edges, window_sums, windows
 
 if TYPE_CHECKING:
     from qwen_ref.model import Qwen
-from qwen_ref.perplexity.windows import State, Sums, Window, bucket_edges, window_sums, windows
 
 CARD_LENGTHS = (8192, 16384, 32768)
-
-
-# The command
 
 
 def _parser() -> Parser:
@@ -53,7 +43,7 @@ def _parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="texts in UTF-8; none is joined to another",
+        help="texts in UTF-8; each is scored by itself",
     )
     add(
         "--lengths",
@@ -66,13 +56,13 @@ def _parser() -> Parser:
         "--stride",
         type=int,
         metavar="N",
-        help="begin a window every N tokens, and score in each what is new (default: side by side)",
+        help="begin a window every N tokens, and score only its new tokens (default: side by side)",
     )
-    add("--windows", type=int, metavar="N", help="the first N windows of each length alone")
-    add("--no-ntk", action="store_true", help="without dynamic NTK, to see what it buys")
-    add("--no-logn", action="store_true", help="without LogN, to see what it buys")
+    add("--windows", type=int, metavar="N", help="only the first N windows of each length")
+    add("--no-ntk", action="store_true", help="without dynamic NTK, to see what it is worth")
+    add("--no-logn", action="store_true", help="without LogN, to see what it is worth")
     add("--batch-size", type=int, default=1, metavar="N", help="windows at a time (default: %(default)s)")
-    add("--state", type=Path, metavar="FILE", help="keep what is done in this file, and go on from there")
+    add("--state", type=Path, metavar="FILE", help="keep the windows done in this file, and continue from it")
     add("--plot", type=Path, metavar="FILE.png", help="draw the loss by position (takes matplotlib)")
     add("--json", action="store_true", help="print one JSON object")
     add_load_options(parser)
@@ -91,7 +81,7 @@ def _lengths(argument: str) -> tuple[int, ...]:
 
 
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    """A rank that only computes: rank 0 has the texts, and says what is next."""
+    """Every rank but 0: it only computes. Rank 0 has the texts, and sends each batch."""
     from qwen_ref.perplexity.scoring import score_texts
 
     ranks.meet(args.device)
@@ -103,13 +93,13 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
+    from qwen_ref.checkpoint import dtype_name
+
     require_folder(folder)
     for name in ("stride", "windows", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    if args.plot is not None:
-        pyplot()
-        output_path(args.plot, "--plot", args)
+    check_plot(args)
     if args.state is not None:
         output_path(args.state, "--state")
     config, tokenizer = open_folder(folder)
@@ -129,13 +119,14 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         for length, window, sums in ranks.until_interrupted(scored):
             state.add(length, window, sums)
     results = [_result(model.config, length, found, state) for length, found in asked.items()]
+    dtype = dtype_name(model.embed.weight.dtype)
     if args.json:
         report = {
             "model": str(folder),
             "texts": [
                 {"file": str(path), "tokens": len(text)} for path, text in zip(args.text, texts, strict=True)
             ],
-            "dtype": dtype_name(model),
+            "dtype": dtype,
             "stride": args.stride,
             "use_dynamic_ntk": model.config.use_dynamic_ntk,
             "use_logn_attn": model.config.use_logn_attn,
@@ -145,12 +136,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     else:
         print("\n".join(_table(results)), flush=True)
     if args.plot is not None:
-        _draw(results, f"{folder.resolve().name}, {dtype_name(model)}", args.plot)
+        _draw(results, f"{folder.resolve().name}, {dtype}", args.plot)
     return 0
 
 
 def _windows(args: argparse.Namespace, texts: list[list[int]]) -> dict[int, list[Window]]:
-    """The windows of each length; ValueError where there is none."""
+    """The windows of each length; ValueError for a length without any."""
     sizes = [len(text) for text in texts]
     found = {}
     for length in args.lengths:
@@ -173,9 +164,9 @@ def _windows(args: argparse.Namespace, texts: list[list[int]]) -> dict[int, list
 
 
 def _run(args: argparse.Namespace, folder: Path, texts: list[list[int]]) -> dict[str, Any]:
-    """What the results depend on, but for lengths and stride, which each of them states.
+    """What the results depend on, for --state. Each result itself says its length and stride.
 
-    Devices and ranks are left out: they change rounding alone, and a run may go on with others.
+    Device and number of ranks are left out: they change rounding alone, and a run may continue with others.
     """
     from qwen_ref.checkpoint import compute_dtype
     from qwen_ref.loading.loader import fingerprint, open_checkpoint
@@ -219,7 +210,7 @@ def _switched(config: QwenConfig, args: argparse.Namespace) -> QwenConfig:
 def _scored(
     model: Qwen, texts: list[list[int]], to_do: dict[int, list[Window]], batch_size: int, progress: Progress
 ) -> Iterator[tuple[int, Window, Sums]]:
-    """What every window of each length comes to, a batch at a time, on all ranks."""
+    """The sums of every window of each length, a batch at a time, on all ranks."""
     from qwen_ref.perplexity.scoring import score_texts
 
     total = sum(window.end - window.start - 1 for found in to_do.values() for window in found)
@@ -233,7 +224,7 @@ def _scored(
     for length, found in to_do.items():
         for first in range(0, len(found), batch_size):
             batch = found[first : first + batch_size]
-            request = {
+            request: dict[str, Any] = {
                 "texts": [texts[window.text][window.start : window.end] for window in batch],
                 "starts": [window.scored - window.start for window in batch],
                 "batch_size": batch_size,

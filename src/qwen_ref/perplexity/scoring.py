@@ -1,19 +1,19 @@
 """Log-probabilities of given tokens: what perplexity and multiple-choice questions are made of.
 
-A text goes through the model in chunks (prefill.py), and the logits of a few positions at a time exist at
-once: those of 32,768 positions over 152,064 tokens would be 20 GB in float32.
+A text goes through the model in chunks (generate.in_chunks). Logits are made for a few positions at a time:
+those of 32,768 positions over 152,064 tokens would take 20 GB in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen_ref.commands.sizes import cache_bytes, resident_bytes
-from qwen_ref.config import InputError, whole, whole_numbers
+from qwen_ref.config import InputError, shown, whole, whole_numbers
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.generate import checked_ids, in_chunks, prefill
@@ -24,13 +24,60 @@ _LOGITS = 2**24  # numbers at a time: 64 MB in float32
 
 
 class Scores(NamedTuple):
-    """Of n tokens, each given all before it: log-probabilities, and whether each was the likeliest; (n)."""
+    """The scores of n tokens, each given all tokens before it."""
 
-    logprobs: Tensor
-    likeliest: Tensor
+    logprobs: Tensor  # (n)
+    likeliest: Tensor  # (n), bool: whether the token was the likeliest
 
     def part(self, start: int, stop: int | None = None) -> Scores:
         return Scores(self.logprobs[start:stop], self.likeliest[start:stop])
+
+
+def score(
+    model: Qwen,
+    ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    continuations: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 8,
+) -> Tensor | list[Tensor]:
+    """Log-probabilities of the tokens of a text, of several texts, or of continuations of one prompt.
+
+    ids: a text of T tokens → (T − 1): of each token but the first, given all before it. Several texts of any
+    lengths → a list of such tensors. A tensor (B, T) → (B, T − 1).
+    continuations: what may follow the prompt `ids` → a list with a tensor for each continuation: of its
+    tokens, given the prompt and the tokens before them. The prompt goes through the model once.
+    batch_size: how many texts or continuations share a pass. It changes the numbers by rounding alone.
+    float32, or float64 in a float64 model. Dynamic NTK's α is that of each whole text, prompt and
+    continuation together. Several ranks call it alike, and all get the result.
+    Raises ValueError for ids that are no text, ids outside the vocabulary, and logits that are not finite.
+
+    >>> score(model, tokenizer.encode("冰岛的首都是雷克雅未克")).sum()  # log p, given the first token
+    >>> yes, no = score(model, prompt, [tokenizer.encode(" yes"), tokenizer.encode(" no")])
+    >>> yes.sum() > no.sum()
+    """
+    dimensions = 1 + any(map(_is_list, ids)) if isinstance(ids, Sequence) else getattr(ids, "ndim", 0)
+    right = dimensions in (1, 2) and len(ids) > 0 and not isinstance(ids, str | bytes)
+    if not right or (dimensions == 2 and not all(map(_is_list, ids))):
+        raise InputError(f"ids must be the tokens of a text, or of several; they are {shown(ids)}")
+    given: Any = ids  # of a type that mypy cannot follow
+    texts = [list(text) for text in (given if dimensions == 2 else [given])]
+    if continuations is not None:
+        if dimensions == 2:
+            raise InputError("continuations are those of one prompt: ids must be a single list of token ids")
+        several = isinstance(continuations, Iterable) and not isinstance(continuations, str | bytes)
+        if not several or not all(map(_is_list, continuations := list(continuations))):
+            raise InputError(f"continuations must be lists of token ids; they are {shown(continuations)}")
+        # A copy is what gradients can flow through; what was made in inference mode is not.
+        scores = score_continuations(model, texts[0], continuations, batch_size)
+        return [each.logprobs.clone() for each in scores]
+    found = [each.logprobs.clone() for each in score_texts(model, texts, batch_size=batch_size)]
+    if dimensions == 1:
+        return found[0]
+    return torch.stack(found) if isinstance(ids, torch.Tensor) else found
+
+
+def _is_list(ids: object) -> bool:
+    text = isinstance(ids, str | bytes)
+    return (isinstance(ids, Sequence) and not text) or getattr(ids, "ndim", 0) > 0
 
 
 def score_texts(
@@ -42,25 +89,24 @@ def score_texts(
 ) -> list[Scores]:
     """The scores of each text's tokens from its start on; by default from 1, since nothing precedes token 0.
 
-    Texts of like lengths share a pass, padded on the left. Dynamic NTK's α is that of each whole text.
-    advance: called after each chunk with the tokens in it, padding included.
+    Texts of similar lengths share a pass, padded on the left. Dynamic NTK's α is that of each whole text.
+    advance: called after each chunk with the number of its tokens, padding included.
     """
     group, V = model.group, model.config.vocab_size
     with group.together():
-        texts = [checked_ids(text, V) for text in texts]
-        starts = [1] * len(texts) if starts is None else whole_numbers("starts", starts)
-        if len(starts) != len(texts) or not all(1 <= s <= len(t) for s, t in zip(starts, texts, strict=True)):
+        ids = [checked_ids(text, V) for text in texts]
+        starts = [1] * len(ids) if starts is None else whole_numbers("starts", starts)
+        if len(starts) != len(ids) or not all(1 <= s <= len(t) for s, t in zip(starts, ids, strict=True)):
             raise InputError(f"{starts=} must have an index from 1 to the text's length for each text")
         whole("batch_size", batch_size)
     if group.size > 1:
-        group.require_same("these scores", {"a text": texts, "where to start": starts, "batch": batch_size})
-    found: list[Scores] = [_none(model)] * len(texts)
-    order = sorted(
-        (row for row in range(len(texts)) if starts[row] < len(texts[row])), key=lambda row: len(texts[row])
-    )
+        group.require_same("these scores", {"a text": ids, "where to start": starts, "batch": batch_size})
+    found: list[Scores] = [_none(model)] * len(ids)
+    wanted = [row for row in range(len(ids)) if starts[row] < len(ids[row])]
+    order = sorted(wanted, key=lambda row: len(ids[row]))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        scores = _batch(model, [texts[row] for row in rows], [starts[row] for row in rows], advance)
+        scores = _batch(model, [ids[row] for row in rows], [starts[row] for row in rows], advance)
         for row, score in zip(rows, scores, strict=True):
             found[row] = score
     return found
@@ -72,13 +118,14 @@ def _batch(
 ) -> list[Scores]:
     B, longest, device = len(texts), max(map(len, texts)), model.embed.weight.device
     padding = [longest - len(text) for text in texts]
-    # Padding is the text's own first token: another one whose values are not finite would spoil the row.
+    # Padding is the text's own first token. Any other could have values that are not finite, which would
+    # make the row NaN.
     rows = [text[:1] * pad + text for pad, text in zip(padding, texts, strict=True)]
     ids = torch.tensor(rows, device="cpu")
     mask = (torch.arange(longest, device="cpu") >= torch.tensor(padding, device="cpu")[:, None]).long()
     with model.group.together():
-        cache = model.new_cache(B, longest, prompt_length=longest)  # of which the last token is not fed
-    # Position t scores the token of position t + 1: so many columns at the left score nothing asked for.
+        cache = model.new_cache(B, longest, prompt_length=longest)  # the last token is scored, not fed
+    # Position t scores the token of position t + 1. The first columns may score nothing that is asked for.
     skipped = min(pad + start for pad, start in zip(padding, starts, strict=True)) - 1
     parts = []
     done = 0
@@ -107,28 +154,29 @@ def score_continuations(
 ) -> list[Scores]:
     """The scores of each continuation's tokens behind one prompt, which goes through the model once.
 
-    prefix: where the next prompts begin as this one does, one for all: then each computes what is new of it.
-    Dynamic NTK's α is that of prompt and continuation together: the prompt is computed once for each α.
+    prefix: a PrefixCache for prompts that begin alike, the same one for all. Each prompt then computes only
+    what the one before did not. Dynamic NTK's α is that of prompt and continuation together: the prompt
+    is computed once for each α.
     """
     config, group = model.config, model.group
     with group.together():
         prompt = checked_ids(prompt, config.vocab_size)
-        continuations = [whole_numbers("a continuation", each) for each in continuations]
-        continuations = [checked_ids(each, config.vocab_size) if each else [] for each in continuations]
+        texts = [whole_numbers("a continuation", each) for each in continuations]
+        texts = [checked_ids(each, config.vocab_size) if each else [] for each in texts]
         whole("batch_size", batch_size)
     if group.size > 1:
-        asked = {"the prompt": prompt, "the continuations": continuations, "batch": batch_size}
+        asked = {"the prompt": prompt, "the continuations": texts, "batch": batch_size}
         group.require_same("these scores", asked)
     prefix = PrefixCache(model) if prefix is None else prefix
-    found: list[Scores] = [_none(model)] * len(continuations)
+    found: list[Scores] = [_none(model)] * len(texts)
     by_alpha: dict[int, list[int]] = {}
-    for number, each in enumerate(continuations):
+    for number, each in enumerate(texts):
         length = len(prompt) + len(each)
         alpha = ntk_alpha(length, config.seq_length) if config.use_dynamic_ntk else 1
         if each:
             by_alpha.setdefault(alpha, []).append(number)
     for numbers in by_alpha.values():
-        scores = _behind(model, prompt, [continuations[number] for number in numbers], batch_size, prefix)
+        scores = _behind(model, prompt, [texts[number] for number in numbers], batch_size, prefix)
         for number, score in zip(numbers, scores, strict=True):
             found[number] = score
     return found
@@ -152,7 +200,7 @@ def _behind(
         order = order[len(batch) :]
         rows = cache if len(batch) == 1 else _repeated(model, cache, len(batch), longest)
         room = max(len(continuations[number]) for number in batch)
-        # Padded on the right: what stands behind a continuation changes nothing before it.
+        # Padded on the right: padding behind a continuation changes nothing before it.
         ids = torch.tensor(
             [continuations[n] + [0] * (room - len(continuations[n])) for n in batch], device="cpu"
         )
@@ -172,10 +220,10 @@ def _behind(
 
 
 def _rows_for(model: Qwen, cache: KVCache, longest: int, batch_size: int) -> int:
-    """How many continuations go through the model together: the copies of the prompt's keys and values take
-    no more memory than the weights, and not much of the time to read those.
+    """How many continuations go through the model together: the copies of the prompt's keys and values may
+    take as much memory as the weights, no more.
     """
-    if isinstance(cache, Int8Cache):  # copied, they would be rounded once more
+    if isinstance(cache, Int8Cache):  # a copy would be rounded once more
         return 1
     ranks, dtype = model.group.size, model.embed.weight.dtype
     copy = cache_bytes(model.config, cache.length + longest, dtype, ranks)
@@ -183,7 +231,7 @@ def _rows_for(model: Qwen, cache: KVCache, longest: int, batch_size: int) -> int
 
 
 def _repeated(model: Qwen, cache: KVCache, rows: int, room: int) -> KVCache:
-    """A cache of so many rows that begin with what one of a single row holds, whatever its layout."""
+    """A cache of several rows, each with the keys and values of a cache of one row, of any layout."""
     wide = model.new_cache(rows, cache.length + room)
     heads, K = model.config.num_attention_heads // model.group.size, model.config.kv_channels
     nothing = model.embed.weight.new_empty(1, heads, 0, K)
@@ -195,7 +243,7 @@ def _repeated(model: Qwen, cache: KVCache, rows: int, room: int) -> KVCache:
 
 
 def _judged(model: Qwen, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """States (B, t, D) and the tokens that follow (B, t) → their log-probabilities, and if likeliest."""
+    """States (B, t, D) and the tokens that follow (B, t) → log-probabilities (B, t), and if likeliest."""
     group = model.group
     logprobs = states.new_zeros(targets.shape, dtype=torch.promote_types(states.dtype, torch.float32))
     likeliest = torch.zeros_like(targets)

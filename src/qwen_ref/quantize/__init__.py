@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qwen_ref.quantize.config import GPTQConfig
+
 if TYPE_CHECKING:
-    from qwen_ref.quantize.config import GPTQConfig
     from qwen_ref.quantize.rounding import dequantize_gptq, dequantize_int4, quantize_int4, quantize_int8
 
 __all__ = [
@@ -15,17 +16,13 @@ __all__ = [
     "quantize_int8",
 ]
 
-_HOME = {
-    "quantize_int4": "rounding",
-    "GPTQConfig": "config",
-    "dequantize_gptq": "rounding",
-    "dequantize_int4": "rounding",
-    "quantize_int8": "rounding",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: --help must not wait for torch."""
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Imports rounding.py when it is first used: the commands read config.py, and --help needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("qwen_ref.quantize.rounding"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

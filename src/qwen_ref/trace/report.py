@@ -1,24 +1,18 @@
-"""What a person reads of a trace: the table of stages and the lens."""
+"""A trace as text: the tokens, the table of stages and the lens."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
+from qwen_ref.commands.tables import aligned
 from qwen_ref.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    pass
 from qwen_ref.trace.tracing import Lens, Stage, Trace
 
 COLUMNS = 100  # of a terminal
 _TOKENS_SHOWN = 24  # of a longer prompt the first and the last of these
 _TOKEN_CELLS = 12  # five predictions stand on a line
-
-
-# What a person reads
 
 
 def spelled(token: int, tokenizer: Tokenizer) -> str:
@@ -73,7 +67,7 @@ def _tokens(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[str]:
             yield f"({left_out} more)"
 
 
-def _sizes(found: Trace) -> dict[str, int]:
+def axis_sizes(found: Trace) -> dict[str, int]:
     config = found.config
     return {
         "B": 1,
@@ -98,28 +92,25 @@ _AXES = {
 
 
 def _legend(found: Trace) -> Iterator[str]:
-    yield from _wrapped("axes: ", (f"{axis} = {size} {_AXES[axis]}" for axis, size in _sizes(found).items()))
+    yield from _wrapped(
+        "axes: ", (f"{axis} = {size} {_AXES[axis]}" for axis, size in axis_sizes(found).items())
+    )
     yield "spread: the standard deviation; largest: the value furthest from 0; where: its index after B"
 
 
-_HEAD = ("layer", "stage", "axes", "shape", "dtype", "mean", "spread", "largest", "where")
-_LEFT = ("stage", "axes", "shape", "dtype", "where")
+_HEAD = ("layer", "stage", "axes", "shape", "dtype", "mean", "spread", "largest", "where", "")
+_SIDES = "><<<<>>><<"
 
 
 def _stage_table(stages: Sequence[Stage]) -> Iterator[str]:
-    rows = [_HEAD, *map(_row, stages)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *lines = aligned([_HEAD, *map(_row, stages)], _SIDES)
+    yield head
     layer = stages[0].layer
-    for row, stage in zip(rows, (None, *stages), strict=True):
-        if stage is not None and stage.layer != layer:
+    for line, stage in zip(lines, stages, strict=True):
+        if stage.layer != layer:
             yield ""
             layer = stage.layer
-        line = "  ".join(
-            cell.ljust(width) if title in _LEFT else cell.rjust(width)
-            for title, cell, width in zip(_HEAD, row, widths, strict=True)
-        )
-        wrong = _not_finite(stage) if stage is not None else ""
-        yield f"{line}  {wrong}".rstrip()
+        yield line
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
@@ -131,6 +122,7 @@ def _row(stage: Stage) -> tuple[str, ...]:
         stage.dtype,
         *("–" if number is None else f"{number:.3g}" for number in (stage.mean, stage.spread, stage.largest)),
         "–" if stage.where is None else ", ".join(map(str, stage.where[1:])),
+        _not_finite(stage),
     )
 
 
@@ -156,8 +148,8 @@ def _lens_lines(found: Trace, lens: Sequence[Lens], tokenizer: Tokenizer) -> Ite
         padded = (cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=False))
         yield from _wrapped(f"{label:>5}  ", padded)
     if (since := _leads_since(found, lens)) is not None:
-        choice = spelled(lens[-1].predictions[0].token, tokenizer)
-        yield f"the model's own choice, '{choice}', is the first {since}"
+        choice, layers = since
+        yield f"the model's own choice, '{spelled(choice, tokenizer)}', is the first {layers}"
 
 
 def _cut(text: str) -> str:
@@ -172,8 +164,8 @@ def _probability(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
 
 
-def _leads_since(found: Trace, lens: Sequence[Lens]) -> str | None:
-    """From which layer on the lens's first choice is the model's own; None: not all layers were looked at."""
+def _leads_since(found: Trace, lens: Sequence[Lens]) -> tuple[int, str] | None:
+    """The model's own choice, and from which layer on it is the lens's; None: not all layers were traced."""
     first = [None if each.predictions is None else each.predictions[0].token for each in lens]
     if len(found.layers) < found.config.num_hidden_layers or first[-1] is None:
         return None
@@ -181,11 +173,11 @@ def _leads_since(found: Trace, lens: Sequence[Lens]) -> str | None:
     while start > 0 and first[start - 1] == first[-1]:
         start -= 1
     layer = lens[start].layer
-    return "from the embedding on" if layer is None else f"from layer {layer} on"
+    return first[-1], "from the embedding on" if layer is None else f"from layer {layer} on"
 
 
 def _wrapped(start: str, words: Iterable[str]) -> Iterator[str]:
-    """Words on lines of COLUMNS, behind start, and below it on the lines after the first."""
+    """Words on lines of at most COLUMNS: the first begins with start, the others are indented by it."""
     line, empty = start, True
     for word in words:
         if not empty and cells(line) + 2 + cells(word.rstrip()) > COLUMNS:

@@ -1,4 +1,7 @@
-"""?"""
+"""Every stage of a forward pass in numbers, and the lens: what each layer would predict next.
+
+The stages and the model that streams its weights are the parity kit's (parity/stages.py).
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,14 @@ class Stage:
     """One tensor of the forward pass in numbers: float64, over those of its values that are finite."""
 
     name: str  # the parity kit's
-    layer: int | None
+    layer: int | None  # None: embed, norm and logits
     axes: str  # model.py's letter for each dimension
     shape: tuple[int, ...]
     dtype: str
-    mean: float | None  # None, as the next three: no value is finite
+    mean: float | None  # this and the next three are None where no value is finite
     spread: float | None  # the standard deviation
     largest: float | None  # the value furthest from 0, with its sign
-    where: tuple[int, ...] | None  # its index, the first of equals
+    where: tuple[int, ...] | None  # the index of largest, the first one among equals
     nan: int  # how many values are NaN
     infinite: int
 
@@ -63,7 +66,7 @@ class Lens:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A forward pass, looked at."""
+    """A forward pass in numbers."""
 
     config: QwenConfig
     ids: list[int]
@@ -83,11 +86,12 @@ def trace(
 ) -> Trace:
     """Runs a checkpoint on a prompt's T ids and describes every stage of some layers, by default of all.
 
-    top: so many predictions of the lens; None: without it. The lens of the last layer is the model's own
-    prediction, to the bit. progress: called with the bytes of weights read, and to be read.
+    top: how many predictions of the lens; None: no lens. The lens of the last layer is the model's own
+    prediction, to the bit. progress: called with the bytes of weights that are read, and of all to be read.
 
-    Memory is that of one matrix and the stages of one layer, or the logits. Raises ValueError for a folder
-    that is no checkpoint, no ids, ids or layers that the model does not have, and too many tokens.
+    It takes the memory of one matrix and the stages of one layer, or of the logits. Raises ValueError for a
+    folder that is no checkpoint, for no ids, for ids or layers that the model does not have, and for too many
+    tokens.
 
     >>> found = trace("weights", tokenizer.encode("冰岛的首都是"), top=1)
     >>> [(stage.name, stage.shape) for stage in found.stages][:2]
@@ -96,14 +100,13 @@ def trace(
     import torch
 
     from qwen_ref.checkpoint import DTYPES
+    from qwen_ref.generate import checked_ids
     from qwen_ref.parity.bundle import flow, layer_of, stage_widths
     from qwen_ref.parity.recording import Work
     from qwen_ref.parity.stages import Checkpoint, Port
 
     checkpoint = Checkpoint(folder)
     config, dtype = checkpoint.config, checkpoint.dtype(dtype)
-    from qwen_ref.generate import checked_ids
-
     ids = checked_ids(ids, config.vocab_size)
     most = min(_MOST_TOKENS, _MOST_LOGITS_BYTES // (config.vocab_size * DTYPES[dtype].itemsize))
     if len(ids) > most:
@@ -113,7 +116,7 @@ def trace(
         )
     asked = range(config.num_hidden_layers) if layers is None else layers
     try:
-        layers = sorted({_from_start(config, operator.index(layer)) for layer in asked})
+        layers = sorted({layer_number(config, operator.index(layer)) for layer in asked})
     except TypeError:
         raise InputError(f"layers must be a list of the layers' numbers, not {shown(layers)}") from None
     if top is not None and not (isinstance(top, int) and 1 <= top <= config.vocab_size):
@@ -140,8 +143,8 @@ def trace(
     return Trace(config, ids, dtype, layers, stages, lens)
 
 
-def _from_start(config: QwenConfig, layer: int) -> int:
-    """A layer's number, where it may be counted from the end as -1, -2, …; ValueError where there is none."""
+def layer_number(config: QwenConfig, layer: int) -> int:
+    """A layer's number from 0 on; -1, -2, … count from the end. ValueError if there is no such layer."""
     count = config.num_hidden_layers
     if not -count <= layer < count:
         raise InputError(
@@ -153,8 +156,8 @@ def _from_start(config: QwenConfig, layer: int) -> int:
 def _lens(port: Port, last: dict[int | None, Tensor], logits: Tensor, top: int) -> list[Lens]:
     import torch
 
-    # All in one product. One row alone is rounded in another order, so the last layer's, which are the
-    # model's logits, are taken from there.
+    # All rows in one product. A product of one row rounds in another order, so the last layer's logits are
+    # taken from the model itself.
     read = port.read_out(torch.stack(list(last.values())))  # (layers, V)
     final = port.config.num_hidden_layers - 1
     return [
@@ -175,6 +178,7 @@ def describe(name: str, value: Tensor) -> Stage:
     """A stage's value (B, T, …) in numbers."""
     import torch
 
+    from qwen_ref.checkpoint import dtype_name
     from qwen_ref.parity.bundle import layer_of
 
     count, total, largest, at = 0, 0.0, None, 0
@@ -204,7 +208,7 @@ def describe(name: str, value: Tensor) -> Stage:
         layer=layer_of(name),
         axes=_axes(name, value),
         shape=tuple(value.shape),
-        dtype=str(value.dtype).removeprefix("torch."),
+        dtype=dtype_name(value.dtype),
         mean=mean,
         spread=spread,
         largest=largest,

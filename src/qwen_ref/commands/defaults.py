@@ -1,0 +1,83 @@
+"""A folder's generation_config.json: the settings of the loop that its model was published with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen_ref.config import InputError, read_json_object, shown
+from qwen_ref.tokenizer import Tokenizer
+
+_LARGEST_WINDOW = 2**24  # no Qwen comes near
+
+
+class Defaults(NamedTuple):
+    """What a folder's generation_config.json says; what it leaves out has the value that changes nothing."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+    max_window_size: int | None
+
+
+def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
+    """The generation_config.json of a folder, which may lack one; ValueError, naming it, for wrong values."""
+    path = folder / "generation_config.json"
+    raw = read_json_object(path) if os.path.lexists(path) else {}
+    try:
+        return _defaults(raw, tokenizer)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
+    def value(name: str, default: Any, *kinds: type) -> Any:
+        found = raw.get(name)
+        if found is None:
+            return default
+        if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise InputError(f"{name}={shown(found)} must be {wanted}")
+        if float not in kinds and isinstance(found, int) and abs(found) >= 2**63:
+            raise InputError(f"{name}={shown(found)} must be below 2**63")
+        return found
+
+    def stop_text(word: list[int]) -> str:
+        try:
+            return tokenizer.decode_bytes(word).decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"stop_words_ids: {shown(word)} are no whole characters") from None
+
+    eos = value("eos_token_id", tokenizer.special_ids["<|endoftext|>"], int, list)
+    words = [[token] for token in (eos if isinstance(eos, list) else [eos])]
+    words += value("stop_words_ids", [], list)
+    if value("chat_format", "raw", str) == "chatml":
+        words += [[tokenizer.special_ids["<|im_start|>"]], [tokenizer.special_ids["<|im_end|>"]]]
+    for word in words:
+        ids = isinstance(word, list) and word and all(type(token) is int for token in word)
+        if not ids or min(word) < 0 or max(word) >= tokenizer.n_vocab:
+            allowed = f"ids from 0 to {tokenizer.n_vocab - 1}"
+            raise InputError(f"eos_token_id and stop_words_ids must hold {allowed}, not {shown(word)}")
+    defaults = Defaults(
+        max_new_tokens=value("max_new_tokens", 64, int),
+        temperature=float(value("temperature", 1.0, int, float)) if value("do_sample", False, bool) else 0.0,
+        top_k=value("top_k", 0, int),
+        top_p=float(value("top_p", 1.0, int, float)),
+        repetition_penalty=float(value("repetition_penalty", 1.0, int, float)),
+        stop_ids=frozenset(word[0] for word in words if len(word) == 1),
+        # A stop word of several ids is text that can also be spelled with other ids: it is matched as text.
+        stop_texts=tuple(stop_text(word) for word in words if len(word) > 1),
+        max_window_size=value("max_window_size", None, int),
+    )
+    from qwen_ref.generate import Sampling, check_settings
+
+    check_settings(defaults.max_new_tokens, Sampling(*defaults[1:5]))
+    window = defaults.max_window_size
+    if window is not None and not 1 <= window <= _LARGEST_WINDOW:
+        raise InputError(f"max_window_size={window} must be from 1 to {_LARGEST_WINDOW} tokens")
+    return defaults
