@@ -349,7 +349,7 @@ def check_rotate(attempt: Attempt) -> str:
         (-x.flip(0), "You reversed the order. Cut x into halves, and keep the order in each."),
         (x.flip(0), "You reversed the order. Cut x into halves, and keep the order in each."),
     ]
-    quarter = qwen_ref.model.rotate(x, torch.zeros(8), torch.ones(8))
+    quarter = qwen_ref.model.rotate(x, torch.zeros(4), torch.ones(4))
     hold("rotate_half of 1 2 3 4 5 6 7 8", rotate_half(x), quarter, known)
 
     for dtype in ("float32", "bfloat16"):
@@ -358,9 +358,10 @@ def check_rotate(attempt: Attempt) -> str:
         qkv = attn.qkv(_read_by(attn, model))
         q = qkv.unflatten(-1, (3, -1, attn.head_size))[:, :, 0]  # (B, T, H, K)
         T = q.shape[1]
-        cos, sin = rotation_tables(
+        tables = rotation_tables(
             torch.arange(T)[None], rotary_frequencies(model.config, [T], torch.float32)
-        )
+        )  # (1, T, 1, K/2) each
+        cos, sin = (torch.cat((table, table), dim=-1) for table in tables)  # (1, T, 1, K): for both halves
         wide = q.float()
         half = torch.cat((-wide[..., attn.head_size // 2 :], wide[..., : attn.head_size // 2]), dim=-1)
         narrow_cos, narrow_sin = cos.to(q.dtype), sin.to(q.dtype)
@@ -379,9 +380,13 @@ def check_rotate(attempt: Attempt) -> str:
                 (wide * cos + half * sin, "It came out in float32. The result has the dtype of x."),
             ]
         otherwise = "Turned by t, (a, b) becomes (a cos t − b sin t, b cos t + a sin t)."
-        right, found = qwen_ref.model.rotate(q, cos, sin), rotate(q, cos, sin)
+        right, found = qwen_ref.model.rotate(q, *tables), rotate(q, cos, sin)
         hold(f"the queries of layer 1 in {dtype}", found, right, known, otherwise)
-    return _says_with("rotate", qwen_ref.model, "rotate", rotate)
+
+    def with_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, *(torch.cat((table, table), dim=-1) for table in (cos, sin)))
+
+    return _says_with("rotate", qwen_ref.model, "rotate", with_halves)
 
 
 # 6
