@@ -20,10 +20,10 @@ from forked_ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-import qwen_ref.fast
 from qwen_ref import KVCache, Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.bench.synthetic import write_checkpoint
 from qwen_ref.commands.generate import main
+from qwen_ref.fast import matrices
 from qwen_ref.fast.attention import FastCache
 from qwen_ref.fast.layers import FastLinear, fasten
 from qwen_ref.fast.matrices import FEW_ROWS, Int4Matrix, Int8Table, Table
@@ -102,7 +102,7 @@ def test_what_ranks_add_up_is_not_rounded(name: str | None, monkeypatch: pytest.
 def test_a_processor_without_products_in_half_precision_takes_float32(
     name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen_ref.fast, "_has_products", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("qwen_ref.fast.matrices._has_products", lambda dtype: dtype == torch.float32)
     weight, x = torch.randn(700, 352).bfloat16(), torch.randn(100, 352).bfloat16()
     matrix, meant = form(name, weight, wide=False)
     found = matrix(x)
@@ -124,7 +124,7 @@ def test_int4_in_groups_larger_than_torch_knows_has_the_scale_of_each(rows: int)
 def test_int4_that_is_packed_in_an_unknown_way_takes_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Linear(352, 96, bias=False).bfloat16().requires_grad_(False)
     assert isinstance(FastLinear(layer, Group(0, 1), "int4", 32).matrix, Int4Matrix)
-    monkeypatch.setattr(qwen_ref.fast, "int4_layout", lambda: None)
+    monkeypatch.setattr("qwen_ref.fast.layers.int4_layout", lambda: None)
     assert isinstance(FastLinear(layer, Group(0, 1), "int4", 32).matrix, Int8Table)
 
 
@@ -145,23 +145,23 @@ def test_int4_is_unpacked_as_any_processor_packs_it(
         return packed.view(outputs, -1)
 
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack_for_cpu", pack)
-    qwen_ref.fast.int4_layout.cache_clear()
+    matrices.int4_layout.cache_clear()
     try:
-        assert qwen_ref.fast.int4_layout() == (strip, neighbours)
+        assert matrices.int4_layout() == (strip, neighbours)
         weight, x = torch.randn(200, 352).bfloat16(), torch.randn(100, 352).bfloat16()
         matrix, meant = form("int4", weight, wide=False)
         matrix.product_dtype = torch.float32
         assert relative_rms(matrix(x), x.double() @ meant.T) < 2e-6
     finally:
-        qwen_ref.fast.int4_layout.cache_clear()
+        matrices.int4_layout.cache_clear()
 
 
 def test_index_numbers_are_not_kept_for_every_number_of_rows() -> None:
-    qwen_ref.fast._counted.cache_clear()
+    matrices._counted.cache_clear()
     matrix = Table(torch.randn(64, 32), wide=False)
     for rows in range(1, FEW_ROWS + 1):
         matrix(torch.randn(rows, 32))
-    assert qwen_ref.fast._counted.cache_info().currsize == 1
+    assert matrices._counted.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -378,7 +378,7 @@ def test_a_pass_over_a_few_tokens_has_the_bits_of_passes_over_one(
 
 def test_what_is_remembered_serves_inside_inference_mode_and_outside() -> None:
     model, ids = fasten(load_model(WEIGHTS, "bfloat16")), some_ids(WEIGHTS, 150)
-    vars(qwen_ref.fast._workspaces).clear()
+    vars(matrices._workspaces).clear()
     with torch.inference_mode():
         inside = model(ids)
     assert torch.equal(model(ids), inside)
@@ -429,7 +429,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
 MEASURE = """
 import json, sys, torch
 from qwen_ref import load_model
-from qwen_ref.bench import Memory
+from qwen_ref.bench.measure import Memory
 from qwen_ref.fast import fasten
 fasten(load_model(sys.argv[2], "auto"))  # imports, pools
 with Memory() as memory:

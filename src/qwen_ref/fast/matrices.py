@@ -293,7 +293,7 @@ def bag(table: Tensor, rows: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
     """A weighted sum of rows of a table (…, width) for each bag → (bags, width)."""
     numbers, starts = rows
     table = table.view(-1, table.shape[-1])
-    return torch.embeddingbag(table, numbers, starts, False, 0, False, weights.reshape(-1), True)[0]
+    return torch.embedding_bag(table, numbers, starts, False, 0, False, weights.reshape(-1), True)[0]
 
 
 def numbered(rows: Tensor) -> tuple[Tensor, Tensor]:
