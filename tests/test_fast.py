@@ -378,7 +378,7 @@ def test_a_pass_over_a_few_tokens_has_the_bits_of_passes_over_one(
 
 def test_what_is_remembered_serves_inside_inference_mode_and_outside() -> None:
     model, ids = fasten(load_model(WEIGHTS, "bfloat16")), some_ids(WEIGHTS, 150)
-    vars(matrices._workspaces).clear()
+    matrices._workspaces.by_dtype.clear()
     with torch.inference_mode():
         inside = model(ids)
     assert torch.equal(model(ids), inside)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from qwen_ref.config import InputError, shown
-from qwen_ref.generate import checked_stop_ids
+from qwen_ref.generate import Step, checked_stop_ids
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
-
-if TYPE_CHECKING:
-    from qwen_ref.generate import Step
 
 
 def checked_stop_texts(stop_texts: Iterable[str]) -> tuple[str, ...]:
