@@ -96,7 +96,7 @@ def test_weights_that_have_no_finite_scale_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("inputs", "group_size", "remedy"),
-    [(96, 64, "use 32"), (256, 48, "use 32 or 64 or 128 or 256"), (100, 32, "no size does; use int8")],
+    [(96, 64, "use 32"), (256, 48, "use 32, 64, 128 or 256"), (100, 32, "no size does; use int8")],
 )
 def test_a_group_that_does_not_divide_is_refused(inputs: int, group_size: int, remedy: str) -> None:
     with pytest.raises(ValueError, match=f"groups of {group_size} .* {inputs} inputs: .*{remedy}"):

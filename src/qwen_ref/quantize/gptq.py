@@ -109,7 +109,7 @@ def expected(
 def contradiction(
     table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[str, StoredTensor]
 ) -> str | None:
-    """What speaks against GPTQ as a whole: matrices that are not packed, sizes that cannot be."""
+    """What contradicts GPTQ as a whole: matrices that are not packed, sizes that cannot be packed."""
     matrices = [spec for spec in table if is_packed(spec)]
     plain = [spec.published for spec in matrices if spec.published in found]
     packed = [spec for spec in matrices if f"{module_of(spec)}.qweight" in found]
@@ -214,7 +214,7 @@ class PackedWeight(NamedTuple):
 
 
 class StoredPacked(NamedTuple):
-    """A packed weight of a checkpoint by its files' headers; it stands where a StoredTensor would."""
+    """A packed weight of a checkpoint by its files' headers; it has a StoredTensor's methods."""
 
     parts: tuple[StoredTensor, ...]  # in the order of PARTS
     zero_bias: StoredTensor | None  # AutoGPTQ wrote one for every module
@@ -293,7 +293,7 @@ class StoredPacked(NamedTuple):
 
 
 def _group_problem(g_idx: Tensor, gptq: GPTQConfig) -> str | None:
-    """Whatever the order of the inputs, each group has group_size of them, and the last one the rest."""
+    """In any order of the inputs, each group must have group_size of them, and the last one the rest."""
     inputs, groups = len(g_idx), gptq.groups(len(g_idx))
     try:
         check_groups(g_idx, groups)
@@ -311,10 +311,10 @@ def _group_problem(g_idx: Tensor, gptq: GPTQConfig) -> str | None:
 
 
 def _zero_problem(qzeros: Tensor, bits: int) -> str | None:
-    """Where sym is set, every zero point is the middle of the range.
+    """With sym, every zero point must be the middle of the range.
 
-    Read in the other format, every weight would be off by its scale: such models say "!!!!". Without sym the
-    values say nothing of the format, only checkpoint_format in the settings does.
+    A v2 file read as v1 would put every weight off by its scale: such models say "!!!!". Without sym, zero
+    points cannot tell the formats apart; only checkpoint_format in the settings can.
     """
     middle = 1 << (bits - 1)
     zeros = zero_points(qzeros, bits)
