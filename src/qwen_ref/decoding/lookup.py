@@ -11,7 +11,7 @@ repeats itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def generate_lookup(
     draft_tokens: int = DRAFT_TOKENS,
     passes: Passes | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Yields the tokens of greedy `generate`, one by one, in fewer passes through the model.
 
     longest_match: how many of the last ids are looked up, then fewer, down to one.
