@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from qwen_ref import Qwen, load_model, parity, sampling
 from qwen_ref.decoding.lookup import generate_lookup
+from qwen_ref.fast.attention import FastCache
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate, generate_batch, in_chunks
@@ -98,7 +99,7 @@ def texts(model: Qwen) -> list:
         list(generate(model, PROMPT, max_new_tokens=6)),
         list(generate(model, PROMPT, **sampled)),
         [list(row) for row in rows],
-        list(generate_lookup(model, PROMPT, max_new_tokens=10)),
+        list(generate_lookup(model, PROMPT, max_new_tokens=10)) if model.cache_type is FastCache else [],
         perplexity.score(model, [PROMPT, PROMPT[3:]]),
         score_continuations(model, PROMPT, [[4], [9, 3]]),
     ]

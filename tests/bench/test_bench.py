@@ -16,8 +16,9 @@ from conftest import WEIGHTS, Result, refused
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.bench import measure as bench
-from qwen_ref.bench.__main__ import main, table
+from qwen_ref.bench.__main__ import main
 from qwen_ref.bench.measure import Memory, Subject, bytes_per_token, measure
+from qwen_ref.bench.report import table
 from qwen_ref.bench.synthetic import synthetic
 from qwen_ref.fast.layers import fasten
 

@@ -201,7 +201,7 @@ def run_after_run() -> None:
     signal.signal(signal.SIGTERM, handler)
     before = held()  # torch keeps two files of the first store that a process serves
     plain = [QUESTION, "--stop", "\n"]
-    for arguments in (plain, [*plain, "--lookup"], plain):
+    for arguments in (plain, [*plain, "--lookup", "--fast"], plain):
         assert main(arguments) == 0
         assert held() == before
     with WatchedRanks(launched(), 5) as ranks:

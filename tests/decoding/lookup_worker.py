@@ -14,6 +14,7 @@ from conftest import GOLDEN
 
 from qwen_ref import load_model
 from qwen_ref.decoding.lookup import Passes, generate_lookup
+from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import Step, generate
 
 PROMPT = list(range(3, 15)) * 4
@@ -21,12 +22,14 @@ PROMPT = list(range(3, 15)) * 4
 
 def main(folder: Path) -> None:
     found: dict[str, object] = {}
-    for dtype in ("float64", "bfloat16"):
-        qwen = load_model(GOLDEN / "extended_base", dtype, group="world")
+    for how in ("float64", "fast bfloat16"):
+        qwen = load_model(GOLDEN / "extended_base", how.split()[-1], group="world")
+        if "fast" in how:
+            fasten(qwen)
         rank, passes = qwen.group.rank, Passes()
-        found[f"{dtype} plain"] = list(generate(qwen, PROMPT, 40))
-        found[f"{dtype} lookup"] = list(generate_lookup(qwen, PROMPT, 40, passes=passes))
-        found[f"{dtype} passes"] = [passes.tokens, passes.passes, passes.repeated]
+        found[f"{how} plain"] = list(generate(qwen, PROMPT, 40))
+        found[f"{how} lookup"] = list(generate_lookup(qwen, PROMPT, 40, passes=passes))
+        found[f"{how} passes"] = [passes.tokens, passes.passes]
     qwen = load_model(GOLDEN / "extended_base", "float64", group="world")
     for leaver in (0, 1):
         steps: list[Step] = []

@@ -1,8 +1,8 @@
 """`python -m qwen_ref.bench`: how fast a model is on this machine, beside what the machine can do.
 
-To decode a token, every weight is read once, and the keys and values of every position. So the rate at which
-memory can be read is the limit, and it is measured in the same run, in turns with the model and with whatever
-the model is compared to: machines that are shared change their speed from second to second.
+A decode step reads every weight once, and the keys and values of every position. So memory bandwidth is the
+limit. It is measured in the same run, in turns with the model and with its peers, because a machine that is
+shared changes its speed from second to second.
 """
 
 from __future__ import annotations
@@ -17,37 +17,20 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qwen_ref.bench.report import table
 from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
 from qwen_ref.commands.files import bundled_checkpoint
 from qwen_ref.commands.loading import load_as_asked, ranks_of_command
 from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
 from qwen_ref.commands.settings import add_speed_options, speed_options
-from qwen_ref.commands.tables import aligned
 from qwen_ref.config import InputError
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig
 
-if TYPE_CHECKING:
-    pass
-from qwen_ref.bench.measure import (
-    Memory,
-    Subject,
-    TransformersSubject,
-    _cores,
-    bytes_per_token,
-    machine,
-    measure,
-)
-from qwen_ref.bench.synthetic import synthetic
-
 _MOST = 10_000_000  # of anything that is counted: more is a mistake
 _SIZES = ("1.8b", "7b", "14b", "72b")
-
-
-# The command
 
 
 def _parser() -> Parser:
@@ -166,6 +149,8 @@ def _check_dtype(option: str, dtype: str) -> None:
 
 def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]:
     if args.synthetic is not None:
+        from qwen_ref.bench.synthetic import synthetic
+
         gptq = None if args.gptq is None else GPTQConfig(args.gptq, 128, desc_act=False, sym=True)
         return synthetic(args.synthetic, args.layers, gptq)
     folder = args.model or bundled_checkpoint()
@@ -190,14 +175,16 @@ def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
 def _launch(args: argparse.Namespace, folder: Path) -> int:
     """Starts the ranks by torchrun with the same options.
 
-    torchrun's own report of a rank that failed is a traceback of no use: the ranks have said why.
+    torchrun reports a rank that failed by a traceback of no use. It is left out: the rank has said why.
     """
+    from qwen_ref.bench.measure import cores
+
     options = ["--model", str(folder), "--name", _name(args), "--dtype", args.dtype, "--device", args.device]
     options += [f"--{name}={getattr(args, name)}" for name in ("tokens", "batch", "repeats", "timeout")]
     options += ["--lengths", *map(str, args.lengths), *speed_options(args)]
     options += ["--json"] * args.json
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.tp)]
-    threads = max(1, _cores() // args.tp)
+    threads = max(1, cores() // args.tp)
     environment = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
     command = [sys.executable, *launcher, "-m", "qwen_ref.bench", *options]
     with (
@@ -212,6 +199,7 @@ def _launch(args: argparse.Namespace, folder: Path) -> int:
         ) as process,
     ):
         try:
+            assert process.stderr is not None  # it is a pipe
             for line in _of_ranks(process.stderr):
                 to_stderr(line, end="")
             code = process.wait()
@@ -242,6 +230,8 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
+    from qwen_ref.bench.measure import Memory, Subject, TransformersSubject, bytes_per_token, machine, measure
+    from qwen_ref.checkpoint import dtype_name
     from qwen_ref.commands.sizes import held_bytes, resident_bytes
     from qwen_ref.loading.loader import load_model
 
@@ -249,7 +239,7 @@ def _measure(
         start = time.perf_counter()
         model = load_as_asked(args, folder, ranks)
         seconds = time.perf_counter() - start
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.embed.weight.dtype)
     ours = Subject(" ".join(["qwen_ref", dtype, *speed_options(args)]).replace("--", ""), model)
     with Memory() as running, torch.inference_mode():  # before others are loaded
         model.new_cache(args.batch, max(args.lengths) + args.tokens)  # says so where it does not fit
@@ -262,7 +252,7 @@ def _measure(
     subjects = [ours]
     for which, peer_dtype in peers:
         plain = load_model(folder, peer_dtype, args.device)
-        name = str(plain.embed.weight.dtype).removeprefix("torch.")
+        name = dtype_name(plain.embed.weight.dtype)
         if which == "plain":
             subjects.append(Subject(f"plain {name}", plain))
         else:
@@ -304,70 +294,6 @@ def _measure(
             for subject in subjects
         },
     }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as a person reads it: medians, with the smallest and largest of the repeats."""
-    m, subjects = result["machine"], result["subjects"]
-    ours, *others = subjects
-    lengths = list(subjects[ours])
-    memory = result["peak_memory"]
-    lines = [
-        f"{m.get('gpu', m['processor'])}, {m['cores']} cores, {m['threads']} threads, {m['instructions']}, "
-        f"torch {m['torch']}",
-        f"{result['model']}, {result['layers']} layers; batch {result['batch']}, {result['tokens']} tokens "
-        f"decoded, {result['repeats']} repeats: median (smallest to largest)"
-        + (f"; {result['ranks']} ranks, figures of rank 0" if result["ranks"] > 1 else ""),
-        "",
-        f"loaded in {result['load_seconds']:.2f} s; weights {_gb(result['resident_weights'])}, cache for "
-        f"{max(lengths)} + {result['tokens']} tokens {_gb(memory['cache'])}",
-    ]
-    for when in ("while loading", "while running"):
-        peak = memory[when]
-        lines.append(
-            f"peak memory {when}: {_gb(peak['anonymous'])} anonymous and {_gb(peak['mapped'])} mapped more "
-            "than before"
-        )
-    lines.append("")
-    rows = [["", ours]]
-    for other in others:
-        rows[0] += [other, "ratio"]
-    for length in lengths:
-        for key, what, digits in (
-            ("prefill", f"prefill of {length}, tokens/s", 1),
-            ("first_token", "  first token after, s", 3),
-            ("decode", f"decode at {length}, tokens/s", 2),
-        ):
-            row = [what, _spread(subjects[ours][length][key], 1, digits)]
-            for other in others:
-                theirs = subjects[other][length][key]
-                ratio = median(subjects[ours][length][key]) / median(theirs)
-                row += [_spread(theirs, 1, digits), "" if key == "first_token" else f"{ratio:.2f}"]
-            rows.append(row)
-        read = result["bytes_per_token"][length]
-        rate = subjects[ours][length]["read_rate"]
-        achieved = [read * speed / result["batch"] for speed in subjects[ours][length]["decode"]]
-        shares = [one / other for one, other in zip(achieved, rate, strict=True)]
-        rows.append([f"  read for {_tokens(result['batch'])}, GB", f"{read / 1e9:.3f}"])
-        rows.append(["  read, GB/s", _spread(achieved, 1e9)])
-        rows.append(["  memory can be read at, GB/s", _spread(rate, 1e9)])
-        rows.append(["  share of that", _spread(shares, 1, 2)])
-    columns = max(map(len, rows))
-    rows = [row + [""] * (columns - len(row)) for row in rows]
-    return "\n".join([*lines, *aligned(rows, "<" * columns)])
-
-
-def _tokens(batch: int) -> str:
-    return "a token" if batch == 1 else f"{batch} tokens"
-
-
-def _gb(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 1e9:.2f} GB"
-
-
-def _spread(values: Sequence[float], unit: float, digits: int = 1) -> str:
-    low, high = (f"{pick(values) / unit:,.{digits}f}" for pick in (min, max))
-    return f"{median(values) / unit:,.{digits}f} ({low} to {high})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What is timed, and how."""
+"""The measurements: memory of this process, memory bandwidth, and the speed of models in turns."""
 
 from __future__ import annotations
 
@@ -11,41 +11,48 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from qwen_ref.model import Qwen
-_READ_BYTES = 2**29  # of the buffer that the memory's rate is measured with
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.model import Qwen
+
+_READ_BYTES = 2**29  # of the buffer that memory bandwidth is measured with
 
 
-# The memory of this process, and its rate
+# The memory of this process, and its bandwidth
 
 
-def resident_memory() -> tuple[int, int] | None:
-    """Bytes of this process in memory: anonymous ones, which no file backs, and pages of mapped files.
+class Resident(NamedTuple):
+    """Bytes of a process in memory."""
 
-    None where the system does not tell, as only Linux does.
-    """
+    anonymous: int  # that no file backs
+    mapped: int  # pages of mapped files
+
+
+def resident_memory() -> Resident | None:
+    """Of this process; None where the system does not tell: only Linux does."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-        return tuple(int(status.split(name)[1].split()[0]) * 1024 for name in ("RssAnon:", "RssFile:"))
+        return Resident(*(int(status.split(name)[1].split()[0]) * 1024 for name in ("RssAnon:", "RssFile:")))
     except (OSError, IndexError, ValueError):
         return None
 
 
 class Memory(threading.Thread):
-    """The most memory of this process while the block runs, looked at every 5 ms, above that at its start."""
+    """How far the memory of this process rises while the block runs; looked at every 5 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes = self.peak = resident_memory()
+        self.before = self.peak = resident_memory()
         self.over = threading.Event()
 
     def look(self) -> None:
-        if self.peak is not None:
-            self.peak = tuple(map(max, self.peak, resident_memory() or self.peak))
+        now = resident_memory()
+        if self.peak is not None and now is not None:
+            self.peak = Resident(*map(max, self.peak, now))
 
     def run(self) -> None:
         while not self.over.wait(0.005):
@@ -63,19 +70,17 @@ class Memory(threading.Thread):
     @property
     def anonymous(self) -> int | None:
         """Bytes; None where they cannot be known."""
-        return None if self.peak is None else self.peak[0] - self.start_bytes[0]
+        return None if self.peak is None or self.before is None else self.peak[0] - self.before[0]
 
     @property
     def mapped(self) -> int | None:
-        return None if self.peak is None else self.peak[1] - self.start_bytes[1]
+        return None if self.peak is None or self.before is None else self.peak[1] - self.before[1]
 
 
 class ReadRate:
     """Bytes per second at which this process's threads read memory: torch's sum of half a gigabyte."""
 
     def __init__(self, device: str) -> None:
-        import torch
-
         self._sync = _sync(device)
         self._buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
         self.measure()
@@ -102,8 +107,6 @@ class _Timer:
 
 def _sync(device: str) -> Callable[[], None]:
     """Waits until the device has done what it was asked for; a CPU has, when the call returns."""
-    import torch
-
     return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
 
@@ -166,10 +169,8 @@ def measure(
 
     Subjects take turns within each repeat. A repeat prefills `length` tokens of every row and decodes
     `tokens` more, and after each of them the memory's rate is measured. Rates count the tokens of all rows.
-    warm_up: a repeat before the others, which makes what is made once, is not counted.
+    warm_up: one more repeat before the others, not counted: it allocates what is allocated once.
     """
-    import torch
-
     sync, rate = _sync(device), ReadRate(device)
     generator = torch.Generator().manual_seed(0)
     found = {(s.name, length): Timing([], [], [], []) for s in subjects for length in lengths}
@@ -203,29 +204,25 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
     """
     every = itertools.chain(model.named_parameters(), model.named_buffers())
     weights = sum(tensor.nbytes for name, tensor in every if name != "embed.weight")
-    from qwen_ref.fast.int8_cache import Int8Cache
-
     config, size = model.config, model.embed.weight.element_size()
     head = config.kv_channels + 4 if model.cache_type is Int8Cache else config.kv_channels * size
     position = 2 * config.num_hidden_layers * config.num_attention_heads // model.group.size * head
     return weights + batch * (config.hidden_size * size + length * position)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine(device: str) -> dict[str, Any]:
     """What a figure must name."""
-    import torch
-
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
-    found = {"processor": processor, "cores": _cores(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"processor": processor, "cores": cores(), "threads": torch.get_num_threads()}
     found["instructions"], found["torch"] = torch.backends.cpu.get_cpu_capability(), torch.__version__
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)

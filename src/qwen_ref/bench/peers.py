@@ -1,17 +1,20 @@
-"""Hugging Face transformers' Qwen2 with the weights of a model of ours: what the bench and the parity kit are
-tried against. First-generation Qwen is Qwen2 with as many key heads as query heads, up to the trained length:
-beyond it Qwen2 knows neither dynamic NTK nor LogN.
+"""transformers' Qwen2 with the weights of a model of ours: a peer for the bench and for the parity kit.
+
+First-generation Qwen is Qwen2 with as many key heads as query heads, up to the trained length. Beyond it
+Qwen2 has neither dynamic NTK nor LogN.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from qwen_ref.checkpoint import NoInitialisation
 from qwen_ref.config import InputError
-from qwen_ref.model import Qwen
+from qwen_ref.model import Block, Qwen
 
 
 def require_transformers() -> None:
@@ -21,7 +24,7 @@ def require_transformers() -> None:
 
 
 def qwen2(ours: Qwen, rope_theta: float | None = None) -> nn.Module:
-    """transformers' Qwen2 on the weights of ours, which it shares, and perhaps with another RoPE base."""
+    """transformers' Qwen2, sharing the weights of ours; rope_theta: another RoPE base than ours."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = ours.config
@@ -45,12 +48,12 @@ def qwen2(ours: Qwen, rope_theta: float | None = None) -> nn.Module:
             ),
             dtype=ours.embed.weight.dtype,
         )
-    weights = {
+    weights: dict[str, Tensor] = {
         "model.embed_tokens.weight": ours.embed.weight,
         "model.norm.weight": ours.norm.weight,
         "lm_head.weight": ours.lm_head.weight,
     }
-    for number, block in enumerate(ours.blocks):
+    for number, block in enumerate(cast(Iterable[Block], ours.blocks)):
         layer = f"model.layers.{number}"
         weights |= {
             f"{layer}.input_layernorm.weight": block.attn_norm.weight,

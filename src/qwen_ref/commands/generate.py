@@ -25,7 +25,7 @@ from qwen_ref.commands.settings import (
     encoded_prompt,
     length_note,
 )
-from qwen_ref.config import InputError, shown
+from qwen_ref.config import InputError, shown, whole
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.tokenizer import Tokenizer
 
@@ -62,7 +62,8 @@ def _parser() -> Parser:
         const=True,
         metavar="N",
         help="guess up to N tokens (default: 8) from the text so far and check all of them in one pass: the "
-        "same greedy text in fewer passes, if it repeats itself. The option stands after the prompt",
+        "same greedy text in fewer passes, if it repeats itself. It takes float32, --fast or --quantize. The "
+        "option stands after the prompt",
     )
     add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
     add("--json", action="store_true", help="print one JSON object at the end")
@@ -151,39 +152,46 @@ def _loop(
     model: Qwen, request: dict[str, Any], passes: Passes, progress: Callable[[int, int], None] | None
 ) -> Generator[Step]:
     """The loop that every rank runs: rank 0's command has shared the request."""
-    from qwen_ref.decoding.lookup import GREEDY, generate_lookup
+    from qwen_ref.decoding.lookup import generate_lookup
     from qwen_ref.generate import generate
 
     if "lookup" not in request:
         return generate(model, **request, progress=progress)
-    names = ("prompt_ids", "max_new_tokens", "stop_ids", *GREEDY)
-    settings = {name: request[name] for name in names}
+    settings = {name: request[name] for name in ("prompt_ids", "max_new_tokens", "stop_ids")}
     draft_tokens = request["lookup"]
     return generate_lookup(model, **settings, draft_tokens=draft_tokens, passes=passes, progress=progress)
 
 
 def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where another setting rules --lookup out, with its origin and the remedy."""
-    from qwen_ref.decoding.lookup import DRAFT_TOKENS, GREEDY, LONGEST_MATCH, check_lookup
+    from qwen_ref.checkpoint import compute_dtype
+    from qwen_ref.decoding.lookup import DRAFT_TOKENS, check_model
+    from qwen_ref.fast.attention import FastCache
+    from qwen_ref.fast.int8_cache import Int8Cache
+    from qwen_ref.loading.loader import open_checkpoint
+    from qwen_ref.model import KVCache
 
     if args.lookup is True:
         args.lookup = DRAFT_TOKENS
-    check_lookup(LONGEST_MATCH, args.lookup)
-    wrong = [name for name, greedy in GREEDY.items() if settings[name] != greedy]
+    whole("draft_tokens", args.lookup)
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+    wrong = [name for name, value in greedy.items() if settings[name] != value]
     if wrong:
         config = folder / "generation_config.json"
         there = [
             f"{name}={settings[name]:g}" + ("" if getattr(args, name) is not None else f" (from {config})")
             for name in wrong
         ]
-        remedy = [f"--{name.replace('_', '-')} {GREEDY[name]:g}" for name in wrong]
+        remedy = [f"--{name.replace('_', '-')} {greedy[name]:g}" for name in wrong]
         raise InputError(f"--lookup is greedy only, without {' and '.join(there)}; add {' '.join(remedy)}")
+    fast = args.fast or args.quantize is not None
+    cache_type = Int8Cache if args.kv_cache is not None else FastCache if fast else KVCache
+    check_model(compute_dtype(args.dtype, open_checkpoint(folder)[1]), cache_type)
 
 
 def _passes_report(passes: Passes) -> str:
-    repeated = f" ({passes.repeated} of them repeated for close calls)" if passes.repeated else ""
     each = f"{passes.tokens_per_pass:.1f} tokens per pass"
-    return f"lookup: {passes.tokens} tokens in {passes.passes} passes{repeated}, {each}"
+    return f"lookup: {passes.tokens} tokens in {passes.passes} passes, {each}"
 
 
 def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:

@@ -1,57 +1,59 @@
 """Several tokens a pass without a second model: what followed the last tokens before may follow them again.
 
-A pass of the model over 1 + n tokens reads the weights once, as a pass over one does, and reading them is
-what decoding waits for. So n tokens are guessed, and one pass judges them all: position t scores the token
-after t, so a guess is right where it is what the position before it chooses. The right ones are kept, then
-the model's own next token; the cache goes back to before the first wrong one. This is speculative decoding
+In decoding, a pass of the model waits for its weights, which it reads once however many tokens it computes.
+So n tokens are guessed, and one pass over 1 + n tokens checks them all: position t scores the token after t,
+and a guess is right if it is what the position before it chooses. The right guesses are kept, then the
+model's own next token; the cache goes back to before the first wrong one. This is speculative decoding
 (Leviathan et al. 2023, section 2) in its greedy form. The guesses come from the text itself: prompt lookup
 decoding (Saxena 2023). That pays where text repeats text: summaries, corrections, code, and a model that
-goes round in circles.
+repeats itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from qwen_ref.checkpoint import dtype_name
 from qwen_ref.config import InputError, whole
-from qwen_ref.generate import Sampling, Step, check_settings, checked_ids, checked_stop_ids, choose, in_step
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwen_ref.model import Qwen
+from qwen_ref.fast.attention import FastCache
+from qwen_ref.fast.int8_cache import Int8Cache
+from qwen_ref.fast.matrices import FEW_ROWS
+from qwen_ref.generate import (
+    Sampling,
+    Step,
+    check_settings,
+    checked_ids,
+    checked_stop_ids,
+    choose,
+    in_chunks,
+    in_step,
+)
+from qwen_ref.model import KVCache, Qwen
 
 LONGEST_MATCH, DRAFT_TOKENS = 3, 8
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}  # what lookup needs of the sampling parameters
 
-# How far ahead the best logit must be for a pass over several tokens to be believed: by dtype's bits, in
-# units of eps · the largest |logit| of the position.
+# How far the best logit must lead for a plain pass over several tokens to be believed: in units of
+# eps · the largest |logit| of the position.
 #
-# Such a pass adds in another order than passes over one token, and so do the keys and values that it leaves
-# in the cache; the choice stays where the best logit's lead over every other is more than what that lead
-# moves by. Measured with 2 to 17 tokens a pass, all behind a prompt of 10, over 300 positions, on the tiny
-# checkpoint and the golden models: a logit moves by up to 36 units in float32 and float64, 4.1 in float16
-# and 2.7 in bfloat16; the lead over the runner-up by up to 14 in float32 and 2.7 in float16 and bfloat16,
-# by 0.5 in the root mean square. There depth counts, since each layer's sums are rounded to 16 bits: with
-# random weights, 64 layers and bfloat16 it moved by up to 3.7 (over other close logits 4.4), by 1.0 in the
-# root mean square, and the largest lead that was lost was 1.8. Hence 6 in 16 bits. In the wide dtypes a
-# margin costs nothing: 100 is 7 times what was measured.
-MARGIN = {16: 6.0, 32: 100.0, 64: 100.0}
+# Such a pass adds in another order than passes over one token. Measured with 2 to 17 tokens a pass, all
+# behind a prompt of 10, over 300 positions, on the tiny checkpoint and the golden models, in float32 and
+# float64: a logit moves by up to 36 units, the lead over the runner-up by up to 14. 100 is 7 times that.
+MARGIN = 100.0
 
 
 @dataclass
 class Passes:
     """What a generation took: its tokens so far, and its passes through the model, the prompt's among them.
 
-    The plain loop takes a pass a token. `repeated` passes, counted in `passes`, were for tokens that a pass
-    over several had seen already: see generate_lookup.
+    The plain loop takes one pass for each token.
     """
 
     tokens: int = 0
     passes: int = 0
-    repeated: int = 0
 
     @property
     def tokens_per_pass(self) -> float:
@@ -66,47 +68,38 @@ def generate_lookup(
     *,
     longest_match: int = LONGEST_MATCH,
     draft_tokens: int = DRAFT_TOKENS,
-    temperature: float = 0.0,
-    repetition_penalty: float = 1.0,
     passes: Passes | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Step]:
-    """Yields the tokens of greedy `generate`, one by one, mostly in fewer passes through the model.
+) -> Generator[Step]:
+    """Yields the tokens of greedy `generate`, one by one, in fewer passes through the model.
 
     longest_match: how many of the last ids are looked up, then fewer, down to one.
-    draft_tokens: how many are guessed at most.
+    draft_tokens: how many tokens are guessed at most.
     passes: counts while the iteration runs.
     progress: as `generate`'s.
 
-    The tokens are those of `generate` as long as rounding moves no lead by more than MARGIN, which is
-    measured, not proven, and on the CPU alone. Where a lead is smaller, all since the last such place is
-    computed once more, token by token: then what decides, the cache included, has the bits of the plain
-    loop. (A single pass on the cache as it is would not do: its logits were measured to be off by half as
-    much as those of a pass over several tokens, or more.) So a close call costs all that was gained since
-    the last one. float32 has next to none. In bfloat16, where the margin is 5 % of the largest logit, they
-    are frequent in text of which the model is not sure: then the guessing pauses, for longer each time, lest
-    the whole take many more passes than the plain loop.
-    None of this concerns fast layers, in which a pass over up to nine tokens has the bits of passes over one:
-    what is guessed right is gained in any dtype.
-    Log-probabilities are those of the pass that decided: they differ from `generate`'s by rounding.
+    Two kinds of models are taken, and each gives the tokens of `generate` for its own reason.
 
-    Raises what `generate` raises, and ValueError for a temperature or a repetition_penalty (it would change
-    with every guess), which are here for that alone. Several ranks call it alike, as they do `generate`.
+    Fast models (see qwen_ref.fast), in any dtype: a pass over up to nine tokens has the bits of passes over
+    one token. So a longer draft is cut to eight.
+
+    Plain models in float32 and float64: a pass over several tokens rounds differently. The choice is the same
+    where the best logit leads by more than MARGIN. A smaller lead, a close call, is rare. Then everything
+    since the last pass that had the plain loop's bits is computed again, token by token, and the choice is
+    the plain loop's. MARGIN is measured on the CPU, not proven.
+
+    Log-probabilities are those of the pass that decided. In plain models they differ from `generate`'s by
+    rounding.
+
+    Raises what `generate` raises, and ValueError for all other models (see check_model). Several ranks call
+    it alike, as they do `generate`.
     """
-    import torch
-
-    from qwen_ref.fast.attention import FastCache
-    from qwen_ref.fast.matrices import FEW_ROWS
-    from qwen_ref.generate import in_chunks
-
     group = model.group
     with group.together():
-        check_settings(max_new_tokens, Sampling(temperature, repetition_penalty=repetition_penalty))
-        if (temperature, repetition_penalty) != tuple(GREEDY.values()):
-            raise InputError(
-                f"lookup is greedy only: {temperature=} must be 0 and {repetition_penalty=} must be 1"
-            )
-        check_lookup(longest_match, draft_tokens)
+        check_settings(max_new_tokens, Sampling())
+        check_model(model.embed.weight.dtype, model.cache_type)
+        whole("longest_match", longest_match)
+        whole("draft_tokens", draft_tokens)
         prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
         stop_ids = checked_stop_ids(stop_ids)
     if group.size > 1:
@@ -117,58 +110,49 @@ def generate_lookup(
         cache = model.new_cache(1, full - 1)  # as the plain loop's: the last token is never fed back
     text, count = Text(prompt_ids, longest_match), Passes() if passes is None else passes
     exact = 0  # so many positions of the cache have the bits of the plain loop's
-    if alike := isinstance(cache, FastCache):  # so have passes over several tokens
+    fast = isinstance(cache, FastCache)
+    if fast:
         draft_tokens = min(draft_tokens, FEW_ROWS - 1)
 
     def states_of(ids: Sequence[int]) -> Tensor:
+        """(1, T, D); of a long prompt its last chunk."""
         count.passes += 1
         told = progress if cache.length == 0 else None
-        for chunk in in_chunks(model, torch.tensor([ids], device="cpu"), cache, progress=told):
-            states = chunk
-        return states  # (1, T, D); of a long prompt its last chunk
+        *_, states = in_chunks(model, torch.tensor([ids], device="cpu"), cache, progress=told)
+        return states
 
     def plain() -> list[Step]:
-        """The next token, decided as the plain loop decides it; what is not exact yet is computed again."""
+        """The next token, from passes with the plain loop's bits; what is not exact yet is computed again."""
         nonlocal exact
         cache.length = exact
-        parts = [[token] for token in text.ids[exact:]] if exact else [text.ids]
-        for ids in parts:
+        for ids in [[token] for token in text.ids[exact:]] if exact else [text.ids]:
             last = states_of(ids)[:, -1]
         exact = cache.length
         logits = model.lm_head(last, only_rank_0=True)
         # The penalty of 1 asks for no earlier ids.
         return choose(model, logits, torch.tensor([ids], device="cpu"), [0], Sampling(), [])
 
-    def judged(draft: list[int]) -> tuple[list[Step], bool]:
-        """The right ones of draft and the model's next token; False where a close call ends them sooner."""
+    def judged(draft: list[int]) -> list[Step]:
+        """The right ones of draft and the model's next token, as far as no choice among them is close."""
         nonlocal exact
         logits = model.lm_head(states_of([text.ids[-1], *draft])[0], only_rank_0=True)  # (1 + n, V)
-        steps = _sure_steps(model, logits, 1 + len(draft), alike)
+        steps = _sure_steps(model, logits, 1 + len(draft), fast)
         right = 0
         while right < len(draft) and steps[right].token == draft[right]:
             right += 1
-        cache.length -= len(draft) - right  # the wrong ones' keys and values are overwritten next
-        sure = steps[right].token >= 0
-        if alike:
-            exact = cache.length if sure else cache.length - 1  # NaN of a wrong guess reaches the others
-        return steps[: right + sure], sure
+        taken = right + (steps[right].token >= 0)
+        cache.length -= 1 + len(draft) - taken  # what is not taken is overwritten by the next pass
+        if fast:
+            exact = cache.length
+        return steps[:taken]
 
     def steps() -> Iterator[tuple[Step, bool]]:
-        sure = False  # the prompt goes first, plainly
-        pause, resume = draft_tokens, 0
         while True:
-            draft = []
-            if sure and len(text.ids) >= resume:
-                # No further than one short of the end, as the pass adds a token: so it fits the cache, too.
-                draft = text.draft(min(draft_tokens, full - 1 - len(text.ids)))
+            # No further than one short of the end, as the pass adds a token: so it fits the cache, too.
+            draft = text.draft(min(draft_tokens, full - 1 - len(text.ids))) if exact else []
             with torch.inference_mode():
-                if not sure and exact:  # a close call
-                    count.repeated += len(text.ids) - exact
-                    pause, resume = 2 * pause, len(text.ids) + pause
-                if not sure or (not draft and exact == len(text.ids) - 1):
-                    found, sure = plain(), True
-                else:
-                    found, sure = judged(draft)
+                found = [] if not exact or (not draft and exact == len(text.ids) - 1) else judged(draft)
+                found = found or plain()  # the prompt goes first, plainly
             for step in found:
                 text.append(step.token)
                 count.tokens += 1
@@ -180,34 +164,46 @@ def generate_lookup(
     return in_step(group, steps())
 
 
-def check_lookup(longest_match: int, draft_tokens: int) -> None:
-    """Raises ValueError where a setting of the lookup is out of range."""
-    whole("longest_match", longest_match)
-    whole("draft_tokens", draft_tokens)
+def check_model(dtype: torch.dtype, cache_type: type[KVCache]) -> None:
+    """Raises ValueError for a model in which passes over several tokens round too differently.
+
+    In plain bfloat16 close calls are frequent: computing them again made 100 tokens of the tiny checkpoint
+    take 108 to 118 passes (five prompts). An int8 cache rounds keys and values again: if one of them falls to
+    another step, logits move by far more than MARGIN.
+    """
+    if issubclass(cache_type, FastCache):
+        return
+    if issubclass(cache_type, Int8Cache):
+        raise InputError(
+            "lookup does not go with an int8 cache, which rounds a pass over several tokens differently; "
+            "leave --kv-cache out"
+        )
+    if dtype.itemsize < 4:
+        raise InputError(
+            f"lookup in plain {dtype_name(dtype)} would take more passes than it saves: a pass over several "
+            "tokens rounds differently there, and too many choices would be computed again; use float32, or "
+            "faster layers (--fast or --quantize), which round alike"
+        )
 
 
-def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list[Step]:
+def _sure_steps(model: Qwen, logits: Tensor | None, T: int, fast: bool) -> list[Step]:
     """What each of T positions chooses, by rank 0's logits (T, V), on every rank; token −1 where it is close.
 
-    alike: the logits have the bits of the plain loop's, and nothing that is finite is close.
+    fast: the logits have the bits of the plain loop's, and only those that are not finite count as close.
 
-    Logits that are not finite lead by nothing, so the plain pass decides, and says what is wrong: they may be
-    due to a wrong guess, which the plain loop never sees.
+    Logits that are not finite may be due to a wrong guess, which the plain loop never sees. The plain pass
+    decides there, and says what is wrong if it is not finite either.
     """
-    import torch
-
     like = model.embed.weight
     found = torch.zeros(2, T, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     if logits is not None:
         wide = logits.to(found.dtype)
-        best, ids = wide.topk(2, dim=-1)  # (T, 2)
-        info = torch.finfo(like.dtype)
-        margin = MARGIN[info.bits] * info.eps * wide.abs().amax(dim=-1)
-        tokens = ids[:, 0].where(best[:, 0] - best[:, 1] > margin, -1)
-        if alike:
-            first = torch.cat([row.argmax(dim=-1) for row in wide.split(1)])  # as the loop does, ties too
-            tokens = first.where(wide.isfinite().all(dim=-1), -1)
-        found = torch.stack((tokens.to(wide.dtype), best[:, 0] - wide.logsumexp(dim=-1)))
+        best = wide.topk(2, dim=-1).values  # (T, 2)
+        lead, sure = best[:, 0] - best[:, 1], wide.isfinite().all(dim=-1)
+        if not fast:
+            sure &= lead > MARGIN * torch.finfo(like.dtype).eps * wide.abs().amax(dim=-1)
+        tokens = torch.cat([row.argmax(dim=-1) for row in wide.split(1)])  # as the loop does, ties too
+        found = torch.stack((tokens.where(sure, -1).to(wide.dtype), best[:, 0] - wide.logsumexp(dim=-1)))
     tokens, logprobs = model.group.from_rank_0(found).tolist()
     return list(map(Step, map(int, tokens), logprobs))
 
@@ -215,7 +211,7 @@ def _sure_steps(model: Qwen, logits: Tensor | None, T: int, alike: bool) -> list
 class Text:
     """Ids so far, and where each run of 1 to longest_match of them was last followed by another.
 
-    An id costs longest_match entries of a dict, and a draft as many look-ups, however long the text is.
+    Each id takes longest_match entries of a dict, and each draft as many look-ups, however long the text is.
 
     >>> Text([1, 2, 3, 7, 1, 2], longest_match=3).draft(3)
     [3, 7, 1]
@@ -235,11 +231,11 @@ class Text:
         self.ids.append(token)
 
     def draft(self, limit: int) -> list[int]:
-        """Up to limit ids that may come next; none where even the last id is new.
+        """Up to limit ids that may come next; none if even the last id is new.
 
-        The longest match says most about what follows. Of several the most recent is taken: it is nearer in
-        what the text is about, such as the current version of a line that is written again and again. It may
-        overlap what it predicts, and is then continued with itself, as in LZ77 (Ziv and Lempel 1977).
+        The longest match says most about what follows. Of equally long ones the most recent is taken: it is
+        most likely what the text is still about, such as the current version of a line that is written again
+        and again. The match may overlap what it predicts: then it repeats, as in LZ77 (Ziv and Lempel 1977).
         """
         for run in self._last_runs():
             start = self._followed.get(run)

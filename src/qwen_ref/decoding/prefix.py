@@ -1,28 +1,26 @@
-"""One cache for texts that begin alike, generated or scored: of a new one, only what differs is computed.
+"""One cache for texts that begin alike, generated or scored: only what differs from the last is computed.
 
-A chat's next context is its last one, the answer and a question more. So the cache is rewound to where both
-texts part, by moving its length back: what stands behind is overwritten.
+A chat's next context is its last one, the answer and a new question. The cache is rewound to the first
+position where both texts differ: its length is moved back, and what stands behind is overwritten.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen_ref.config import whole
 from qwen_ref.generate import Step, begun, checked_ids, generate
-
-if TYPE_CHECKING:
-    from qwen_ref.model import KVCache, Qwen
+from qwen_ref.model import KVCache, Qwen, ntk_alpha
 
 
 class PrefixCache:
     """`generate`, time after time, with what the last text left in the cache.
 
-    What comes out is what `generate` gives without it, but for rounding: positions computed in other passes
-    round otherwise. Dynamic NTK fixes its base by the length of the whole prompt: where a longer prompt has
-    another base, nothing can be kept. Memory grows with the texts. Several ranks use theirs alike.
+    The tokens are those of `generate` without it, except for rounding: positions computed in other passes
+    round differently. Dynamic NTK chooses its base by the length of the whole prompt: if a longer prompt has
+    another base, nothing is kept. Memory grows with the texts. Several ranks use theirs alike.
     """
 
     def __init__(self, model: Qwen) -> None:
@@ -42,6 +40,7 @@ class PrefixCache:
         prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
         cache = self.rewind(prompt_ids, len(prompt_ids) + whole("max_new_tokens", max_new_tokens) - 1)
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
+        assert isinstance(steps, Generator)  # what `closing` needs
 
         def watched() -> Generator[Step | None]:
             try:
@@ -67,23 +66,22 @@ class PrefixCache:
             self._steps.close()  # it would go on with what is in the cache now
         prompt_length = prompt_length or len(prompt_ids)
         before, self._ids, self.kept = self._ids, list(prompt_ids), 0
-        if self._cache is None or not self._same_base(prompt_length):
-            self._cache = None  # its memory is needed for the next one
+        cache = self._cache
+        if cache is None or not self._same_base(cache.prompt_length or 0, prompt_length):
+            cache = self._cache = None  # its memory is needed for the next one
             with self.model.group.together():
-                self._cache = self.model.new_cache(1, len(prompt_ids))
+                cache = self.model.new_cache(1, len(prompt_ids))
+            self._cache = cache
         else:
-            held = min(self._cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
+            held = min(cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
             while self.kept < held and before[self.kept] == prompt_ids[self.kept]:
                 self.kept += 1
-            self._cache.length = self.kept
-        self._cache.max_length, self._cache.prompt_length = length, prompt_length
-        return self._cache
+            cache.length = self.kept
+        cache.max_length, cache.prompt_length = length, prompt_length
+        return cache
 
-    def _same_base(self, prompt_length: int) -> bool:
-        from qwen_ref.model import ntk_alpha
-
+    def _same_base(self, before: int, now: int) -> bool:
         config = self.model.config
         if not config.use_dynamic_ntk:
             return True
-        before, now = (ntk_alpha(n, config.seq_length) for n in (self._cache.prompt_length, prompt_length))
-        return before == now
+        return ntk_alpha(before, config.seq_length) == ntk_alpha(now, config.seq_length)

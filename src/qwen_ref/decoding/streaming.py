@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from qwen_ref.config import InputError, shown
-from qwen_ref.generate import checked_stop_ids
+from qwen_ref.generate import Step, checked_stop_ids
 from qwen_ref.tokenizer import StreamDecoder, Tokenizer
-
-if TYPE_CHECKING:
-    from qwen_ref.generate import Step
 
 
 def checked_stop_texts(stop_texts: Iterable[str]) -> tuple[str, ...]:
     """The texts that end a text, from any collection or iterator; InputError for anything else.
 
-    A text alone is refused: it would be a stop for each of its letters.
+    A single str is refused: each of its letters would become a stop text.
     """
     if isinstance(stop_texts, str):
         raise InputError(f"stop_texts must be a list of texts: [{shown(stop_texts)}], with brackets, is one")
@@ -35,9 +31,9 @@ def checked_stop_texts(stop_texts: Iterable[str]) -> tuple[str, ...]:
 class TextStream:
     """The text of generated steps as it comes, in whole characters, up to a stop id or a stop text.
 
-    Iterate over it for pieces of text; what stopped it is left out. `steps` are the steps taken so far;
-    `finish_reason` is "stop" or "length" once the text has ended by itself, None before. Or push steps one
-    by one, and flush at the end.
+    Iterate over it for pieces of text; the stop itself is left out. `steps` are the steps taken so far.
+    `finish_reason` is "stop" or "length" once the text has ended by itself, and None before. Instead of
+    iterating, a caller may push steps one by one, and flush at the end.
     """
 
     def __init__(

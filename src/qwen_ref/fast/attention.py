@@ -1,4 +1,4 @@
-"""Attention and its cache, laid out for a few new tokens."""
+"""Attention of a few new tokens, and a cache laid out for it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from qwen_ref.fast.matrices import FEW_ROWS, bag, numbered
 from qwen_ref.model import Attention, KVCache, widened
 
-# Attention of a few new tokens
-
 
 class FastAttention(Attention):
-    """The attention of model.py, where a few new tokens read the cache as FastLinear reads weights."""
+    """The attention of model.py. A few new tokens read the cache by embedding bags."""
 
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)
@@ -35,12 +33,12 @@ class FastAttention(Attention):
 class FastCache(KVCache):
     """A cache in which both products of one query with all positions are weighted sums of rows.
 
-    Values already are what is summed, a position a row. Keys are transposed, a dimension a row, in blocks of
-    128 positions: the scores of a block are the sum over dimensions d of q[d] · row d.
+    Each position is a row of the values. The keys are transposed: each dimension is a row, in blocks of 128
+    positions. The scores of a block are the sum over dimensions d of q[d] · row d.
 
-    The bag rounds its sums to the cache's dtype. Scores must not be rounded to half precision: they stand in
-    an exponent. So a block has one row more, which takes the rounded scores, and a second bag sums what is
-    left when they are subtracted: both together are the score as float32 had it.
+    The bag rounds its sums to the cache's dtype. Scores must not be rounded to half precision, because the
+    softmax takes their exponential. So a block has one more row, for the rounded scores. A second bag
+    subtracts that row from the same sum, which gives the rounding error. Score = rounded score + error.
     """
 
     BLOCK = 128
@@ -55,8 +53,8 @@ class FastCache(KVCache):
         key_shape = (B, H, blocks, K + self.rounds, self.BLOCK)
         self.keys = [like.new_empty(key_shape) for _ in range(layers)]
         self.values = [like.new_empty((B, H, blocks * self.BLOCK, K)) for _ in range(layers)]
-        # Whole blocks are summed up, positions beyond the last with weight 0. What stands there must be 0,
-        # too: 0 · NaN is NaN. By layer, the values from the first of these to the second are.
+        # Whole blocks are summed, positions behind the last one with weight 0. Their values must be 0, too,
+        # because 0 · NaN is NaN. For each layer: the values from the first to the second position are 0.
         self.zeros = [(0, 0)] * layers
         self.minus_one = like.new_full((B, H, 1, 1), -1)
         self.rows: tuple[tuple[int, int], _Rows] | None = None  # of so many blocks, and so many in use

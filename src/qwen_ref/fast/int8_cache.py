@@ -2,8 +2,8 @@
 
     model.cache_type = Int8Cache        # after fasten, which gives the model a cache of its own
 
-It takes half the memory, and a pass turns the keys and values of one layer at a time back into the model's
-dtype. The published releases offer the like; the choice of scales here is ours.
+It takes half the memory of a 16-bit cache. Each pass turns the keys and values of one layer at a time back
+into the model's dtype. The published releases have a similar option; the choice of scales here is ours.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Int8Cache(KVCache):
 
     Scales are float32 (float64 in a float64 model): float16 has none for heads below 1e-3.
 
-    All that attention reads has been rounded, what the pass itself adds included: so one shot, chunks and
-    single tokens are still the same computation.
+    Attention reads rounded keys and values only, also those of the new tokens. So a prompt at once, in chunks
+    and token by token is still the same computation.
     """
 
     def __init__(

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from qwen_ref.quantize.config import INT4_GROUPS
 from qwen_ref.quantize.rounding import FewBits
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # The most rows of x that go through the embedding bag, each reading the block again from the processor's
 # cache. 6192 × 2048 in bfloat16, 2 cores: 4 rows take 1.6 ms, 8 take 2.6; as products of matrices 1.9, 2.1.
 # In int8 8 rows take 2.5 ms, 16 take 4.8; as products of matrices, for which weights are widened, 4.0, 4.5.
-# Rows do not meet in a bag: a pass over so many tokens has the bits of passes over one, as lookup.py wants it
-# for a token and the eight that it guesses.
+# A bag computes each row by itself: a pass over so many tokens has the bits of passes over one token.
+# decoding/lookup.py needs that for a token and the eight that it guesses.
 FEW_ROWS = 9
 # Where every group has a scale, turning weights back takes longer: 5504 × 2048 in groups of 128, 16 rows take
 # 5.5 ms in bags and 14.9 as a product, 32 take 10.8 and 18, 64 take 20.3 and 12.8.
@@ -33,6 +33,8 @@ class Matrix(nn.Module):
     """W (out, in) in some form: x (…, in) → x Wᵀ (…, out), in float32 where the results are to be added up
     unrounded (wide), else in x's dtype or wider.
     """
+
+    order: Tensor | None
 
     def __init__(
         self,
@@ -87,9 +89,12 @@ class Matrix(nn.Module):
 class Table(Matrix):
     """Rows of Wᵀ, a block of outputs at a time, in the model's dtype."""
 
+    table: Tensor
+
     def __init__(self, weight: Tensor, wide: bool) -> None:
         width = block_width(len(weight), torch.get_num_threads())
-        super().__init__(*weight.shape, weight.dtype, width, wide)
+        outputs, inputs = weight.shape
+        super().__init__(outputs, inputs, weight.dtype, width, wide)
         self.must_not_round = wide and self.dtype != torch.float32  # as the bag does, to the table's dtype
         table = weight.new_zeros(self.blocks, self.inputs, self.width)
         for block, rows in zip(table, weight.split(self.width), strict=True):
@@ -115,9 +120,13 @@ class Int8Table(Matrix):
     """Rows of Wᵀ in a byte each, and a scale for each output, or for each output and group of inputs.
 
     torch's bag of bytes takes a byte u of a row for u · scale + bias, with scale and bias of the row in the
-    eight bytes behind it. A scale of ours belongs to a column: there they are 1 and minus the middle of the
-    range, 128 or (of 4 bits) 8, and the sums over each group, which are float32, are scaled.
+    eight bytes behind it. A scale of ours belongs to a column. So the row's scale is 1, its bias is minus the
+    middle of the range (128, or 8 for 4 bits), and the sums over each group, in float32, are scaled later.
     """
+
+    table: Tensor
+    scale: Tensor
+    offset: Tensor | None
 
     def __init__(self, few_bits: FewBits, dtype: torch.dtype, wide: bool) -> None:
         outputs, inputs = few_bits.shape
@@ -174,13 +183,18 @@ class Int4Matrix(Matrix):
 
     That product is fast in bfloat16 alone: the same weights take 30 times as long in float32 and in float16.
     How torch packs them depends on the processor (see int4_layout). Many rows are multiplied as in every
-    other form, whichever it is.
+    other form.
     """
+
+    packed: Tensor
+    scales: Tensor
 
     def __init__(self, few_bits: FewBits) -> None:
         outputs, inputs = few_bits.shape
         super().__init__(outputs, inputs, torch.bfloat16, 64, False, few_bits.order)
-        self.group_size = kernel_group(few_bits.group_size)
+        group_size = kernel_group(few_bits.group_size)
+        assert group_size is not None, "the caller looks whether torch has such groups"
+        self.group_size = group_size
         copies = few_bits.group_size // self.group_size
         packed = torch.empty(self.blocks, inputs * 32, dtype=torch.uint8, device="cpu")
         scales = torch.empty(inputs // self.group_size, self.blocks, 64, 2, dtype=self.dtype, device="cpu")
@@ -205,7 +219,9 @@ class Int4Matrix(Matrix):
         scales = self.scales.unflatten(1, (self.blocks, 64))[:, start:stop].to(self.product_dtype)
         scale, zero = scales.transpose(0, 1)[:, :, None].unbind(-1)  # (blocks, groups, 1, 64) each
         packed = self.packed.view(self.blocks, -1)[start:stop]
-        values = _unpacked(packed, *int4_layout()).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
+        layout = int4_layout()
+        assert layout is not None, "the caller looks whether the layout is known"
+        values = _unpacked(packed, *layout).unflatten(1, (-1, self.group_size)).to(self.product_dtype)
         return (values.sub_(8) * scale + zero).flatten(1, 2)
 
 
@@ -270,15 +286,20 @@ def _counted(count: int) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device="cpu")
 
 
-_workspaces = threading.local()  # by dtype
+class _Workspaces(threading.local):
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_workspaces = _Workspaces()
 
 
 def _workspace(size: int, dtype: torch.dtype) -> Tensor:
-    """Memory that many products use one after another: taken anew each time, it costs as much as the copy."""
-    found = vars(_workspaces).get(dtype)
+    """Memory that many products use one after another: to allocate it each time costs as much as the copy."""
+    found = _workspaces.by_dtype.get(dtype)
     if found is None or len(found) < size:
         with torch.inference_mode(False):  # what is made in inference mode cannot be written to outside of it
-            found = vars(_workspaces)[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+            found = _workspaces.by_dtype[dtype] = torch.empty(size, dtype=dtype, device="cpu")
     return found
 
 

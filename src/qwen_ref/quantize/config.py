@@ -15,7 +15,7 @@ QUANTIZATIONS = ("int8", "int4")  # that any checkpoint's weights can be rounded
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_GROUP = 64
 
-# Of quantization_config, what else a GPTQ file could say and may not; no such key, or null, means this.
+# Other keys of quantization_config, with the only value that is read; a missing key, or null, means it.
 _GPTQ_VALUES = {"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}
 
 
@@ -29,7 +29,7 @@ def check_bits(bits: object) -> None:
 class GPTQConfig:
     """How a GPTQ release packs its weights (AutoGPTQ v1): the published quantization_config.
 
-    Raises ValueError where it is none that is read here.
+    Raises ValueError for one that is not supported.
     """
 
     bits: int

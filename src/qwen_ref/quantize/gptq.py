@@ -1,19 +1,19 @@
 """GPTQ checkpoints (AutoGPTQ v1, as Qwen's Int4 and Int8 releases are): packed weights, found, cut and used.
 
-In every layer five modules have, for their weight (out, in), four tensors (see quantize.py for what they
+In every layer five modules have, for their weight (out, in), four tensors (see rounding.py for what they
 mean). All else, embedding, norms, bias and head, is as in any other checkpoint.
 
     qweight (in · bits / 32, out)   qzeros (groups, out · bits / 32)   scales (groups, out)   g_idx (in)
 
 load_model dequantises them, to plain layers; or keeps them packed, which takes a quarter or a half of the
-memory: then a layer's weight is dequantised anew whenever it is used, which goes everywhere and is slow.
-fasten makes faster layers of those.
+memory: then a layer's weight is dequantised anew whenever it is used. That works anywhere, and is slow.
+qwen_ref.fast makes faster layers of packed weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def expected(
 def contradiction(
     table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[str, StoredTensor]
 ) -> str | None:
-    """What speaks against GPTQ as a whole: matrices that are not packed, sizes that cannot be."""
+    """What contradicts GPTQ as a whole: matrices that are not packed, sizes that cannot be packed."""
     matrices = [spec for spec in table if is_packed(spec)]
     plain = [spec.published for spec in matrices if spec.published in found]
     packed = [spec for spec in matrices if f"{module_of(spec)}.qweight" in found]
@@ -169,9 +169,10 @@ class PackedWeight(NamedTuple):
         return dequantize_gptq(*self)
 
     def to(self, device: torch.device) -> PackedWeight:
-        return PackedWeight(*(tensor.to(device) for tensor in self[:4]), self.bits)
+        qweight, qzeros, scales, g_idx = (tensor.to(device) for tensor in self[:4])
+        return PackedWeight(qweight, qzeros, scales, g_idx, self.bits)
 
-    def part(self, cut: str, rank: int, ranks: int) -> PackedWeight:
+    def part(self, cut: str | None, rank: int, ranks: int) -> PackedWeight:
         """A rank's part, cut as TensorSpec.part cuts the weight."""
         if ranks == 1:
             return self
@@ -185,8 +186,8 @@ class PackedWeight(NamedTuple):
             thirds = x.unflatten(1, (3 if cut == "heads" else 1, -1))
             return thirds.chunk(ranks, dim=2)[rank].flatten(1)
 
-        packed = map(outputs, (self.qweight, self.qzeros, self.scales))
-        return PackedWeight(*packed, self.g_idx, self.bits)
+        qweight, qzeros, scales = map(outputs, (self.qweight, self.qzeros, self.scales))
+        return PackedWeight(qweight, qzeros, scales, self.g_idx, self.bits)
 
     def check_even(self) -> None:
         """Raises ValueError where groups are of different sizes."""
@@ -199,7 +200,7 @@ class PackedWeight(NamedTuple):
             )
 
     def few_bits(self) -> FewBits:
-        """The same weight for the layers of fast.py; raises what check_even does."""
+        """The same weight for the layers of qwen_ref.fast; raises what check_even does."""
         self.check_even()
         groups, inputs = len(self.scales), len(self.g_idx)
         in_order = bool((self.g_idx.diff() >= 0).all())
@@ -216,7 +217,7 @@ class PackedWeight(NamedTuple):
 
 
 class StoredPacked(NamedTuple):
-    """A packed weight of a checkpoint by its files' headers; it stands where a StoredTensor would."""
+    """A packed weight of a checkpoint by its files' headers; it has a StoredTensor's methods."""
 
     parts: tuple[StoredTensor, ...]  # in the order of PARTS
     zero_bias: StoredTensor | None  # AutoGPTQ wrote one for every module
@@ -286,7 +287,8 @@ class StoredPacked(NamedTuple):
         keep_packed(layer, self._packed().part(spec.cut, rank, ranks).to(device), dtype)
 
     def _packed(self) -> PackedWeight:
-        return PackedWeight(*(part.read() for part in self.parts), self.gptq.bits)
+        qweight, qzeros, scales, g_idx = (part.read() for part in self.parts)
+        return PackedWeight(qweight, qzeros, scales, g_idx, self.gptq.bits)
 
     def problems(self) -> list[str]:
         """What is wrong with scales, zero points, groups and bias. qweight is not read: any bits will do."""
@@ -303,7 +305,7 @@ class StoredPacked(NamedTuple):
 
 
 def _group_problem(g_idx: Tensor, gptq: GPTQConfig) -> str | None:
-    """Whatever the order of the inputs, each group has group_size of them, and the last one the rest."""
+    """In any order of the inputs, each group must have group_size of them, and the last one the rest."""
     inputs, groups = len(g_idx), gptq.groups(len(g_idx))
     try:
         check_groups(g_idx, groups)
@@ -321,10 +323,10 @@ def _group_problem(g_idx: Tensor, gptq: GPTQConfig) -> str | None:
 
 
 def _zero_problem(qzeros: Tensor, bits: int) -> str | None:
-    """Where sym is set, every zero point is the middle of the range.
+    """With sym, every zero point must be the middle of the range.
 
-    Read in the other format, every weight would be off by its scale: such models say "!!!!". Without sym the
-    values say nothing of the format, only checkpoint_format in the settings does.
+    A v2 file read as v1 would put every weight off by its scale: such models say "!!!!". Without sym, zero
+    points cannot tell the formats apart; only checkpoint_format in the settings can.
     """
     middle = 1 << (bits - 1)
     zeros = zero_points(qzeros, bits)
@@ -348,21 +350,26 @@ def _zero_problem(qzeros: Tensor, bits: int) -> str | None:
 class _Dequantized(nn.Module):
     """What torch's parametrize calls for the weight whenever it is asked for."""
 
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
     def __init__(self, packed: PackedWeight) -> None:
         super().__init__()
-        for name, tensor in zip(PARTS, packed, strict=False):
-            self.register_buffer(name, tensor)
+        for name in PARTS:
+            self.register_buffer(name, getattr(packed, name))
         self.bits = packed.bits
 
     def _apply(self, fn: Callable, recurse: bool = True) -> _Dequantized:
-        """What .to(), .half() and the like do: a cast is one of the weight, not of its scales."""
+        """What .to(), .half() and the like do: a cast changes the weight's dtype, not that of the scales."""
         scales = self.scales
         super()._apply(fn, recurse)
         self.scales = scales.to(self.scales.device)
         return self
 
     def packed(self) -> PackedWeight:
-        return PackedWeight(*(getattr(self, name) for name in PARTS), self.bits)
+        return PackedWeight(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits)
 
     def forward(self, nothing: Tensor) -> Tensor:
         return self.packed().dequantized().to(nothing.dtype)
@@ -379,5 +386,6 @@ def packed_weight(layer: nn.Module) -> tuple[PackedWeight, torch.dtype] | None:
     """What keep_packed gave a layer, if it did."""
     if not parametrize.is_parametrized(layer, "weight"):
         return None
-    weight = layer.parametrizations.weight
-    return weight[0].packed(), weight.original.dtype
+    weight = cast(nn.ModuleDict, layer.parametrizations)["weight"]
+    assert isinstance(weight, parametrize.ParametrizationList)
+    return cast(_Dequantized, weight[0]).packed(), cast(Tensor, weight.original).dtype

@@ -1,13 +1,14 @@
 """A weight in fewer bits: int8 with a scale for each output, int4 with scale and zero for groups of inputs.
 
-Only weights are rounded; activations keep their dtype. Both are plain round-to-nearest: no calibration text
-is needed. A weight is off by half a step of its row or group at most, and by what rounds scale and zero.
+Only weights are rounded; activations keep their dtype. Both forms are plain round-to-nearest and need no
+calibration text. A weight is off by at most half a step of its row or group, plus the rounding of scale and
+zero.
 
     int8    W[o, i] ≈ q[o, i] · scale[o]                                        q from -127 to 127
     int4    W[o, i] ≈ (q[o, i] - 8) · scale[o, i // G] + zero[o, i // G]        q from 0 to 15, groups of G
 
-GPTQ releases were rounded elsewhere, with calibration text, to q in 4 or 8 bits. An input's group is given by
-g_idx. A zero point z has the units of q, and 1 less is stored (see zero_points):
+GPTQ releases were rounded elsewhere, with calibration text, to q in 4 or 8 bits. g_idx gives each input's
+group. A zero point z has the units of q; the file stores z - 1 (see zero_points):
 
     GPTQ    W[o, i] = (q[i, o] - z[g, o]) · scales[g, o],  g = g_idx[i]
 """
@@ -27,7 +28,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class FewBits(NamedTuple):
-    """A weight in 4 or 8 bits, in groups of inputs, as faster layers take it: some outputs at a time.
+    """A weight in 4 or 8 bits, in groups of inputs. Faster layers read it some outputs at a time.
 
     W[o, order[i]] = (q[o, i] - 2^(bits - 1)) · scale[o, i // G] + offset[o, i // G]
     """
@@ -76,7 +77,7 @@ def quantize_int4(
     """(out, in) → q, uint8 (out, in), scale and zero, dtype (out, in / group_size).
 
     The 16 steps of a group reach from its smallest weight to its largest. scale and zero are rounded to dtype
-    before the weights are, so that q makes up for that.
+    first, then the weights: q is chosen for the rounded scale and zero.
 
     >>> quantize_int4(torch.arange(32.0)[None] / 2, 32)[1:]
     (tensor([[1.0333]]), tensor([[8.2667]]))
@@ -166,13 +167,13 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def zero_points(qzeros: Tensor, bits: int) -> Tensor:
-    """The zero points of a GPTQ checkpoint, (groups, out): a word of them is stored less 1 in every place.
+    """The zero points of a GPTQ checkpoint, (groups, out). The file stores each of them less 1.
 
     Writers subtract 0x11111111 (8 bits: 0x01010101) from the word, modulo 2^32. So a zero point of 0 borrows
     from its neighbour: 0, 8, 8, … is stored as 0x7777776F.
     """
     ones = {4: 0x11111111, 8: 0x01010101}[bits]
-    return unpack(qzeros.long() + ones, bits, dim=1)  # in 64 bits, of which the upper ones are not looked at
+    return unpack(qzeros.long() + ones, bits, dim=1)  # 64 bits, of which unpack reads the lower 32
 
 
 def check_groups(g_idx: Tensor, groups: int) -> None:
@@ -183,7 +184,7 @@ def check_groups(g_idx: Tensor, groups: int) -> None:
 
 
 def check_group(inputs: int, group_size: int) -> None:
-    """Raises ValueError where int4 groups of this size cannot be, naming those that can."""
+    """Raises ValueError if int4 groups of this size do not work, and names the sizes that do."""
     works = [size for size in INT4_GROUPS if inputs % size == 0]
     if group_size not in works:
         can = f"use {either(works)}" if works else "no size does; use int8"
