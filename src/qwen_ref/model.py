@@ -138,7 +138,6 @@ class KVCache:
 
     It also keeps what belongs to its sequences and not to the model: their padding on the left, and the
     rotary frequencies, set once from each prompt's length. So two caches cannot disturb each other.
-    Where max_length is raised later, memory grows as positions come, to twice as much each time.
     """
 
     def __init__(
@@ -156,23 +155,9 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's T new positions (B, H, T, K), returns all S. hidden_states moves `length`."""
         end = self.length + k.shape[2]
-        self.make_room(layer, end, self.keys, self.values)
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def make_room(self, layer: int, end: int, *lists: list[Tensor]) -> None:
-        """Widens a layer's tensors (B, H, positions, …) where they cannot take so many positions."""
-        room = lists[0][layer].shape[2]
-        if end > room:
-            for each in lists:
-                each[layer] = widened(each[layer], min(max(end, 2 * room), self.max_length))
-
-
-@torch.inference_mode(False)  # what is made in inference mode cannot be written to outside of it
-def widened(x: Tensor, size: int) -> Tensor:
-    """x (B, H, n, …) as the beginning of a tensor (B, H, size, …)."""
-    return torch.cat((x, x.new_empty(*x.shape[:2], size - x.shape[2], *x.shape[3:])), dim=2)
 
 
 class Attention(nn.Module):

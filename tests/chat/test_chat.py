@@ -18,6 +18,7 @@ from qwen_ref.chat.context import build_context, fitted_context
 from qwen_ref.chat.conversation import Conversation, reply
 from qwen_ref.commands.sizes import cache_bytes, held_bytes
 from qwen_ref.decoding.prefix import PrefixCache
+from qwen_ref.fast.attention import FastCache
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate
@@ -285,12 +286,20 @@ def test_a_cache_that_grows_gives_the_bits_of_one_that_was_large_at_once(
     mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3]) if padded else None
     B = 2 if padded else 1
     large, grown = with_cache.new_cache(B, 264, prompt_length=40), with_cache.new_cache(B, 7)
-    grown.max_length, grown.prompt_length = 264, 40  # a prompt of 40, as PrefixCache says it
+    kept = PrefixCache(with_cache)
+    kept._cache, kept._room = grown, 128 if isinstance(grown, FastCache) else 7
+    grown.max_length, grown.prompt_length = 264, 40  # a prompt of 40
+    logits = {}
     for cache in (large, grown):
-        cache.logits = [steps_in(cache, with_cache, [7, 1, 130], mask)]
+        if cache is grown:
+            kept.make_room(8)
+            kept.make_room(138)
+        logits[cache] = [steps_in(cache, with_cache, [7, 1, 130], mask)]
         cache.length = 8  # back to its first block
-        cache.logits.append(steps_in(cache, with_cache, [1, 130, 1, 3, 120, 1], None))
-    assert all(map(torch.equal, grown.logits, large.logits))
+        if cache is grown:
+            kept.make_room(264)
+        logits[cache].append(steps_in(cache, with_cache, [1, 130, 1, 3, 120, 1], None))
+    assert all(map(torch.equal, logits[grown], logits[large]))
     assert torch.equal(grown.frequencies, large.frequencies)
     assert held_bytes(grown) <= held_bytes(large)
     with pytest.raises(ValueError, match="the cache holds 264"):

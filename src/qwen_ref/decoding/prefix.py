@@ -10,6 +10,9 @@ import contextlib
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qwen_ref.config import whole
 from qwen_ref.generate import Step, begun, checked_ids, generate
 from qwen_ref.model import KVCache, Qwen, ntk_alpha
@@ -27,6 +30,7 @@ class PrefixCache:
         self.model = model
         self.kept = 0  # positions of the last prompt that were there already
         self._cache: KVCache | None = None
+        self._room = 0  # positions that its tensors take
         self._ids: list[int] = []  # the first cache.length of them are in the cache
         self._steps: Generator[Step] | None = None
 
@@ -49,6 +53,7 @@ class PrefixCache:
                     for step in steps:
                         self._ids.append(step.token)
                         yield step
+                        self.make_room(min(cache.length + 1, cache.max_length))
             except ValueError:  # logits that are not finite: so may be what is cached
                 self._cache = None
                 raise
@@ -71,6 +76,7 @@ class PrefixCache:
             cache = self._cache = None  # its memory is needed for the next one
             with self.model.group.together():
                 cache = self.model.new_cache(1, len(prompt_ids))
+            self._room = -(-len(prompt_ids) // getattr(cache, "BLOCK", 1)) * getattr(cache, "BLOCK", 1)
             self._cache = cache
         else:
             held = min(cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
@@ -78,7 +84,26 @@ class PrefixCache:
                 self.kept += 1
             cache.length = self.kept
         cache.max_length, cache.prompt_length = length, prompt_length
+        self.make_room(len(prompt_ids))
         return cache
+
+    @torch.inference_mode(False)  # what is made in inference mode cannot be written to outside of it
+    def make_room(self, positions: int) -> None:
+        """Widens the cache for so many positions, to twice what it took before, or to all that it will need.
+
+        So a long chat copies each position a few times only, and a short one takes little memory.
+        """
+        cache = self._cache
+        if cache is None or positions <= self._room:
+            return
+        block = getattr(cache, "BLOCK", 1)  # a FastCache has whole blocks of positions
+        room = max(positions, min(2 * self._room, cache.max_length))
+        before, self._room = self._room, -(-room // block) * block
+        for held in vars(cache).values():
+            if isinstance(held, list) and isinstance(held[0], Tensor):  # of each layer (B, H, positions, …)
+                for layer, x in enumerate(held):
+                    more = x.shape[2] * self._room // before - x.shape[2]
+                    held[layer] = torch.cat((x, x.new_empty(*x.shape[:2], more, *x.shape[3:])), dim=2)
 
     def _same_base(self, before: int, now: int) -> bool:
         config = self.model.config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_ref.fast.matrices import FEW_ROWS, bag, numbered
-from qwen_ref.model import Attention, KVCache, widened
+from qwen_ref.model import Attention, KVCache
 
 
 class FastAttention(Attention):
@@ -70,7 +70,6 @@ class FastCache(KVCache):
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts the keys and values of T new positions, (B, H, T, K) each, behind those that are there."""
         K, end = k.shape[3], self.length + k.shape[2]
-        self._add_blocks(layer, -(-end // self.BLOCK))
         self.values[layer][:, :, self.length : end] = v
         start_of_zeros, ready = self.zeros[layer]
         stop = -(-end // self.BLOCK) * self.BLOCK
@@ -84,14 +83,6 @@ class FastCache(KVCache):
             part = k[:, :, start - self.length : stop - self.length].transpose(2, 3)  # (B, H, K, positions)
             self.keys[layer][:, :, block, :K, offset : offset + stop - start] = part
             start = stop
-
-    def _add_blocks(self, layer: int, needed: int) -> None:
-        """As make_room, in whole blocks."""
-        blocks = self.keys[layer].shape[2]
-        if needed > blocks:
-            blocks = min(max(needed, 2 * blocks), -(-self.max_length // self.BLOCK))
-            self.keys[layer] = widened(self.keys[layer], blocks)
-            self.values[layer] = widened(self.values[layer], blocks * self.BLOCK)
 
     def attend(self, layer: int, q: Tensor, mask: Tensor | None, position: int) -> Tensor:
         """softmax(q kᵀ / √K) v for one query (B, H, 1, K), which stands at a position that was written.

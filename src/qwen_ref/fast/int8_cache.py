@@ -36,8 +36,6 @@ class Int8Cache(KVCache):
         )
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.make_room(layer, end, self.keys, self.values, self.key_scales, self.value_scales)
         return (
             self._append(self.keys[layer], self.key_scales[layer], k),
             self._append(self.values[layer], self.value_scales[layer], v),

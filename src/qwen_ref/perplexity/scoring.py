@@ -188,6 +188,7 @@ def _behind(
 ) -> list[Scores]:
     P, longest, device = len(prompt), max(map(len, continuations)), model.embed.weight.device
     cache = prefix.rewind(prompt, P + longest - 1, prompt_length=P + longest)
+    prefix.make_room(P + longest - 1)
     last = prefill(model, torch.tensor([prompt[cache.length :]], device="cpu"), cache)  # (1, D)
     first_tokens = torch.tensor([[each[0] for each in continuations]], device=device)
     last = last[:, None].expand(-1, len(continuations), -1)
