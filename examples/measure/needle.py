@@ -26,10 +26,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from qwen_ref.checkpoint import dtype_name
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, utf8
 from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.commands.files import output_path, read_text
-from qwen_ref.commands.settings import dtype_name, open_folder
+from qwen_ref.commands.loading import open_folder
 from qwen_ref.config import InputError
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.loading.loader import load_model

@@ -24,7 +24,7 @@ from qwen_ref.commands.cli import Parser, Progress, on_stdout, printable, run, s
 from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.commands.files import bundled_checkpoint, decoded, output_path, read_text
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
-from qwen_ref.tokenizer import nfc
+from qwen_ref.loading.tokenizer import nfc
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE.parents[1] / ".vocab" / "qwen.tiktoken"

@@ -142,8 +142,8 @@ def load_model(
                 tensor = stored[spec.published]
                 owner, _, name = spec.name.rpartition(".")
                 layer = model.get_submodule(owner)
-                if packed and tensor.packed:
-                    tensor.keep_in(layer, spec, ranks.rank, size, target, wanted)
+                if packed and tensor.packed is not None:
+                    tensor.packed.keep_in(layer, spec, ranks.rank, size, target, wanted)
                 else:
                     part = tensor.part(spec, ranks.rank, size, target).to(device=target, dtype=wanted)
                     if spec.cut == "columns":
@@ -183,7 +183,7 @@ class StoredTensor(NamedTuple):
     published: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    packed: bool = False  # a GPTQ weight is: quantize/gptq.py has StoredPacked, which stands where this does
+    packed: None = None  # a GPTQ weight has itself here: StoredPacked of quantize/gptq.py
 
     @property
     def nbytes(self) -> int:

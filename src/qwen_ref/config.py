@@ -201,7 +201,9 @@ _PRESETS = {  # the fields in their order
 def whole(name: str, value: Any, least: int = 1, most: int = 2**40) -> int:
     """A whole number of any type, as an int; InputError, with its name, for anything else."""
     try:
-        number = operator.index(None if isinstance(value, bool) else value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         raise InputError(f"{name}={shown(value)} must be a whole number") from None
     if not least <= number <= most:

@@ -29,6 +29,7 @@ from qwen_ref.sampling import check_finite, check_parameters, distribution, over
 CHUNK = 1024  # tokens in one pass: products of matrices have their full speed, activations stay small
 
 Progress = Callable[[int, int], None]
+Generators = Sequence[torch.Generator]
 T = TypeVar("T")
 
 
@@ -161,9 +162,8 @@ def generate_batch(
                 told = progress if n == longest else None
                 last = prefill(model, new, cache, mask if held == 0 else None, progress=told)  # (B, D)
                 logits = model.lm_head(last, only_rank_0=True)  # (B, V) on rank 0, which samples; else None
-                chosen = dict(
-                    zip(live, choose(model, logits, ids[:, :n], live, how, generators), strict=True)
-                )
+                found = choose(model, logits, ids[:, :n], live, how, generators)
+            chosen = dict(zip(live, found, strict=True))
             for row, step in chosen.items():
                 ids[row, n] = step.token
             live, held = [row for row, step in chosen.items() if step.token not in ends], n
@@ -172,9 +172,6 @@ def generate_batch(
             yield [chosen.get(row) for row in range(B)], not live or n + 1 == end
 
     return in_step(model.group, steps())
-
-
-# A prompt through the model
 
 
 def in_chunks(
@@ -218,20 +215,12 @@ def prefill(model: Qwen, input_ids: Tensor, cache: KVCache, *mask: Tensor | None
     return last
 
 
-# The choice of a token
-
-
 def choose(
-    model: Qwen,
-    logits: Tensor | None,
-    previous_ids: Tensor,
-    live: Sequence[int],
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
+    model: Qwen, logits: Tensor | None, ids: Tensor, live: list[int], how: Sampling, generators: Generators
 ) -> list[Step]:
     """The next step of each live row: rank 0 draws it from its logits (B, V), then every rank is told.
 
-    previous_ids: (B, N), on the CPU. generators: one a row, none where the temperature is 0.
+    ids: all so far (B, N), on the CPU. generators: one a row, none where the temperature is 0.
     All that the host learns of a step comes in one transfer, which waits for the device.
     """
     group, weight, problem = model.group, model.embed.weight, None
@@ -241,39 +230,31 @@ def choose(
         logits = None
     if logits is not None:
         try:
-            drawn = _draw(logits, previous_ids, live, sampling, generators)
+            drawn = _draw(logits, ids, live, how, generators)
         except Exception as error:  # lack of memory, say
             problem = error
     tokens, logprobs = group.from_rank_0(drawn).tolist()
-    not_finite = [row for row, logprob in zip(live, logprobs, strict=True) if math.isnan(logprob)]
-    if not_finite:
+    if not_finite := [row for row, logprob in zip(live, logprobs, strict=True) if math.isnan(logprob)]:
         with group.together():
             if problem is not None:
                 raise problem
             if logits is not None:
                 check_finite(logits[not_finite[0]], f"row {not_finite[0]}: " if len(logits) > 1 else "")
-                raise overflow(sampling.temperature, sampling.repetition_penalty)
+                raise overflow(how.temperature, how.repetition_penalty)
     return list(map(Step, map(int, tokens), logprobs))
 
 
-def _draw(
-    logits: Tensor,
-    previous_ids: Tensor,
-    live: Sequence[int],
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
+def _draw(logits: Tensor, ids: Tensor, live: list[int], how: Sampling, generators: Generators) -> Tensor:
     """Tokens and their log-probabilities, (2, rows), of the live rows of logits (B, V); NaN: not finite.
 
     Tokens are floating-point numbers here: float32 holds every id up to 2^24. Nothing waits for the device.
     """
-    temperature, top_k, top_p, penalty, _ = sampling
     if len(live) < len(logits):
-        logits, previous_ids = logits[live], previous_ids[live]
-    ready = scaled(logits, previous_ids.to(logits.device), temperature, penalty)
+        logits, ids = logits[live], ids[live]
+    ready = scaled(logits, ids.to(logits.device), how.temperature, how.repetition_penalty)
     finite = ready.isfinite().all(dim=-1)  # then the logits were, too
-    probs = distribution(ready, temperature, top_k, top_p)
-    if temperature == 0:
+    probs = distribution(ready, how.temperature, how.top_k, how.top_p)
+    if how.temperature == 0:
         tokens = probs.argmax(dim=-1)
     else:
         # Exponential times divided by p: token i has the smallest with probability p[i]. torch.multinomial
@@ -287,51 +268,43 @@ def _draw(
     return torch.stack((tokens.to(chosen.dtype), chosen.where(finite, torch.nan)))
 
 
-def _generators(model: Qwen, rows: int, sampling: Sampling) -> list[torch.Generator]:
+def _generators(model: Qwen, rows: int, how: Sampling) -> list[torch.Generator]:
     """One for each row, so that a row draws what it draws alone; none for greedy decoding."""
-    generators = []
-    for row in range(rows if sampling.temperature > 0 else 0):
-        generators.append(torch.Generator(device=model.embed.weight.device))
-        if sampling.seed is None:
-            generators[row].seed()
-        else:
-            generators[row].manual_seed((sampling.seed + row) % 2**63)
-    return generators
-
-
-# What is asked: checked, and the same on all ranks
+    made = [torch.Generator(model.embed.weight.device) for _ in range(rows if how.temperature > 0 else 0)]
+    for row, generator in enumerate(made):
+        generator.seed() if how.seed is None else generator.manual_seed((how.seed + row) % 2**63)
+    return made
 
 
 def _checked(
     model: Qwen,
     prompts: Iterable[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling,
+    how: Sampling,
     stop_ids: Iterable[int],
     cache: KVCache | None = None,
 ) -> tuple[list[list[int]], frozenset[int]]:
     """The prompts and the stop ids. ValueError where something is out of range, or differs between ranks."""
     with model.group.together():
-        check_settings(max_new_tokens, sampling)
+        check_settings(max_new_tokens, how)
         rows = [checked_ids(prompt, model.config.vocab_size) for prompt in prompts]
         if not rows:
             raise InputError("there is no prompt to continue")
         if cache is not None:
             _check_room(cache, [len(prompt) for prompt in rows], max_new_tokens)
         ends = checked_stop_ids(stop_ids)
-    how = ", ".join(f"{name}={value}" for name, value in sampling._asdict().items())
-    asked = {"the prompt": rows, "sampling": how, "the end": (max_new_tokens, sorted(ends))}
-    held = {"what the cache holds": None if cache is None else cache.length}
-    model.group.require_same("this generation", {**asked, **held})
+    asked: dict[str, Any] = {"the prompt": rows, "sampling": how, "the end": (max_new_tokens, sorted(ends))}
+    asked["what the cache holds"] = None if cache is None else cache.length
+    model.group.require_same("this generation", asked)
     return rows, ends
 
 
-def check_settings(max_new_tokens: int, sampling: Sampling) -> None:
+def check_settings(max_new_tokens: int, how: Sampling) -> None:
     """Raises ValueError where a setting of the loop is out of range."""
-    check_parameters(*sampling[:4])
+    check_parameters(*how[:4])
     whole("max_new_tokens", max_new_tokens, most=LARGEST_LENGTH)
-    if sampling.seed is not None:
-        whole("seed", sampling.seed, least=0, most=2**63 - 1)
+    if how.seed is not None:
+        whole("seed", how.seed, least=0, most=2**63 - 1)
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
@@ -375,9 +348,6 @@ def _check_room(cache: KVCache, lengths: list[int], max_new_tokens: int) -> None
             raise InputError(problem)
 
 
-# The end, on all ranks at once
-
-
 def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
     """The steps of a loop that every rank runs; each comes with whether it is the last.
 
@@ -393,7 +363,7 @@ def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
                 step, last = next(steps)
                 yield step
         except GeneratorExit:
-            if not last:
+            if not last and group.size > 1:
                 # ValueError: where the whole process ends, its process group may have ended before.
                 with contextlib.suppress(RankLost, ValueError):
                     group.any(True)

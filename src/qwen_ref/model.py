@@ -297,7 +297,7 @@ class Qwen(nn.Module):
 
     def _positions(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Positions:
         T, past = x.shape[1], cache.length if cache is not None else 0
-        if cache is not None and past > 0:
+        if cache is not None and past > 0 and cache.frequencies is not None:
             padding, frequencies = cache.padding, cache.frequencies
         else:
             padding = None if attention_mask is None else left_padding(attention_mask.cpu())

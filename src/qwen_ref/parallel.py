@@ -105,11 +105,9 @@ class Group:
         sizes = torch.zeros(self.size, dtype=torch.int64, device=self._device())
         sizes[self.rank] = len(ours)
         longest = int(self.sum(sizes).max())
-        rows = torch.zeros(self.size, longest, dtype=torch.uint8, device=self._device())
+        rows = torch.zeros(self.size, max(longest, 1), dtype=torch.uint8, device=self._device())
         rows[self.rank, : len(ours)] = torch.tensor(list(ours), dtype=torch.uint8)
-        every = (
-            zip(self.sum(rows).tolist(), sizes.tolist(), strict=True) if longest else [([], 0)] * self.size
-        )
+        every = zip(self.sum(rows).tolist() if longest else rows.tolist(), sizes.tolist(), strict=True)
         return [bytes(row[:size]).decode(*_ANY_TEXT) for row, size in every]
 
     @contextlib.contextmanager
@@ -119,41 +117,33 @@ class Group:
         That is an InputError where the user can do something about it: for an InputError, an error of the
         system, too little memory. A rank with any other error raises that one, and the others RankFailed.
         """
-        cause: Exception | None = None
+        if self.size == 1:
+            yield
+            return
+        cause, problem, users = None, "", True
         try:
             yield
         except RankLost:
             raise
         except Exception as error:
-            if self.size == 1:
-                raise
-            cause = error
-        if self.size == 1:
-            return
-        users = isinstance(cause, InputError | OSError) or (cause is not None and lacks_memory(cause))
-        text = f"{'' if users else type(cause).__name__ + ': '}{str(cause) or type(cause).__name__}"
-        told = self.texts("" if cause is None else json.dumps((users, text)))
-        found = [(*json.loads(each), rank) for rank, each in enumerate(told) if each]
+            users, text = isinstance(error, InputError | OSError) or lacks_memory(error), type(error).__name__
+            text = f"{'' if users else text + ': '}{str(error) or text}"
+            cause, problem = error, json.dumps((users, text))
+        found = [(*json.loads(each), rank) for rank, each in enumerate(self.texts(problem)) if each]
         if not found:
             return
         its_users, text, rank = min(found, key=lambda each: each[0])  # what is ours goes first
         if its_users:
             raise InputError(f"rank {rank}: {text}") from cause
-        raise (
-            cause if cause is not None and not users else RankFailed(f"rank {rank} failed: {text}")
-        ) from cause
+        if cause is not None and not users:
+            raise cause
+        raise RankFailed(f"rank {rank} failed: {text}") from cause
 
     def require_same(self, who: str, values: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
         if self.size == 1:
             return
-        # A digest tells values apart that are too long to be shown.
-        digests = [
-            hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest() for value in values.values()
-        ]
-        facts = [
-            (f"{name} is {shown(values[name])}", mark) for name, mark in zip(values, digests, strict=True)
-        ]
+        facts = [(f"{name} is {shown(value)}", _digest(value)) for name, value in values.items()]
         (first, wanted), *others = map(json.loads, self.texts(json.dumps((who, facts))))
         for rank, (other, given) in enumerate(others, start=1):
             for theirs, ours in zip(given, wanted, strict=False):
@@ -166,6 +156,10 @@ class Group:
     def _device(self) -> str:
         """Where small messages travel: through the CPU if the process group has a way there."""
         return "cpu" if "cpu" in dist.get_backend_config(self.process_group) else "cuda"
+
+
+def _digest(value: object) -> str:  # it tells values apart that are too long to be shown
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
 ONE_RANK = Group(0, 1)
@@ -254,8 +248,8 @@ class VocabularyParallelHead(nn.Linear):
         super().__init__(size, vocab_size // group.size, bias=False)
         self.group = group
 
-    def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
-        """only_rank_0: for sampling, which rank 0 does; the other ranks get None."""
+    def forward(self, x: Tensor, only_rank_0: bool = False) -> Any:
+        """A Tensor. only_rank_0: for sampling, which rank 0 does; the other ranks get None."""
         return self.group.gather(super().forward(x), only_rank_0)
 
 
@@ -266,15 +260,13 @@ def group_size(group: str | dist.ProcessGroup | None) -> int:
     require_distributed()
     if group == "world" and not dist.is_initialized():
         if not os.environ.get("WORLD_SIZE", "").isdecimal():
-            raise InputError(
-                'group="world" needs several processes: start them with torchrun, or leave group out'
-            )
+            raise InputError('group="world" needs several processes: start them with torchrun')
         return int(os.environ["WORLD_SIZE"])
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise InputError("this rank is not in the process group that it was given")
-    if group != "world" and not isinstance(group, dist.ProcessGroup):
-        raise InputError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
-    return dist.get_world_size(None if group == "world" else group)
+    if group == "world" or isinstance(group, dist.ProcessGroup):
+        return dist.get_world_size(None if isinstance(group, str) else group)
+    raise InputError(f'group must be None, "world" or a torch.distributed.ProcessGroup, not {group!r}')
 
 
 def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
@@ -283,7 +275,7 @@ def join(group: str | dist.ProcessGroup | None, device: str) -> Group:
         return ONE_RANK
     if group == "world" and not dist.is_initialized():
         start_process_group(device)
-    ours = None if group == "world" or group is dist.group.WORLD else group
+    ours = None if isinstance(group, str) or group is dist.group.WORLD else group
     atexit.unregister(_destroy_process_groups)  # once is enough
     atexit.register(_destroy_process_groups)
     return Group(dist.get_rank(ours), dist.get_world_size(ours), ours)
@@ -312,9 +304,7 @@ def _destroy_process_groups() -> None:
 def require_distributed() -> None:
     """Raises InputError where this torch was built without torch.distributed."""
     if not dist.is_available():
-        raise InputError(
-            "several ranks need torch.distributed, which this build of torch lacks; install another"
-        )
+        raise InputError("several ranks need torch.distributed, which this build of torch does not have")
 
 
 def is_lost(error: RuntimeError) -> bool:

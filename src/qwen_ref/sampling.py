@@ -94,8 +94,8 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
     if not 0 < top_p <= 1:
         raise InputError(f"top_p={shown(top_p)} must be above 0 and at most 1 (no limit)")
     if not 1e-5 <= repetition_penalty <= 1e30:
-        value = shown(repetition_penalty)
-        raise InputError(f"repetition_penalty={value} must be from 1e-5 to 1e30; 1 changes nothing")
+        given_value = shown(repetition_penalty)
+        raise InputError(f"repetition_penalty={given_value} must be from 1e-5 to 1e30; 1 changes nothing")
 
 
 def check_finite(logits: Tensor, whose: str = "") -> None:

@@ -232,9 +232,7 @@ def test_every_number_of_the_text_is_asserted(cells: list) -> None:
 
 def pairs_of_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     even, odd = x[..., 0::2], x[..., 1::2]
-    half = cos.shape[-1] // 2
-    c, s = cos[..., :half], sin[..., :half]
-    return torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def digits_together(text: str) -> list[str]:

@@ -51,7 +51,7 @@ def report(
     yield from aligned(table, sides)
     yield ""
     stored, own = (sum(weight_bytes(row, n) for row in rows) for n in (1, ranks))
-    packed = [row for row in rows if row.stored.packed]
+    packed = [row for row in rows if row.stored.packed is not None]
     copied = sum(weight_bytes(row, ranks) for row in packed or rows if packed or row.spec.cut == "columns")
     cache, own_cache = (cache_bytes(config, context, dtype, n) for n in (1, ranks))
     count = sum(row.number * math.prod(row.spec.shape) for row in rows)

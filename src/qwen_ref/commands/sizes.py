@@ -47,7 +47,7 @@ def kinds(table: Sequence[TensorSpec], stored: dict[str, Stored]) -> list[Kind]:
     found: dict[tuple, Kind] = {}
     for spec in table:
         tensor = stored[spec.published]
-        form = tensor.form if tensor.packed else dtype_name(STORED_DTYPES[tensor.dtype])
+        form = tensor.packed.form if tensor.packed is not None else dtype_name(STORED_DTYPES[tensor.dtype])
         name = re.sub(r"\.\d+\.", ".*.", spec.published)
         number = found[name, form].number if (name, form) in found else 0
         found[name, form] = Kind(name, number + 1, spec, form, tensor)

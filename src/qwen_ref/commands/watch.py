@@ -151,7 +151,7 @@ class WatchedRanks(Ranks):
                 rank=self.rank,
                 world_size=self.size,
             )
-            self._ours = True
+            self._started_group = True
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:
         interrupted = threading.Event()

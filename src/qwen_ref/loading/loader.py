@@ -104,7 +104,7 @@ def check_values(folder: str | Path, stored: Mapping[str, Stored], ranks: Group 
 
     They are a twentieth of the checkpoint. Each rank reads some of them, and all hear of everything.
     """
-    packed = [tensor for tensor in stored.values() if tensor.packed]
+    packed = [whole for tensor in stored.values() if (whole := tensor.packed) is not None]
     with ranks.together():
         own = "\n".join(line for tensor in packed[ranks.rank :: ranks.size] for line in tensor.problems())
     if problems := [line for text in ranks.texts(own) for line in text.splitlines()]:
@@ -148,7 +148,8 @@ def own_device(device: str, size: int) -> str:
         index = 0
     if index >= count:
         raise InputError(
-            f"this is rank {index} on a machine with {count} CUDA devices; start at most {count}"
+            f"this is rank {index} on its machine, which has {count} CUDA devices; start at most as many "
+            "ranks there"
         )
     torch.cuda.set_device(index)
     return f"cuda:{index}"

@@ -531,7 +531,9 @@ def weights_checksum(stored: Mapping[str, Stored], progress: Callable[[int], Non
     into files does not change the checksum. progress: called with the bytes of each tensor that is done.
     """
     digest = hashlib.sha256()
-    tensors = [tensor for each in stored.values() for tensor in (each.tensors if each.packed else (each,))]
+    tensors: list[Any] = []
+    for each in stored.values():
+        tensors += [each] if each.packed is None else each.packed.tensors
     for tensor in sorted(tensors, key=lambda tensor: tensor.published):
         digest.update(f"{tensor.published} {tensor.dtype} {','.join(map(str, tensor.shape))}\n".encode())
         content = tensor.read().contiguous().view(-1).view(torch.uint8)
@@ -549,7 +551,7 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
     Lists of unequal length are rows of a batch, padded on the left with 0.
     """
-    text = read_stream(path).decode("utf-8", errors="replace").strip()
+    text = read_stream(Path(path)).decode("utf-8", errors="replace").strip()
     try:
         found: list[Any] = parse_json(text) if text.startswith("[") else _plain_ids(text)
     except ValueError as error:

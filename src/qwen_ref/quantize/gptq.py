@@ -224,8 +224,8 @@ class StoredPacked(NamedTuple):
     gptq: GPTQConfig
 
     @property
-    def packed(self) -> bool:
-        return True
+    def packed(self) -> StoredPacked:
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -276,7 +276,7 @@ class StoredPacked(NamedTuple):
 
     def keep_in(
         self,
-        layer: nn.Linear,
+        layer: nn.Module,
         spec: TensorSpec,
         rank: int,
         ranks: int,
@@ -284,6 +284,7 @@ class StoredPacked(NamedTuple):
         dtype: torch.dtype,
     ) -> None:
         """Gives a layer a rank's part as it is packed (see keep_packed)."""
+        assert isinstance(layer, nn.Linear)
         keep_packed(layer, self._packed().part(spec.cut, rank, ranks).to(device), dtype)
 
     def _packed(self) -> PackedWeight:
