@@ -115,13 +115,8 @@ def load_model(
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
-    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
-    group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
-    is torch.distributed's default process group, started from torchrun's variables if need be (with a timeout
-    of 60 s); or any ProcessGroup. All ranks then make the same calls.
-    packed: a GPTQ checkpoint's weights stay in their 4 or 8 bits, and are dequantised again in every pass:
-    this takes less memory and more time. Otherwise they are dequantised here, exactly, and rounded to dtype.
-    progress: called with the bytes done and the bytes in all of this rank, first before anything is read.
+    The arguments are those of qwen_ref.load_model (loading/loader.py), which looks at the folder first. Here
+    device is one for this process alone.
 
     On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
     the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
@@ -168,9 +163,7 @@ def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
     """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
     kinds = sorted({tensor.dtype for tensor in stored.values()})
     if name == "auto" and len(kinds) > 1:
-        raise InputError(
-            f"weights are stored in {' and '.join(kinds)}; name the dtype to compute in, not auto"
-        )
+        raise InputError(f"the weights are stored in {' and '.join(kinds)}; name the dtype, not auto")
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     return STORED_DTYPES[kinds[0]] if name == "auto" else DTYPES[name]
@@ -234,10 +227,10 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
         from qwen_ref.quantize.gptq import with_packed
 
         found = with_packed(table, gptq, found)
-    wrong = [
-        spec.published for spec in table if getattr(found.get(spec.published), "shape", ()) != spec.shape
-    ]
-    wrong += sorted(found.keys() - {spec.published for spec in table})
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    wrong = [spec.published for spec in table if shapes.pop(spec.published, ()) != spec.shape] + sorted(
+        shapes
+    )
     if wrong:
         raise InputError(f"{folder}: tensors are missing, or not those of config.json: {some(wrong)}")
     return config, found
@@ -252,16 +245,13 @@ def weight_files(folder: str | Path) -> list[Path]:
     weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
-    plain = [file for file in weight_map.values() if isinstance(file, str) and _is_plain(file)]
+    named = [file for file in weight_map.values() if isinstance(file, str) and file.endswith(".safetensors")]
+    plain = [file for file in named if file.isprintable() and not set(file) & set("/\\:")]
     if len(plain) < len(weight_map):
         refused = dict.fromkeys(shown(file) for file in weight_map.values() if file not in plain)
         only = "weight_map may name only .safetensors files in the folder itself"
         raise InputError(f"{INDEX_NAME}: {only}, not {some(refused)}")
     return [folder / file for file in sorted(set(plain))]
-
-
-def _is_plain(file: str) -> bool:
-    return file.endswith(".safetensors") and file.isprintable() and not set(file) & set("/\\:")
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:

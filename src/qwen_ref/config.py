@@ -56,8 +56,7 @@ _LARGEST |= {"kv_channels": 2**16, "intermediate_size": 2**24, "vocab_size": 2**
 class QwenConfig:
     """The sizes and constants of one model, under their published names.
 
-    Raises ValueError, naming every field at fault, where values are of the wrong type, out of range or
-    contradict each other.
+    Raises ValueError, naming every field, where values are of the wrong type, out of range or contradictory.
 
     >>> QwenConfig.preset("72b").mlp_width
     24576
@@ -249,8 +248,7 @@ def either(numbers: Iterable[int]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-# Lack of memory, as torch and other libraries say it. On accelerators torch has a class for it, whose name is
-# enough here: torch.OutOfMemoryError.
+# Lack of memory, as torch and other libraries say it where they have no class for it.
 _LACK = re.compile(
     r"DefaultCPUAllocator: |alloc_cpu\(\) seems to have been called with negative number"
     r"|^Storage size calculation overflowed|^unable to mmap .*Cannot allocate memory"

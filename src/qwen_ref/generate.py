@@ -226,8 +226,7 @@ def choose(
     group, weight, problem = model.group, model.embed.weight, None
     wide = torch.promote_types(weight.dtype, torch.float32)
     drawn = torch.full((2, len(live)), torch.nan, dtype=wide, device=weight.device)
-    if group.rank > 0:
-        logits = None
+    logits = logits if group.rank == 0 else None
     if logits is not None:
         try:
             drawn = _draw(logits, ids, live, how, generators)
@@ -312,7 +311,7 @@ def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     ids = whole_numbers("a prompt", prompt)
     if not ids:
         raise InputError(
-            "a prompt has no tokens; there is nothing to continue (<|endoftext|> alone starts a new text)"
+            "a prompt has no tokens; nothing to continue (<|endoftext|> alone starts a new text)"
         )
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
@@ -328,31 +327,26 @@ def checked_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
 def _check_room(cache: KVCache, lengths: list[int], max_new_tokens: int) -> None:
     """Raises ValueError where a caller's cache cannot take prompts of these lengths."""
     B, held, longest = len(lengths), cache.length, max(lengths)
-    needed = longest + max_new_tokens - 1
+    needed, wanted = longest + max_new_tokens - 1, [longest - length for length in lengths]
     padding = [0] * B if cache.padding is None else cache.padding.tolist()
-    wanted, text_end = [longest - length for length in lengths], cache.text_end or held
-    problems = {
-        f"{B} × {needed} positions are needed, the cache has {cache.batch_size} × {cache.max_length}; make "
-        "it with a larger max_length or the right batch_size": needed > cache.max_length
-        or cache.batch_size != B,
-        f"the cache holds {held} positions, the longest prompt has {longest} tokens: prompts must begin with "
-        "what it holds and be longer": held >= longest,
-        f"a row of this cache ended after {text_end} positions, and the cache holds {held}: set its length "
-        f"to {text_end} or less, or use a new cache": held > text_end,
-        f"the rows of the cache begin with padding of {shown(padding)} positions, these prompts would need "
-        f"{shown(wanted)}: continue every row by as many tokens, or use a new cache": held > 0
-        and padding != wanted,
-    }
-    for problem, there in problems.items():
-        if there:
-            raise InputError(problem)
+    if needed > cache.max_length or cache.batch_size != B:
+        has = f"{cache.batch_size} × {cache.max_length}; make it with a larger max_length or batch_size"
+        raise InputError(f"{B} × {needed} positions are needed, the cache has {has}")
+    if held >= longest:
+        more = f"the longest prompt has {longest} tokens: a prompt must begin with these and go on"
+        raise InputError(f"the cache holds {held} positions, {more}")
+    if cache.text_end is not None and held > cache.text_end:
+        ended = f"a row of this cache ended after {cache.text_end} positions, and the cache holds {held}"
+        raise InputError(f"{ended}: set its length to {cache.text_end} or less, or use a new cache")
+    if held > 0 and padding != wanted:
+        begin = f"the rows of the cache begin with padding of {shown(padding)} positions, these prompts"
+        raise InputError(f"{begin} would need {shown(wanted)}: continue all alike, or use a new cache")
 
 
 def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
     """The steps of a loop that every rank runs; each comes with whether it is the last.
 
-    Before each step the ranks agree to go on. Where one rank's iterator is closed, all of them end, at
-    whatever step and also before the first one.
+    Before each step the ranks agree to go on. If one rank's iterator is closed, all of them end.
     """
 
     def together() -> Generator[T | None]:

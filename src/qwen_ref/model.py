@@ -60,13 +60,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(_inner_dtype(x.dtype))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight  # rounded before the weight is applied, as published
-
-
-def _inner_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class Positions(NamedTuple):
@@ -307,7 +303,8 @@ class Qwen(nn.Module):
             lengths = [length] if padding is None else [length - pad for pad in padding.tolist()]
             if min(lengths) < 1:
                 raise InputError(f"prompt_length={length} must be longer than every row's padding")
-            frequencies = rotary_frequencies(self.config, lengths, _inner_dtype(x.dtype)).to(x.device)
+            inner = torch.promote_types(x.dtype, torch.float32)
+            frequencies = rotary_frequencies(self.config, lengths, inner).to(x.device)
             if cache is not None:
                 cache.padding, cache.frequencies = padding, frequencies
 

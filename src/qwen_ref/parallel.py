@@ -57,14 +57,12 @@ class RankFailed(RuntimeError):
 class Group:
     """The ranks that share one model: which of them this is, how many there are, and what they can do.
 
-    Every rank must call the same methods in the same order. They raise RankLost where another rank is gone or
-    does not come within the process group's timeout.
+    Every rank must call the same methods in the same order. RankLost: another rank is gone, or comes too late.
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size = rank, size
-        # None is torch's default one. A reference to it would keep gloo's threads alive beyond the end of the
-        # interpreter, which aborts the process.
+        # None: torch's default one. A reference to it would keep gloo's threads alive and abort the process.
         self.process_group = process_group
 
     def sum(self, x: Tensor) -> Tensor:

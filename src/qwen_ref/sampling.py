@@ -36,11 +36,9 @@ def probabilities(
     if logits.ndim != 2 or previous_ids.ndim != 2 or len(previous_ids) != len(logits) or not logits.numel():
         shapes = f"{tuple(logits.shape)} and {tuple(previous_ids.shape)}"
         raise InputError(f"logits must be (B, V) and previous_ids (B, N), not {shapes}")
-    V = logits.shape[-1]
-    if previous_ids.numel() and (
-        previous_ids.dtype != torch.int64 or previous_ids.min() < -1 or previous_ids.max() >= V
-    ):
-        raise InputError(f"previous_ids must be int64 ids from 0 to {V - 1}, or -1 for none")
+    last, used = logits.shape[-1] - 1, previous_ids.numel() > 0
+    if used and (previous_ids.dtype != torch.int64 or previous_ids.min() < -1 or previous_ids.max() > last):
+        raise InputError(f"previous_ids must be int64 ids from 0 to {last}, or -1 for none")
     check_finite(logits)
     logits = scaled(logits, previous_ids, temperature, repetition_penalty)
     if not torch.isfinite(logits).all():
@@ -53,14 +51,13 @@ def scaled(
 ) -> Tensor:
     """The first two steps of `probabilities`, unchecked: (B, V), float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    V = logits.shape[-1]
     if repetition_penalty != 1.0 and previous_ids.numel() > 0:
-        # Column V takes the ids of -1 and is dropped again. Repeated ids all write the same penalised value.
+        # A last column takes the ids of -1 and is dropped again. Repeated ids write the same value.
         padded = torch.cat((logits, logits.new_zeros(len(logits), 1)), dim=-1)
-        ids = previous_ids.where(previous_ids >= 0, V)
+        ids = previous_ids.where(previous_ids >= 0, logits.shape[-1])
         seen = padded.gather(1, ids)
         seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-        logits = padded.scatter(1, ids, seen)[:, :V]
+        logits = padded.scatter(1, ids, seen)[:, :-1]
     return logits if temperature == 0 else logits / temperature
 
 

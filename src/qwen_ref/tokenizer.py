@@ -17,7 +17,6 @@ import unicodedata
 from collections.abc import Collection, Iterable
 from heapq import heapify, heappop, heappush
 from pathlib import Path
-from typing import TypeVar
 
 import regex  # the standard library's re knows neither \p{L} nor Unicode's \s
 
@@ -31,8 +30,6 @@ PATTERN = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 _SINGLE_BYTES = [bytes([value]) for value in range(256)]
-
-Self = TypeVar("Self", bound="Tokenizer")
 
 
 class Tokenizer:
@@ -64,7 +61,7 @@ class Tokenizer:
             )
 
     @classmethod
-    def from_file(cls: type[Self], path: str | Path, engine: str = "python") -> Self:
+    def from_file(cls, path: str | Path, engine: str = "python") -> Tokenizer:
         """Reads a qwen.tiktoken file: per line a token's bytes in base64, a space, its rank.
 
         Raises ValueError, naming the line, for bad base64, for gaps and duplicates, for missing single bytes.
@@ -213,32 +210,26 @@ def read_ranks(path: str | Path) -> list[bytes]:
     for number, line in enumerate(read_bytes(path, LARGEST_VOCABULARY).splitlines(), 1):
         if not line.strip():
             continue
+        at = f"{path}, line {number}"
         try:
             encoded, digits = line.split()
             token, rank = binascii.a2b_base64(encoded), int(digits)
             if binascii.b2a_base64(token, newline=False) != encoded or not digits.isdigit():
                 raise ValueError  # a2b_base64 passes over what is no base64; int() takes more, such as 1_0
         except ValueError:
-            raise InputError(
-                f"{path}, line {number}: not a token in base64, a space and its rank: {line[:60]!r}"
-            ) from None
-        problem = ""
+            raise InputError(f"{at}: not a token in base64, a space and its rank: {line[:60]!r}") from None
         if rank in tokens:
-            problem = f"rank {rank} is given twice"
-        elif token in line_of:
-            problem = f"the token of line {line_of[token]} again, {token!r}"
-        elif not token:
-            problem = "a token of no bytes"
-        if problem:
-            raise InputError(f"{path}, line {number}: {problem}")
+            raise InputError(f"{at}: rank {rank} is given twice")
+        if token in line_of:
+            raise InputError(f"{at}: the token of line {line_of[token]} again, {token!r}")
+        if not token:
+            raise InputError(f"{at}: a token of no bytes")
         tokens[rank], line_of[token] = token, number
     if gaps := set(range(len(tokens))) - tokens.keys():
-        raise InputError(
-            f"{path}: no token has rank {min(gaps)}; {len(tokens)} tokens need ranks 0 to {len(tokens) - 1}"
-        )
+        ranks = f"{len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
+        raise InputError(f"{path}: no token has rank {min(gaps)}; {ranks}")
     if missing := [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]:
         named = ", ".join(f"0x{value:02x}" for value in missing[:8])
-        raise InputError(
-            f"{path}: {len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
-        )
+        problem = f"{len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
+        raise InputError(f"{path}: {problem}")
     return [tokens[rank] for rank in range(len(tokens))]
