@@ -57,7 +57,7 @@ class RankFailed(RuntimeError):
 class Group:
     """The ranks that share one model: which of them this is, how many there are, and what they can do.
 
-    Every rank must call the same methods in the same order. RankLost: another rank is gone, or comes too late.
+    Every rank must call the same methods in the same order. RankLost: another is gone, or comes too late.
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
