@@ -1,4 +1,4 @@
-"""The tables of NAMES.md: every name and every source is there."""
+"""The tables of names.md: every name and every source is there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qwen_ref.checkpoint import tensor_table
 
 
 def tables(heading: str) -> list[list[list[str]]]:
-    """The rows of every table under a heading of NAMES.md, the first one's titles included."""
-    text = (ROOT / "src" / "qwen_ref" / "NAMES.md").read_text(encoding="utf-8")
+    """The rows of every table under a heading of names.md, the first one's titles included."""
+    text = (ROOT / "examples" / "ports" / "names.md").read_text(encoding="utf-8")
     assert text.count(f"\n## {heading}\n") == 1, heading
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     found = []
