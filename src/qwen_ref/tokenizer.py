@@ -29,7 +29,7 @@ PATTERN = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-_SINGLE_BYTES = [bytes([value]) for value in range(256)]
+SINGLE_BYTES = [bytes([value]) for value in range(256)]
 
 
 class Tokenizer:
@@ -50,7 +50,7 @@ class Tokenizer:
         self._n_regular = len(tokens)
         self._bytes = tokens + [token.encode() for token in SPECIAL_TOKENS]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
-        if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(_SINGLE_BYTES):
+        if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(SINGLE_BYTES):
             raise InputError("tokens must be distinct and hold each of the 256 single bytes")
         self._tiktoken = None
         if engine == "tiktoken":
@@ -228,7 +228,7 @@ def read_ranks(path: str | Path) -> list[bytes]:
     if gaps := set(range(len(tokens))) - tokens.keys():
         ranks = f"{len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
         raise InputError(f"{path}: no token has rank {min(gaps)}; {ranks}")
-    if missing := [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]:
+    if missing := [value for value, byte in enumerate(SINGLE_BYTES) if byte not in line_of]:
         named = ", ".join(f"0x{value:02x}" for value in missing[:8])
         problem = f"{len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
         raise InputError(f"{path}: {problem}")
