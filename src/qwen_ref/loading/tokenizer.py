@@ -1,8 +1,9 @@
 """The tokenizer, sooner: the ids of tokenizer.py's, by five ways round what costs it most.
 
-A vocabulary file in the usual form is read in half the time. The ids of a piece are remembered. Pieces are found by the standard library's regular expressions, which take
-half the time. Long pieces of Chinese are cut where no merge can cross, into parts that recur. Runs of
-combining marks, which Python normalises in quadratic time, take linear time.
+A vocabulary file in the usual form is read in half the time. The ids of a piece are remembered. Pieces are
+found by the standard library's regular expressions, which take half the time. Long pieces of Chinese are cut
+where no merge can cross, into parts that recur. Runs of combining marks, which Python normalises in quadratic
+time, take linear time.
 """
 
 from __future__ import annotations
