@@ -104,7 +104,7 @@ def weight_bytes(config: QwenConfig, form: str, ranks: int = 1) -> int:
 
 
 def _tensor_bytes(spec: TensorSpec, form: str, ranks: int, group: int | None) -> int:
-    """What the layers of fast.py hold of a tensor on a rank, or the plain model."""
+    """What qwen_ref.fast keeps of a tensor on a rank, or the plain model."""
     shape = spec.shape_of_rank(ranks)
     if form == "bf16" or len(shape) == 1 or spec.name == "embed.weight":
         return math.prod(shape) * torch.bfloat16.itemsize
