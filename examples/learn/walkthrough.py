@@ -262,7 +262,7 @@ x = model.embed(ids)
 print("table:", tuple(W.shape), " of this text:", tuple(x.shape))
 assert torch.equal(x, stages["embed"])
 one_hot = torch.nn.functional.one_hot(ids, tiny.vocab_size).float()
-assert torch.equal(one_hot @ W, x)  # a look-up is a product with rows of one 1 and many 0
+assert torch.equal(one_hot @ W, x)  # a look-up is a product; each row of one_hot has one 1, else 0
 
 directions = W / W.norm(dim=1, keepdim=True)
 (seven,) = tokenizer.encode("7")
@@ -319,9 +319,9 @@ album.show("rmsnorm", figures.norm_before_and_after(tokens, rms(x)[0], rms(witho
 
 # %% [markdown]
 # **What to look at.** After the division every root mean square is 1. One detail is easy to miss. The
-# published weights are in bfloat16, which has 16 bits, 8 of them significant; float32 has 24. In a bfloat16
-# model the division is done in float32, then its result is rounded to bfloat16, and only then the weight is
-# applied.
+# published weights are in bfloat16, which has 8 significant bits; float32 has 24. In a bfloat16 model the
+# division is done in float32, then its result is rounded to bfloat16, and only then it is multiplied by the
+# weight.
 
 # %% [markdown]
 # ## Queries, keys and values
@@ -605,9 +605,9 @@ for country_name, right in (("Japan", "Tokyo"), ("Kenya", "Nairobi"), ("Peru", "
 # base' = base · α^(K / (K − 2))
 # ```
 #
-# *LogN* corrects another effect: the more keys a query is compared with, the flatter its softmax becomes. A
-# longer query makes the softmax sharper again. So the query at position p, counted from 0, is multiplied by a
-# factor:
+# *LogN* corrects another effect: the more keys a query is compared with, the flatter its softmax becomes. If
+# the query's numbers are larger, so are the scores, and the softmax is sharper again. So the query at
+# position p, counted from 0, is multiplied by a factor:
 #
 # ```equation
 # q_p ← q_p · max(log(p + 1) / log(L), 1)
@@ -783,10 +783,10 @@ album.show("lens", figures.lens(names, paths))
 # likeliest token, and at the end it is almost certain. `␣Oslo` never reaches 0.05, although it is in the
 # text.
 #
-# The probabilities do not rise steadily. They need not: in training, the head read only the output of the
-# last layer. So the lens shows what the head *would* read in an earlier layer; it is not what that layer was
-# trained to say. The lens also shows when a token becomes likely, not what caused it: the head that matters
-# is in layer 0, but `␣Tokyo` is the likeliest token only from layer 2 on.
+# The probabilities do not rise steadily, and they do not have to: in training, the output head read only the
+# output of the last layer. The lens shows what the output head *would* read in an earlier layer; that layer
+# was not trained to say it. The lens shows when a token becomes likely, but not what caused it: the attention
+# head that matters is in layer 0, but `␣Tokyo` is the likeliest token only from layer 2 on.
 
 # %% [markdown]
 # ## The loop: one token after another
@@ -799,8 +799,8 @@ album.show("lens", figures.lens(names, paths))
 # ids ← [ids, next]                                              repeat
 # ```
 #
-# *Source: Radford et al. 2019, section 2, equation 1: the probability of a text is a product over its tokens,
-# each given those before it. Taking the argmax at each step is called greedy decoding.*
+# *Source: Radford et al. 2019, section 2, equation 1: a text's probability is the product of its tokens'
+# probabilities, each given the tokens before. Taking the argmax at each step is called greedy decoding.*
 
 # %%
 import torch

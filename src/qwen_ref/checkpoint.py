@@ -1,8 +1,8 @@
 """From a published checkpoint folder to a model: the table of its tensors, and the mapped weights.
 
 A folder holds config.json and either one model.safetensors or several files and model.safetensors.index.json.
-qwen_ref.load_model, in loading/, does what load_model here does. Before, it looks for everything that can be
-wrong with a folder. `python -m qwen_ref.checkpoint inspect` prints what a folder holds.
+qwen_ref.load_model, in loading/, first looks for everything that can be wrong with a folder, and then calls
+load_model here. `python -m qwen_ref.checkpoint inspect` prints what a folder holds.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class TensorSpec(NamedTuple):
         return (self.shape[0] // ranks, *self.shape[1:])
 
     def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
-        """A rank's part of the tensor, as a view. That of "heads" is (3, rows, …): some of each third."""
+        """A rank's part of the tensor, as a view. For "heads" it is (3, rows, …): rows of q, k and v."""
         if self.cut is None or ranks == 1:
             return whole
         if self.cut == "heads":
@@ -115,13 +115,13 @@ def load_model(
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
-    The arguments are those of qwen_ref.load_model (loading/loader.py), which looks at the folder first. Here
-    device is one for this process alone.
+    The arguments are those of qwen_ref.load_model (loading/loader.py), which checks the folder first. But
+    here, `device` is the device of this rank alone: "cuda" does not give each rank its own.
 
     On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
-    the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
-    a rank that are cut by columns are copied, and its bias of q, k and v.
-    Raises ValueError where the folder is not in the published form, and RankLost where a rank is gone.
+    the operating system may drop it again, and a checkpoint larger than memory still runs. With several
+    ranks, a rank copies its parts of the weights cut by columns and of the bias of q, k and v.
+    Raises ValueError if the folder is not in the published form, and RankLost if a rank is gone.
     """
     ranks, target = join(group, str(device)), torch.device(device)
     config, stored = open_checkpoint(folder)
@@ -132,7 +132,7 @@ def load_model(
     with torch.device("meta"), NoInitialisation():  # names and shapes, no memory: the weights fill them
         model = Qwen(config, ranks)
     for _, specs in itertools.groupby(table, key=lambda spec: spec.name.split(".")[:2]):  # layer by layer
-        with ranks.together():  # a rank that is slow or fails is so by one layer at most
+        with ranks.together():  # the ranks wait for each other after every layer, and learn of errors
             for spec in specs:
                 tensor = stored[spec.published]
                 owner, _, name = spec.name.rpartition(".")
@@ -153,14 +153,14 @@ def load_model(
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they are: nn.Embedding's normal_ on the meta device imports half of torch."""
+    """Skips torch.nn.init. On the meta device it fills nothing, and normal_ there imports half of torch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
-    """The dtype of a name, "auto" being that of the stored tensors; ValueError where there is none."""
+    """The dtype of this name; "auto" is the stored one. ValueError if unknown, or for auto and several."""
     kinds = sorted({tensor.dtype for tensor in stored.values()})
     if name == "auto" and len(kinds) > 1:
         raise InputError(f"the weights are stored in {' and '.join(kinds)}; name the dtype, not auto")
@@ -170,13 +170,13 @@ def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a checkpoint by its file's header: nothing of its data is read before it is asked for."""
+    """A tensor as the header of its file describes it. Its data is read only when it is asked for."""
 
     file: safe_open | None  # None: no file is there, only what it should hold
     published: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    packed: None = None  # a GPTQ weight has itself here: StoredPacked of quantize/gptq.py
+    packed: None = None  # not GPTQ; a StoredPacked (quantize/gptq.py) gives itself here
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +195,7 @@ class StoredTensor(NamedTuple):
         return spec.part(self.read(), rank, ranks)
 
     def start(self) -> Tensor:
-        """What tells it from other checkpoints' tensors of the name: its first row."""
+        """The first row: it tells the tensor from one of the same name in another checkpoint."""
         return self.read()[:1] if len(self.shape) > 1 else self.read()
 
 
@@ -240,7 +240,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder, by its index if it has one."""
     folder = Path(folder)
     if not os.path.lexists(folder / INDEX_NAME):
-        by_autogptq = sorted(folder.glob("gptq_model-*.safetensors"))[:1]  # as it names its file
+        by_autogptq = sorted(folder.glob("gptq_model-*.safetensors"))[:1]  # AutoGPTQ's file name
         return [folder / SINGLE_NAME] if os.path.lexists(folder / SINGLE_NAME) else by_autogptq
     weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -1,6 +1,6 @@
 """The published config.json of first-generation Qwen, read and checked: what the architecture needs.
 
-What all files need for values from outside, and for messages about them, stands at the end.
+The functions at the end check values from outside and word messages about them. All files use them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What was given cannot be used: the message says what, where, its value, the limit and the remedy.
+    """An input cannot be used. The message says what and where it is, its value, the limit and the remedy.
 
-    Every ValueError that this project raises on purpose is one; any other exception is a fault of its own.
+    Every ValueError that this project raises on purpose is an InputError. Any other ValueError is a bug.
     """
 
 
@@ -30,7 +30,7 @@ class InputError(ValueError):
 _EARLY_SPELLINGS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}
 _EARLY_SPELLINGS |= {"n_head": "num_attention_heads", "ffn_hidden_size": "intermediate_size"}
 
-# Keys that change what is computed, each with the only value that is computed here. A missing key means it.
+# Keys that change the computation, each with its only supported value. A missing key means that value.
 _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
     "model_type": ("qwen", "only first-generation Qwen is implemented"),
     "no_bias": (True, "only the q, k, v projection may have a bias"),
@@ -46,7 +46,7 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, str]] = {
 }
 
 LARGEST_LENGTH = 2**30  # of a text, in tokens
-# Bounds that no Qwen comes near: a number beyond them is a mistake, and to believe it would exhaust memory.
+# Limits far above every Qwen. A larger number is a mistake, and computing with it would exhaust the memory.
 # float32, in which ids travel between devices, holds no more than 2^24 of them.
 _LARGEST = {"hidden_size": 2**20, "num_hidden_layers": 10_000, "num_attention_heads": 2**16}
 _LARGEST |= {"kv_channels": 2**16, "intermediate_size": 2**24, "vocab_size": 2**24, "seq_length": 2**30}
@@ -83,7 +83,7 @@ class QwenConfig:
     def from_json(cls, path: str | Path) -> QwenConfig:
         """Reads a published config.json. Nothing that it names (`auto_map`) is ever imported or executed.
 
-        Raises ValueError, by name, for missing keys and for anything that is not computed here.
+        Raises ValueError, with the names of the keys, for missing keys and for values that are not supported.
         """
         raw = read_json_object(path)
         try:
@@ -131,10 +131,7 @@ class QwenConfig:
             wrong = (
                 (H * K != D, f"num_attention_heads={H} times kv_channels={K} must be hidden_size={D}"),
                 (K % 2, f"kv_channels={K} must be even: rotation pairs the halves of a head"),
-                (
-                    self.use_dynamic_ntk and K == 2,
-                    f"kv_channels={K} is too small for use_dynamic_ntk",
-                ),
+                (self.use_dynamic_ntk and K == 2, f"kv_channels={K} is too small for use_dynamic_ntk"),
                 (width % 2, f"intermediate_size={width} must be even: it counts gate and up together"),
                 (
                     self.use_logn_attn and length < 2,
@@ -189,7 +186,7 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-_PRESETS = {  # the fields in their order
+_PRESETS = {  # D, layers, H, K, 2 · F, V, trained length, RoPE base, epsilon, NTK, LogN: QwenConfig's order
     "1.8b": QwenConfig(2048, 24, 16, 128, 11008, 151936, 8192, 1e4, 1e-6, True, True),
     "7b": QwenConfig(4096, 32, 32, 128, 22016, 151936, 8192, 1e4, 1e-6, True, True),
     "14b": QwenConfig(5120, 40, 40, 128, 27392, 152064, 2048, 1e4, 1e-6, True, True),
@@ -212,9 +209,9 @@ def whole(name: str, value: Any, least: int = 1, most: int = 2**40) -> int:
 
 
 def whole_numbers(name: str, ids: Any) -> list[int]:
-    """Python's, from integers of any library; InputError for what is no list of integers."""
+    """A list of Python's ints, from integers of any library; InputError if they are not integers."""
     try:
-        # A tensor's own elements are tensors, of which operator.index makes 1 where they are True.
+        # tolist, because the elements of a tensor are tensors: operator.index turns a tensor of True into 1.
         found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
         if isinstance(ids, str | bytes | dict) or bool in map(type, found):
             raise TypeError
@@ -236,7 +233,7 @@ def shown(value: object) -> str:
 
 
 def some(items: Iterable[str], separator: str = ", ", longest: int = 200, most: int = 20) -> str:
-    """The first items, none of them endless, and how many more there are."""
+    """The first items, long ones cut short, and how many more there are."""
     named = [item if len(item) <= longest else f"{item[:longest]}…" for item in items]
     rest = len(named) - most
     return separator.join(named[:most]) + (f" and {rest} more" if rest > 0 else "")
@@ -265,7 +262,7 @@ def lacks_memory(error: BaseException) -> bool:
     return said or by_number or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-# Bounds of files, many times what a release has: a file of another kind costs no memory.
+# Files above these sizes are not read, so that a wrong file does not fill the memory. Releases are far below.
 LARGEST_JSON = 2**24  # bytes. A published config.json has 1 KB, the largest index 0.2 MB
 LARGEST_VOCABULARY = 2**26  # bytes. The published qwen.tiktoken has 2.6 MB
 _GIT_LFS = b"version https://git-lfs"
@@ -273,7 +270,7 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a so
 
 
 def file_problem(path: str | Path, largest: float = math.inf) -> str | None:
-    """Why a file cannot be what it should be, whatever that is; None where nothing speaks against it."""
+    """Why a file cannot be read as any kind of input: a folder, a pipe, too large, …; None if it can."""
     try:
         there = os.stat(path)
         if not stat.S_ISREG(there.st_mode):  # it may never end or never begin
@@ -290,14 +287,14 @@ def file_problem(path: str | Path, largest: float = math.inf) -> str | None:
 
 
 def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
-    """The content of a file of at most so many bytes; ValueError, naming it, where it cannot be had."""
+    """The content of a file. ValueError, with its path, if it cannot be read or is larger than `largest`."""
     if problem := file_problem(path, largest):
         raise InputError(f"{str(path) or repr('')}: {problem}")
     return Path(path).read_bytes()
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none and for a key with two values."""
+    """The value of a JSON text. Raises ValueError if it is not JSON or gives a key two different values."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -305,7 +302,7 @@ def parse_json(content: bytes | str) -> Any:
             raise InputError(f"{shown(twice[0])} is given twice, with different values")
         return found
 
-    def number(digits: str) -> float:  # one that no float can hold is an infinity, as 1e999 is
+    def number(digits: str) -> float:  # an integer too large for a float becomes an infinity, as 1e999 does
         return int(digits) if len(digits) < 309 else float(digits)
 
     try:

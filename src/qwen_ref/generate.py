@@ -1,8 +1,14 @@
 """The generation loop: token ids of a prompt in, one token after another out.
 
 `generate_uncached` is the loop in its plainest form, and the one to read first: the whole text goes through
-the model for every new token. `generate` gives the same tokens sooner. It keeps the keys and values of all
-positions in a cache: prefill computes the prompt once, then each decode step computes one new position.
+the model for every new token. `generate` gives the same tokens faster, with a cache of the keys and values of
+all positions. Greedy, and without checks, padding, stop ids and ranks, it is:
+
+    new = prompt  # (1, T)
+    for _ in range(max_new_tokens):
+        logits = model.lm_head(prefill(model, new, cache))  # (1, V); computes only the positions in new
+        new = logits.argmax(dim=-1, keepdim=True)  # (1, 1)
+
 `generate_batch` does the same for several prompts at once; `generate` is a batch of one.
 """
 
@@ -30,11 +36,11 @@ CHUNK = 1024  # tokens in one pass: products of matrices have their full speed, 
 
 Progress = Callable[[int, int], None]
 Generators = Sequence[torch.Generator]
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Step(NamedTuple):
-    """One generated token and its log-probability under the model, before any sampling parameter acts."""
+    """One generated token and its log-probability: log-softmax of the logits, without sampling settings."""
 
     token: int
     logprob: float
@@ -57,10 +63,10 @@ def generate_uncached(
     stop_ids: Iterable[int] = (),
     **sampling: Any,
 ) -> Generator[Step]:
-    """What `generate` yields, the obvious way: it is the oracle that the cached loop is tested against.
+    """Yields what `generate` yields, in the obvious way. The cached loop is tested against it.
 
-    No key and no value is kept from one pass to the next. The empty cache of each pass only tells the model
-    how long the prompt is, because dynamic NTK chooses its base by that.
+    Nothing is kept from one pass to the next. Each pass has a new cache, only because a cache tells the model
+    the length of the prompt, by which dynamic NTK chooses its base.
     """
     how = Sampling(**sampling)
     (prompt,), ends = _checked(model, [prompt_ids], max_new_tokens, how, stop_ids)
@@ -92,13 +98,13 @@ def generate(
     cache: KVCache | None = None,
     progress: Progress | None = None,
 ) -> Generator[Step]:
-    """Yields the tokens that continue prompt_ids, one by one; a stop id is the last one yielded.
+    """Yields the tokens that continue prompt_ids, one by one. It ends after a stop id, which is yielded, too.
 
     temperature 0 is greedy; qwen_ref.sampling explains the others. The same seed gives the same tokens.
-    cache: one that holds a beginning of prompt_ids, at least one token short of all, and has room for the
-    rest. Only what is new is computed. At the end the cache holds all but the last token yielded. Dynamic
-    NTK's α stays that of the prompt with which the cache was begun (decoding.PrefixCache begins anew).
-    progress: called while the prompt is computed, with its tokens done and all of them.
+    cache: empty, or with the first tokens of prompt_ids, not all of them; with room for the rest and the new
+    tokens. Only the rest is computed. At the end the cache holds all but the last token yielded. Dynamic
+    NTK's α stays that of the cache's first prompt (decoding.PrefixCache starts again if α changes).
+    progress: called after each chunk of the rest of the prompt: tokens computed, tokens to compute in all.
     Raises ValueError for an empty prompt, ids or parameters out of range, and a cache that does not fit.
 
     >>> ids = tokenizer.encode("冰岛的首都是")
@@ -128,9 +134,9 @@ def generate_batch(
 ) -> Generator[list[Step | None]]:
     """Continues prompts of any lengths together; yields a step for every row, None for rows that have ended.
 
-    Row i is what `generate` yields for its prompt alone with seed + i: the batch changes its numbers by no
-    more than rounding. A cache that is not empty must hold a beginning of each prompt, padded as these
-    prompts need it. Raises what `generate` raises.
+    Up to rounding, row i gets the steps that `generate` yields for its prompt alone with seed + i. If the
+    cache is not empty, it holds the first tokens of each prompt, with the padding that these prompts need.
+    Raises what `generate` raises.
 
     With several ranks, every rank makes the same calls and takes the same steps. When one rank closes its
     iterator, the iterators of all ranks end. Close an iterator that you keep before you use the model again.
@@ -146,7 +152,7 @@ def generate_batch(
     for row, prompt in enumerate(rows):
         ids[row, longest - len(prompt) : longest] = torch.tensor(prompt, device="cpu")
     mask = (ids[:, :longest] >= 0).long()
-    # What stands for padding and behind a row's end: of its own tokens, so that no other can spoil the row.
+    # Fills padding and places after a row's end: the row's own first token, so that no other can spoil it.
     fillers = torch.tensor([prompt[:1] for prompt in rows], device="cpu")  # (B, 1)
     generators = _generators(model, B, how)
     cache.text_end, start = None, cache.length
@@ -168,7 +174,7 @@ def generate_batch(
                 ids[row, n] = step.token
             live, held = [row for row, step in chosen.items() if step.token not in ends], n
             if len(live) < B and cache.text_end is None:
-                cache.text_end = n + 1  # the last token of a row that has ended; what follows is none of its
+                cache.text_end = n + 1  # a row's last token is at n; what comes after it is filler
             yield [chosen.get(row) for row in range(B)], not live or n + 1 == end
 
     return in_step(model.group, steps())
@@ -183,14 +189,14 @@ def in_chunks(
     chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """Puts tokens (B, T) behind those in the cache; yields the states of each chunk, (B, t, D).
+    """Computes T tokens (B, T) after those in the cache; yields the hidden states of each chunk, (B, t, D).
 
-    In one pass the activations of all tokens exist at once: at the 72B's widths half a megabyte for each. In
-    chunks those of one chunk do. The computation is the same: queries see all that is cached, and dynamic
-    NTK's α is that of the whole text. Chunks of another size round differently.
-    attention_mask: (B, T), for the padding that an empty cache's rows may begin with.
-    chunk: tokens of all rows together, at least one of each.
-    progress: called with the tokens of a row that are done and all of them.
+    A pass holds the activations of all its tokens at once: half a megabyte per token at the 72B's widths. So
+    long prompts are cut into chunks. The result is the same up to rounding: queries see all that is cached,
+    and dynamic NTK's α is that of the whole text.
+    attention_mask: (B, T), only if the cache is empty and rows begin with padding.
+    chunk: tokens per pass, of all rows together; each row gets at least one.
+    progress: called after each chunk with the number of positions done, and with T.
     """
     (B, T), done = input_ids.shape, 0
     if attention_mask is None and cache.length == 0:
@@ -205,7 +211,7 @@ def in_chunks(
 
 
 def prefill(model: Qwen, input_ids: Tensor, cache: KVCache, *mask: Tensor | None, **progress: Any) -> Tensor:
-    """in_chunks for the sake of the cache; returns the states of the last position, (B, D).
+    """Puts tokens (B, T) into the cache, in chunks; returns the hidden states of the last position, (B, D).
 
     >>> last = prefill(model, input_ids, model.new_cache(1, 32768))
     >>> model.lm_head(last)  # (B, V): the logits of the next token
@@ -221,7 +227,7 @@ def choose(
     """The next step of each live row: rank 0 draws it from its logits (B, V), then every rank is told.
 
     ids: all so far (B, N), on the CPU. generators: one a row, none where the temperature is 0.
-    All that the host learns of a step comes in one transfer, which waits for the device.
+    Tokens and log-probabilities come to the CPU in one transfer, which waits for the device.
     """
     group, weight, problem = model.group, model.embed.weight, None
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -244,20 +250,20 @@ def choose(
 
 
 def _draw(logits: Tensor, ids: Tensor, live: list[int], how: Sampling, generators: Generators) -> Tensor:
-    """Tokens and their log-probabilities, (2, rows), of the live rows of logits (B, V); NaN: not finite.
+    """For the live rows of logits (B, V): tokens and log-probabilities, (2, rows). NaN: logits not finite.
 
     Tokens are floating-point numbers here: float32 holds every id up to 2^24. Nothing waits for the device.
     """
     if len(live) < len(logits):
         logits, ids = logits[live], ids[live]
     ready = scaled(logits, ids.to(logits.device), how.temperature, how.repetition_penalty)
-    finite = ready.isfinite().all(dim=-1)  # then the logits were, too
+    finite = ready.isfinite().all(dim=-1)  # True only if the logits are finite, too
     probs = distribution(ready, how.temperature, how.top_k, how.top_p)
     if how.temperature == 0:
         tokens = probs.argmax(dim=-1)
     else:
-        # Exponential times divided by p: token i has the smallest with probability p[i]. torch.multinomial
-        # draws in this way, too, but it waits for the device to check p.
+        # Each token gets a random exponential time. With probability p[i], token i has the smallest time / p,
+        # so the largest p / time. torch.multinomial does the same, but waits for the device to check p.
         times = torch.empty_like(probs)
         for row, time in zip(live, times, strict=True):
             time.exponential_(generator=generators[row])
@@ -268,7 +274,7 @@ def _draw(logits: Tensor, ids: Tensor, live: list[int], how: Sampling, generator
 
 
 def _generators(model: Qwen, rows: int, how: Sampling) -> list[torch.Generator]:
-    """One for each row, so that a row draws what it draws alone; none for greedy decoding."""
+    """One generator for each row, so that a row draws the same as it would alone; none if greedy."""
     made = [torch.Generator(model.embed.weight.device) for _ in range(rows if how.temperature > 0 else 0)]
     for row, generator in enumerate(made):
         generator.seed() if how.seed is None else generator.manual_seed((how.seed + row) % 2**63)
@@ -307,12 +313,10 @@ def check_settings(max_new_tokens: int, how: Sampling) -> None:
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
-    """The ids of a prompt, which may be any integers; ValueError for none, and outside the vocabulary."""
+    """The ids of a prompt as Python ints. ValueError if it is empty or an id is outside the vocabulary."""
     ids = whole_numbers("a prompt", prompt)
     if not ids:
-        raise InputError(
-            "a prompt has no tokens; nothing to continue (<|endoftext|> alone starts a new text)"
-        )
+        raise InputError("a prompt has no tokens to continue (<|endoftext|> alone starts a new text)")
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
         raise InputError(f"token id {outside[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
@@ -343,13 +347,13 @@ def _check_room(cache: KVCache, lengths: list[int], max_new_tokens: int) -> None
         raise InputError(f"{begin} would need {shown(wanted)}: continue all alike, or use a new cache")
 
 
-def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
-    """The steps of a loop that every rank runs; each comes with whether it is the last.
+def in_step(group: Group, steps: Iterator[tuple[Item, bool]]) -> Generator[Item]:
+    """Yields the steps of a loop that every rank runs; `steps` gives (step, True if it is the last one).
 
     Before each step the ranks agree to go on. If one rank's iterator is closed, all of them end.
     """
 
-    def together() -> Generator[T | None]:
+    def together() -> Generator[Item | None]:
         last = False
         try:
             yield None  # see begun
@@ -358,7 +362,7 @@ def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
                 yield step
         except GeneratorExit:
             if not last and group.size > 1:
-                # ValueError: where the whole process ends, its process group may have ended before.
+                # ValueError: when the whole process ends, its process group may be gone already.
                 with contextlib.suppress(RankLost, ValueError):
                     group.any(True)
             raise
@@ -366,10 +370,10 @@ def in_step(group: Group, steps: Iterator[tuple[T, bool]]) -> Generator[T]:
     return begun(together())
 
 
-def begun(generator: Generator[T | None]) -> Generator[T]:
-    """A generator that stands at a first `yield`, which is there for this alone.
+def begun(generator: Generator[Item | None]) -> Generator[Item]:
+    """Runs a generator up to its first `yield None`, which is there only for this.
 
-    Python never enters a generator that is closed before its first step: the end of its body would not run.
+    If a generator is closed before its first step, Python never enters it: no `with` or `except` in it acts.
     """
     next(generator)
     return generator  # type: ignore[return-value]  # the one None has been taken

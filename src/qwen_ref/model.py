@@ -1,4 +1,4 @@
-"""What first-generation Qwen computes, exactly: a decoder-only transformer, in the order in which data flows.
+"""What first-generation Qwen computes, exactly: a decoder-only transformer. Parts first, class Qwen last.
 
 A text comes in as token ids. An embedding turns each id into a vector of D numbers, the residual stream.
 Every layer changes this stream twice: attention adds what a position reads from itself and earlier positions,
@@ -12,9 +12,9 @@ untied output head. What differs:
 - Every query head has its own keys and values at every size; Llama 2 70B groups them.
 - Dimensions i and i + K/2 of a head turn together. Meta's code pairs neighbours; Hugging Face's does as here.
 - The 72B's rotary embedding has base 1e6 ("extended base"): 24 of a head's 64 pairs of dimensions turn less
-  than once within 32k positions, where base 1e4 leaves 4.
-- The smaller models keep base 1e4 and raise it for prompts beyond the trained length (dynamic NTK), and scale
-  queries there by the logarithm of their position (LogN).
+  than once within 32k positions. With base 1e4, only 4 pairs do.
+- The smaller models have base 1e4. Dynamic NTK raises it for prompts longer than the trained length, and LogN
+  multiplies queries at positions beyond it by a logarithm of their position.
 - The embedding and the output head have more rows than the tokenizer has ids.
 
 One letter a dimension, here and in every shape comment:
@@ -22,11 +22,11 @@ One letter a dimension, here and in every shape comment:
     D  hidden size   H  heads (of a rank)  K  size of one head
     F  MLP width     V  vocabulary
 
-Weights, activations and the cache have the model's dtype. RMSNorm and the rotation work inside in float32. A
-float64 model is float64 throughout; every other dtype is judged against it.
+Weights, activations and the cache have the model's dtype. RMSNorm and the rotation compute in float32, then
+round to it. A float64 model is float64 throughout; every other dtype is judged against it.
 
-Several ranks may share a model. Each has some of the heads, of the MLP's channels and of the vocabulary. A
-comment beside each layer says which part of its weight W (out, in) a rank has; parallel.py has the layers.
+Several ranks (processes) may share a model. Each has some of the heads, MLP channels and vocabulary rows. The
+comment beside a layer says which part of its weight W (out, in) a rank has; parallel.py has the layers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
 
 class Positions(NamedTuple):
-    """What attention must know of the T new positions. Batch rows have different ones only when padded."""
+    """What attention needs to know of the T new positions. Rows of a batch share it unless one is padded."""
 
     cos: Tensor  # (1 or B, T, 1, K/2)
     sin: Tensor  # (1 or B, T, 1, K/2)
@@ -84,10 +84,10 @@ def ntk_alpha(prompt_length: int, seq_length: int) -> int:
 
 
 def rotary_frequencies(config: QwenConfig, prompt_lengths: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The angle that pair i of dimensions turns per position: base^(−2i/K) for i < K/2 → (prompts, K/2).
+    """Radians per position for each pair i < K/2 of dimensions: base^(−2i/K) → (prompts, K/2).
 
-    Su et al. 2021, section 3.2.2. With dynamic NTK the base is first multiplied by α^(K/(K−2)): the slowest
-    wavelength becomes α times as long, the fastest stays as it is. α is chosen per prompt, from its length.
+    Su et al. 2021, section 3.2.2. Dynamic NTK first multiplies the base by α^(K/(K−2)); each prompt's length
+    gives its α. The slowest pair takes α times as many positions for a turn, the fastest as many as before.
     """
     K = config.kv_channels
     exponents = torch.arange(0, K, 2, dtype=dtype, device="cpu") / K
@@ -124,7 +124,7 @@ def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) ->
     keys = torch.arange(S, device=device)
     mask = (keys <= queries)[None, None]
     if padding is not None:
-        # A padded query sees itself: the softmax over no key at all would be NaN.
+        # A query at a padding position sees its own key. With no key at all, its softmax would give NaN.
         mask = (mask & (keys >= padding.to(device)[:, None, None, None])) | (keys == queries)
     return mask
 
@@ -132,8 +132,8 @@ def causal_mask(T: int, S: int, padding: Tensor | None, device: torch.device) ->
 class KVCache:
     """The keys and values of every position so far, allocated for max_length, owned by the caller.
 
-    It also keeps what belongs to its sequences and not to the model: their padding on the left, and the
-    rotary frequencies, set once from each prompt's length. So two caches cannot disturb each other.
+    It also keeps what depends on its sequences: their padding on the left, and the rotary frequencies, which
+    the prompt's length fixes. The model keeps neither, so two caches of one model do not disturb each other.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class KVCache:
         self.length = 0  # positions filled
         self.prompt_length = prompt_length  # None: that of the first call
         self.padding: Tensor | None = None  # (B,), on the CPU, or None if no row is padded
-        self.text_end: int | None = None  # behind it a row of a batch holds no text (generate.py)
+        self.text_end: int | None = None  # from here on a row holds filler, not text (generate_batch)
         self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a layer's T new positions (B, H, T, K), returns all S. hidden_states moves `length`."""
+        """Writes a layer's T new positions (B, H, T, K); returns all S. hidden_states advances `length`."""
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
@@ -163,10 +163,8 @@ class Attention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.head_size = config.kv_channels
-        self.qkv = HeadParallelLinear(
-            D, 3 * D, group
-        )  # D → 3 · H · K: rows of W, one per channel of its heads
-        self.out = RowParallelLinear(D, D, group)  # H · K → D: columns of W, one per channel of its heads
+        self.qkv = HeadParallelLinear(D, 3 * D, group)  # D → 3 · H · K: in each third, its heads' rows of W
+        self.out = RowParallelLinear(D, D, group)  # H · K → D: its heads' columns of W
 
     def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -183,12 +181,12 @@ class Attention(nn.Module):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """What every query (B, H, T, K) reads from the values of the positions that it sees."""
+        """For each query (B, H, T, K): the mean of the values that it sees, weighted by the softmax."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, K)
-        # The call computes softmax(q kᵀ / √K + mask) v: scores (B, H, T, S), where the mask is 0 at positions
-        # that a query sees and −∞ elsewhere. is_causal stands for such a mask without storing it, but lines
-        # query 0 up with key 0: right only if T = S. A single new token sees every key and needs no mask.
+        # torch computes softmax(q kᵀ / √K + mask) v. The scores are (B, H, T, S); the mask is 0 where a query
+        # sees a key and −∞ elsewhere. is_causal=True means a causal mask in which query i sees keys 0 to i.
+        # That is right only if T = S. A single new token sees every key and needs no mask.
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
@@ -199,9 +197,9 @@ class MLP(nn.Module):
     def __init__(self, config: QwenConfig, group: Group) -> None:
         super().__init__()
         D, width = config.hidden_size, config.mlp_width
-        self.gate = ColumnParallelLinear(D, width, group)  # D → F: rows of W, one per channel that it owns
+        self.gate = ColumnParallelLinear(D, width, group)  # D → F: its channels' rows of W; up as well
         self.up = ColumnParallelLinear(D, width, group)
-        self.down = RowParallelLinear(width, D, group)  # F → D: columns of W, one per channel that it owns
+        self.down = RowParallelLinear(width, D, group)  # F → D: its channels' columns of W
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x) * F.silu(self.gate(x)))
@@ -234,20 +232,20 @@ class Qwen(nn.Module):
         self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = VocabularyParallelHead(config.hidden_size, config.vocab_size, group)
-        self.cache_type = KVCache  # what new_cache makes; a tool may want one of another layout
+        self.cache_type = KVCache  # the class for new_cache; --fast and --kv-cache int8 set another one
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Logits (B, T, V), in the model's dtype: at every position, of the token that follows it.
+        """Logits (B, T, V), in the model's dtype; those at position t score the token at t + 1.
 
         input_ids: (B, T), int64, on the CPU or on the model's device.
         attention_mask: (B, T), 1 for a token, 0 for padding, on the left only. Padding does not change the
         logits of a row's tokens. The logits at padding mean nothing.
         cache: the T new positions are appended to those in it. The result is the same for a text in one call,
-        in chunks or token by token. cache=None: one full forward pass. The cache remembers the first call's
-        mask, which may be longer than T: that of the whole prompt.
-        Raises ValueError for ids outside the vocabulary, wrong shapes, padding elsewhere and a full cache.
+        in chunks or token by token. cache=None: one full forward pass. The cache keeps the padding of the
+        first call's mask. That mask may cover the whole prompt, more than the T tokens of the first call.
+        Raises ValueError for ids outside the vocabulary, wrong shapes, other padding and a full cache.
         With several ranks, all make the same calls and get all logits.
         """
         return self.lm_head(self.hidden_states(input_ids, attention_mask, cache))
@@ -255,7 +253,7 @@ class Qwen(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """What lm_head reads, (B, T, D). For prefill apply lm_head to the last position only: V is large."""
+        """The input of lm_head, (B, T, D). After prefill, give lm_head the last position only: V is large."""
         check_inputs(self.config.vocab_size, input_ids, attention_mask, cache)
         x = self.embed(input_ids)  # (B, T, D)
         at = self._positions(x, attention_mask, cache)
@@ -270,9 +268,9 @@ class Qwen(nn.Module):
     ) -> KVCache:
         """An empty cache for batch_size rows of up to max_length positions.
 
-        prompt_length: the whole length of a prompt that comes in several calls, from which dynamic NTK picks
-        its base. None means the first call's length. Raises ValueError where there is not enough memory for
-        2 · layers · B · max_length · H · K numbers. On a CPU memory is taken only as it is written.
+        prompt_length: of the whole prompt, if it comes in several calls: dynamic NTK chooses its base by it.
+        None means the first call's length. Raises ValueError if there is not enough memory for
+        2 · layers · B · max_length · H · K numbers. A CPU's memory is taken only when positions are written.
         """
         batch_size, max_length = whole("batch_size", batch_size), whole("max_length", max_length)
         if prompt_length is not None:
@@ -326,7 +324,7 @@ def check_inputs(V: int, input_ids: Tensor, attention_mask: Tensor | None, cache
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
         what = f"{input_ids.dtype} {tuple(input_ids.shape)}"
         raise InputError(f"input_ids must be int64 of shape (batch, at least one token), not {what}")
-    # Ids on the CPU are checked without waiting for another device: the loops keep theirs there.
+    # The loops of generate.py keep their ids on the CPU, so that this check does not wait for another device.
     low, high = torch.stack(torch.aminmax(input_ids)).tolist()
     if low < 0 or high >= V:
         raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {V - 1}")
@@ -351,7 +349,7 @@ def check_inputs(V: int, input_ids: Tensor, attention_mask: Tensor | None, cache
 
 
 def left_padding(attention_mask: Tensor) -> Tensor | None:
-    """How many positions of padding each row of (B, T) begins with → (B,); None if no row has any."""
+    """Positions of padding at the start of each row of the mask (B, T) → (B,); None if no row has any."""
     T = attention_mask.shape[1]
     padding = (attention_mask == 0).sum(dim=1)
     real = torch.arange(T, device="cpu") >= padding[:, None]  # (B, T)

@@ -1,9 +1,9 @@
 """Tensor parallelism by hand: the ranks, the two collectives between them, and the layers cut among them.
 
 A rank is a process that shares a model with other processes; its number is also called its rank. Ranks
-exchange tensors in collectives, which every rank must call: in an all-reduce each rank gives a tensor and all
-get the sum; in a gather one rank, or all, get what each gave, side by side. torch.distributed does this for a
-process group: by gloo between CPUs, by nccl between GPUs.
+exchange tensors in collectives, which every rank must call. All-reduce: each rank gives a tensor, and all get
+the sum. Gather: each rank gives a tensor, and one rank, or all, get them side by side. torch.distributed does
+this for a process group: by gloo between CPUs, by nccl between GPUs.
 
 A layer's weight W has shape (out, in), and y = x Wᵀ. There are two ways to cut it (Shoeybi et al. 2019,
 section 3). Their names are those of the paper, which writes y = x A: a column of A is a row of our W.
@@ -62,7 +62,7 @@ class Group:
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.size = rank, size
-        # None: torch's default one. A reference to it would keep gloo's threads alive and abort the process.
+        # None: torch's default group. A reference to it keeps gloo's threads alive: the process would abort.
         self.process_group = process_group
 
     def sum(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Group:
         return x
 
     def gather(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
-        """Every rank's x, side by side in the last dimension; only_rank_0: there alone, None elsewhere."""
+        """Every rank's x, side by side in the last dimension. only_rank_0: the other ranks get None."""
         if self.size == 1:
             return x
         x = x.contiguous()
@@ -88,7 +88,7 @@ class Group:
         return torch.cat(parts, dim=-1) if parts else None
 
     def from_rank_0(self, x: Tensor) -> Tensor:
-        """Rank 0's x on every rank; the others give a tensor like it."""
+        """Returns rank 0's x on every rank. The other ranks pass a tensor of the same shape and dtype."""
         return self.sum(x if self.rank == 0 else torch.zeros_like(x))
 
     def any(self, flag: bool) -> bool:
@@ -110,10 +110,10 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks do what stands inside, or all raise the error that stopped one of them.
+        """All ranks run the `with` block. If it fails on one of them, all raise an error.
 
-        That is an InputError where the user can do something about it: for an InputError, an error of the
-        system, too little memory. A rank with any other error raises that one, and the others RankFailed.
+        If the user can do something about it (an InputError, an OSError, too little memory), all raise an
+        InputError. Otherwise the rank that failed raises its own error, and the others raise RankFailed.
         """
         if self.size == 1:
             yield
@@ -130,7 +130,7 @@ class Group:
         found = [(*json.loads(each), rank) for rank, each in enumerate(self.texts(problem)) if each]
         if not found:
             return
-        its_users, text, rank = min(found, key=lambda each: each[0])  # what is ours goes first
+        its_users, text, rank = min(found, key=lambda each: each[0])  # False first: not the user's
         if its_users:
             raise InputError(f"rank {rank}: {text}") from cause
         if cause is not None and not users:
@@ -138,7 +138,7 @@ class Group:
         raise RankFailed(f"rank {rank} failed: {text}") from cause
 
     def require_same(self, who: str, values: dict[str, Any]) -> None:
-        """Raises ValueError, on every rank, where ranks differ in a value; who: what this rank was given."""
+        """Raises ValueError on every rank if a value differs between ranks. who: names this rank's input."""
         if self.size == 1:
             return
         facts = [(f"{name} is {shown(value)}", _digest(value)) for name, value in values.items()]
@@ -173,15 +173,15 @@ class ColumnParallelLinear(nn.Linear):
 class HeadParallelLinear(nn.Linear):
     """The fused q, k, v of this rank's heads: x (…, D) → (…, 3 · H · K), [q, k, v] one after another.
 
-    Its rows are a part of each third of the published weight: an even cut of the whole would give the first
-    ranks queries only. On the CPU of several ranks they are a view (3, H · K, D) of the mapped file.
+    W has rows from each third of the published weight. If the whole were cut evenly, the first ranks would
+    have queries only. With several ranks on the CPU, W is a view (3, H · K, D) of the mapped file.
     """
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
         super().__init__(in_features, out_features // group.size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight  # once: a packed weight is dequantised each time
+        weight = self.weight  # read once: each reading of a packed weight dequantises it
         if weight.ndim == 2:
             return F.linear(x, weight, self.bias)
         thirds = zip(weight, self.bias.chunk(3), strict=True)
@@ -206,7 +206,7 @@ class RowParallelLinear(nn.Linear):
 
 
 def unrounded_linear(x: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
-    """x Wᵀ in float32 though x and W are narrower; wider ones keep their dtype.
+    """x Wᵀ in float32, also if x and W are narrower; in float64 if they are float64.
 
     torch has this product for CUDA only. Elsewhere some rows of W at a time are widened, into a buffer that
     stays in the processor's cache: W is still read from memory once.
@@ -223,7 +223,7 @@ def unrounded_linear(x: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
-    """Rows of the table, of which this rank has (V / ranks, D): it gives 0 for the others' tokens."""
+    """A look-up of rows. This rank has (V / ranks, D) of them and gives 0 for the other ranks' tokens."""
 
     def __init__(self, vocab_size: int, size: int, group: Group) -> None:
         super().__init__(vocab_size // group.size, size)
@@ -306,13 +306,13 @@ def require_distributed() -> None:
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether an error of torch.distributed is that of a connection. Others, such as of shapes, are ours."""
+    """Whether an error of torch.distributed is a lost connection. Others, such as wrong shapes, are bugs."""
     return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
 
 
 @contextlib.contextmanager
 def lost_ranks_named(message: str = "another rank is gone or did not answer in time") -> Iterator[None]:
-    """Raises RankLost with the message for the error of a connection; any other error stays what it is."""
+    """Turns the error of a lost connection into RankLost with the message; other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:

@@ -21,12 +21,12 @@ def probabilities(
     """Logits (B, V) and the ids so far (B, N) → the probabilities (B, V) to draw from, float32 or wider.
 
     repetition_penalty: logits of ids seen before are divided by it where positive and multiplied where
-    negative (Keskar et al. 2019, section 4.1, with the sign taken into account); ids of -1 stand for nothing.
-    temperature: divides the logits; 0 is greedy, all on the largest.
-    top_k: only the k largest logits stay, and those that equal the k-th, as published; 0 means all. With 1 it
-    is one token: of equal largest logits the first, as greedy takes it.
-    top_p: only the smallest set of likeliest tokens that reaches this probability stays (Holtzman et al.
-    2020, section 3.1), at least one.
+    negative (Keskar et al. 2019, section 4.1, which ignores the sign). An id of -1 means no token.
+    temperature: divides the logits; 0 is greedy, the largest logit gets probability 1.
+    top_k: keeps the k largest logits and any that equal the k-th, as published; 0 keeps all. top_k=1 keeps
+    exactly one: the first of equal largest logits, as greedy does.
+    top_p: keeps the smallest set of likeliest tokens whose probabilities add up to top_p or more, at least
+    one token (Holtzman et al. 2020, section 3.1).
     Raises ValueError for parameters out of range and for logits that are not finite: a fault upstream.
 
     >>> probabilities(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0]]), top_k=2, repetition_penalty=2.0)
@@ -52,7 +52,7 @@ def scaled(
     """The first two steps of `probabilities`, unchecked: (B, V), float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if repetition_penalty != 1.0 and previous_ids.numel() > 0:
-        # A last column takes the ids of -1 and is dropped again. Repeated ids write the same value.
+        # Ids of -1 write into an extra last column, which is dropped. Repeated ids write the same value.
         padded = torch.cat((logits, logits.new_zeros(len(logits), 1)), dim=-1)
         ids = previous_ids.where(previous_ids >= 0, logits.shape[-1])
         seen = padded.gather(1, ids)
@@ -70,9 +70,9 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
-        # Equal logits stand in reverse order: the first of them, which greedy takes, is cut last.
+        # The flip puts equal logits in reverse order. So the first of them, which greedy takes, is cut last.
         ascending, order = (x.flip(-1) for x in logits.sort(dim=-1, descending=True, stable=True))
-        reached = ascending.softmax(dim=-1).cumsum(dim=-1)  # of each token and all that are less likely
+        reached = ascending.softmax(dim=-1).cumsum(dim=-1)  # sum over a token and all less likely ones
         cut = reached <= 1.0 - top_p
         cut[:, -1] = False
         logits = logits.masked_fill(cut.scatter(1, order, cut), -torch.inf)
@@ -96,7 +96,7 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
 
 
 def check_finite(logits: Tensor, whose: str = "") -> None:
-    """Raises ValueError for NaN or infinite logits: sampled, they would pass for text."""
+    """Raises ValueError for NaN or infinite logits: tokens drawn from them would look like real text."""
     if not torch.isfinite(logits).all():
         nans, infinities = int(logits.isnan().sum()), int(logits.isinf().sum())
         raise InputError(
@@ -107,6 +107,6 @@ def check_finite(logits: Tensor, whose: str = "") -> None:
 
 
 def overflow(temperature: float, repetition_penalty: float) -> InputError:
-    """What to raise where finite logits are no longer finite after `scaled`."""
+    """The error for finite logits that `scaled` has made infinite or NaN."""
     given = f"{repetition_penalty=} and {temperature=}"
     return InputError(f"logits overflow with {given}; bring them nearer to 1")

@@ -4,9 +4,9 @@
     >>> tokenizer.encode("It's 2024")
     [2132, 594, 220, 17, 15, 17, 19]
 
-The pieces there are `It`, `'s`, ` `, `2`, `0`, `2`, `4`. A piece that is itself a token is taken whole; any
-other starts as single bytes, of which the adjacent pair with the lowest rank is merged first, until no pair
-is a token. qwen_ref.Tokenizer is FastTokenizer of loading/tokenizer.py: this one, sooner.
+The pieces here are `It`, `'s`, ` `, `2`, `0`, `2`, `4`. A piece that is a token is taken whole. Any other is
+cut into single bytes; then the adjacent pair with the lowest rank is merged, until no adjacent pair is a
+token. qwen_ref.Tokenizer is FastTokenizer of loading/tokenizer.py: it gives the same ids, faster.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, tokens: Iterable[bytes], engine: str = "python") -> None:
         """tokens: the regular ones in the order of their ranks, distinct, every single byte among them.
-        engine: "python", or "tiktoken" for that library's encoder: the same ids, sooner.
+        engine: "python", or "tiktoken" for that library's encoder: the same ids, faster.
         """
         if engine not in ("python", "tiktoken"):
             raise InputError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
@@ -69,11 +69,11 @@ class Tokenizer:
         return cls(read_ranks(path), engine)
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of text. allowed_special: "all", or the special tokens that are parsed where text spells them.
+        """Ids of text. allowed_special: the special tokens that text may contain, or "all".
 
-        By default none are: `<|endoftext|>` in text becomes the ids of its characters, so that no input can
-        forge one. Unpaired surrogates, which UTF-8 cannot hold, become U+FFFD as published. Raises ValueError
-        for a name in allowed_special that is no special token.
+        Each of them becomes its one id. Any other is plain text: by default `<|endoftext|>` becomes ordinary
+        tokens, so no input can forge one. Unpaired surrogates, which UTF-8 cannot hold, become U+FFFD as
+        published. Raises ValueError for a name in allowed_special that is not a special token.
         """
         if not isinstance(text, str):
             raise InputError(f"text must be a str, not {shown(text)}")
@@ -96,9 +96,9 @@ class Tokenizer:
         return ids + self._encode_ordinary(text[start:])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of ids: their bytes joined, then decoded; what is no valid UTF-8 becomes U+FFFD.
+        """The text of ids: their bytes joined, then decoded; bytes that are not valid UTF-8 become U+FFFD.
 
-        Raises ValueError for ids that no token has (the model's output has rows beyond them, as padding).
+        Raises ValueError for ids without a token. The model has logits for such ids, as padding of V.
         """
         return self.decode_bytes(ids, skip_special_tokens).decode("utf-8", errors="replace")
 
@@ -150,15 +150,15 @@ def split(text: str) -> list[str]:
 
 
 def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Byte-pair encoding of one piece: merge the adjacent pair whose bytes have the lowest rank, the leftmost
-    of equals, again and again until no pair is a token. O(n log n): the pairs wait in a heap.
+    """Byte-pair encoding of one piece: merge the adjacent pair whose bytes have the lowest rank (the leftmost
+    of equal ones), and repeat until no adjacent pair is a token. O(n log n): the pairs are in a heap.
 
-    A part is known by where it starts. A merge leaves entries of its neighbours behind in the heap, whose
-    pairs no longer exist; an entry counts only if two parts still make up its bytes.
+    A part is identified by its start. After a merge, the heap still has entries for pairs that no longer
+    exist. So an entry (rank, start, stop) counts only if two parts still cover exactly start to stop.
     """
     n = len(piece)
-    end = list(range(1, n + 1))  # of the part that starts here; 0: no part starts here any more
-    before = list(range(-1, n - 1))  # where the part to the left of the one that starts here starts
+    end = list(range(1, n + 1))  # end[i]: of the part that starts at i; 0: no part starts at i any more
+    before = list(range(-1, n - 1))  # before[i]: the start of the part to the left of the part at i
     heap = [(rank, i, i + 2) for i in range(n - 1) if (rank := ranks.get(piece[i : i + 2])) is not None]
     heapify(heap)
     while heap:
@@ -183,10 +183,10 @@ def merge_pairs(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 
 class StreamDecoder:
-    """Decodes token by token, never half a character: bytes wait until they are whole or known to be invalid.
+    """Decodes token by token. Bytes wait until they form a whole character or are known to be invalid.
 
-    The texts returned, joined, are exactly `decode` of all ids; a real U+FFFD passes at once like any
-    character.
+    All returned texts together are exactly `decode` of all ids. If the text itself has a U+FFFD, it is
+    returned at once, like any other character.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
@@ -195,7 +195,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """What can be shown once token has come: often its text, sometimes nothing yet."""
+        """The text that is complete after this token: often the token's text, sometimes still nothing."""
         return self._utf8.decode(self._tokenizer.decode_bytes([token], self._skip))
 
     def flush(self) -> str:
@@ -215,7 +215,7 @@ def read_ranks(path: str | Path) -> list[bytes]:
             encoded, digits = line.split()
             token, rank = binascii.a2b_base64(encoded), int(digits)
             if binascii.b2a_base64(token, newline=False) != encoded or not digits.isdigit():
-                raise ValueError  # a2b_base64 passes over what is no base64; int() takes more, such as 1_0
+                raise ValueError  # a2b_base64 skips characters that are not base64; int() also accepts 1_0
         except ValueError:
             raise InputError(f"{at}: not a token in base64, a space and its rank: {line[:60]!r}") from None
         if rank in tokens:
