@@ -6,8 +6,10 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 
 # Tests run side by side, on models so small that a second thread costs more than it computes: it would wait
@@ -15,12 +17,13 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from qwen_ref import Tokenizer
@@ -66,6 +69,9 @@ class Result(NamedTuple):
     err: str
 
 
+Run = Callable[..., Result]
+
+
 def refused(result: Result) -> str:
     """The one line that says what was wrong."""
     assert result.code == 2
@@ -73,6 +79,20 @@ def refused(result: Result) -> str:
     (line,) = result.err.splitlines()
     assert line.startswith("qwen_ref: error: ")
     return line
+
+
+def python(*arguments: str | Path, **environment: str) -> Result:
+    """What `python arguments` does in a process of its own, with the package of this checkout."""
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8", **environment}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        cwd=ROOT,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +151,7 @@ def special(
 
 
 @pytest.fixture
-def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command's main in this process; its code and output. stdin: the bytes to find there."""
 
     def call(main: Callable[[list[str]], int], *arguments: str | Path, stdin: bytes = b"") -> Result:
@@ -140,6 +160,28 @@ def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+def cli_of(main: Callable[[list[str]], int]) -> Callable[..., Run]:
+    """A fixture for a file whose tests run one command: run_command with its main."""
+    return pytest.fixture(lambda run_command: partial(run_command, main))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to change."""
+    return shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Changes a folder's tensors; in memory: mapped ones would change with the file."""
+    tensors = load((folder / "model.safetensors").read_bytes())
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def relative_rms(values: Tensor, truth: Tensor) -> float:
@@ -157,6 +199,12 @@ def vocabulary_file() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def own() -> Tokenizer:
+    """The tokenizer of the tiny checkpoint."""
+    return Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
 
 
 @pytest.fixture(scope="session")

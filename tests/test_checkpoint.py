@@ -12,14 +12,13 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, change_json, python
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -112,11 +111,6 @@ def change_map(folder: Path, **entries: object) -> None:
         if file is not ...:
             index["weight_map"][name.replace("__", ".")] = file
     (folder / INDEX).write_text(json.dumps(index))
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def refusal(folder: Path | str, **arguments: str) -> str:
@@ -260,7 +254,7 @@ def test_whatever_else_is_in_the_folder_is_no_problem(sharded: Path):
     (sharded / "modeling_qwen.py").write_text("raise SystemExit")
     (sharded / "other.safetensors").write_bytes(b"in no weight_map")
     (sharded / ".cache" / "huggingface").mkdir(parents=True)
-    change_config(sharded, auto_map={"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"})
+    change_json(sharded / "config.json", auto_map={"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"})
     assert_loads(sharded, like=GOLDEN / "extended_base")
 
 
@@ -348,7 +342,7 @@ for dtype in ("bfloat16", "float32"):
 def test_loading_in_the_stored_dtype_takes_no_memory(single: Path, tmp_path: Path):
     config = QwenConfig.from_json(single / "config.json")
     folder = copied("ntk_logn", tmp_path / "large")
-    change_config(folder, vocab_size=250_000)
+    change_json(folder / "config.json", vocab_size=250_000)
     table = tensor_table(QwenConfig.from_json(folder / "config.json"))
     weights = {spec.published: torch.zeros(spec.shape, dtype=torch.bfloat16) for spec in table}
     save_file(weights, folder / SINGLE)
@@ -356,11 +350,9 @@ def test_loading_in_the_stored_dtype_takes_no_memory(single: Path, tmp_path: Pat
     assert size > 64e6 > 100 * (single / SINGLE).stat().st_size
     assert config.vocab_size < 1000
 
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", MEASURE, str(single), str(folder)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 0, finished.stderr
-    mapped, converted = map(int, finished.stdout.split())
+    done = python("-c", MEASURE, single, folder)
+    assert done.code == 0, done.err
+    mapped, converted = map(int, done.out.split())
     assert mapped < 8e6
     assert converted > 2 * size * 0.9  # the measure sees a copy where there is one
 
@@ -595,7 +587,7 @@ def test_all_faults_of_tensors_are_in_one_message(sharded: Path):
 
 
 def test_faults_of_the_configuration_and_of_the_files_are_in_one_message(sharded: Path):
-    change_config(sharded, rotary_pct=0.5)
+    change_json(sharded / "config.json", rotary_pct=0.5)
     (sharded / SHARDS[1]).unlink()
     message = refusal(sharded)
     assert message.startswith("2 problems: ")
@@ -604,7 +596,7 @@ def test_faults_of_the_configuration_and_of_the_files_are_in_one_message(sharded
 
 
 def test_weights_of_another_size_are_refused_by_every_shape(single: Path):
-    change_config(single, intermediate_size=322)
+    change_json(single / "config.json", intermediate_size=322)
     message = refusal(single)
     assert "transformer.h.0.mlp.w1.weight is [160, 64], should be [161, 64]" in message
     assert "transformer.h.1.mlp.c_proj.weight is [64, 160], should be [64, 161]" in message
@@ -613,7 +605,7 @@ def test_weights_of_another_size_are_refused_by_every_shape(single: Path):
 
 def test_643_missing_tensors_make_a_short_message(single: Path):
     large = QwenConfig.preset("72b")
-    change_config(single, **vars(large))
+    change_json(single / "config.json", **vars(large))
     save_file({}, single / SINGLE)
     message = refusal(single)
     assert message.startswith("missing tensors: transformer.wte.weight, transformer.h.0.ln_1.weight, ")

@@ -22,17 +22,7 @@ from statistics import median
 import pytest
 import torch
 from conftest import GOLDEN
-from golden_cases import (
-    FOLDERS,
-    Error,
-    cases,
-    error,
-    golden,
-    measure,
-    model,
-    recorded_dtypes,
-    truth,
-)
+from golden_cases import FOLDERS, Error, cases, error, golden, measure, model, recorded_dtypes, truth
 from torch import Tensor
 
 import qwen_ref.model

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, Result, refused
+from conftest import ROOT, Result, Run, refused
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -396,10 +396,7 @@ def test_cells_that_are_none_are_refused(renderer: ModuleType, script: str, mess
 
 
 def test_the_renderer_writes_a_whole_page_or_none(
-    renderer: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    run_command: Callable[..., Result],
-    tmp_path: Path,
+    renderer: ModuleType, monkeypatch: pytest.MonkeyPatch, run_command: Run, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"
     monkeypatch.setattr(renderer, "SCRIPT", script)
@@ -491,7 +488,7 @@ def test_what_cannot_be_cut_is_not_drawn(drawing: ModuleType) -> None:
         drawing.tensor_parallel(QwenConfig(**odd))
 
 
-def test_the_drawing_command(drawing: ModuleType, run_command: Callable[..., Result], tmp_path: Path) -> None:
+def test_the_drawing_command(drawing: ModuleType, run_command: Run, tmp_path: Path) -> None:
     def main(arguments: list[str]) -> int:
         return run(drawing.parser(), drawing.command, arguments)
 

@@ -245,10 +245,7 @@ def test_a_base_that_nobody_lists_is_found(
 
 @pytest.mark.parametrize(
     ("name", "stages", "first"),
-    [
-        ("value_rotated", "all", "blocks.0.attn.mixed"),
-        ("post_norm", "logits", "logits"),
-    ],
+    [("value_rotated", "all", "blocks.0.attn.mixed"), ("post_norm", "logits", "logits")],
 )
 def test_a_mistake_that_is_not_known_is_said_to_be_none(
     tmp_path: Path, name: str, stages: str, first: str

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import gptq_worker
 import packed_elsewhere
 import pytest
 import torch
-from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from conftest import GOLDEN, WEIGHTS, change_json, change_tensors, cli_of, refused, relative_rms
 from forked_ranks import run_ranks
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen_ref
@@ -31,14 +29,10 @@ from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import PackedWeight
 from qwen_ref.quantize.rounding import dequantize_gptq, unpack, zero_points
 
+cli = cli_of(main)
 CASES = json.loads((GOLDEN / "gptq" / "gptq_v1.json").read_text())
 IDS = torch.arange(3, 73)[None]
 MODULES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
-
-
-@pytest.fixture
-def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(run_command, main)
 
 
 @pytest.fixture(scope="session")
@@ -66,17 +60,10 @@ def spoiled(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load((folder / "model.safetensors").read_bytes())
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-
-
 def change_settings(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    settings = {**config["quantization_config"], **changes}
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"] | changes
     settings = {key: value for key, value in settings.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    change_json(folder / "config.json", quantization_config=settings)
 
 
 # A layer
@@ -210,15 +197,15 @@ def test_a_packed_checkpoint_is_the_plain_one_to_the_bit(made: Callable, setting
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weights_that_are_all_positive_have_zero_points_of_0(bits: int, tmp_path: Path) -> None:
-    source = shutil.copytree(WEIGHTS, tmp_path / "source")
-    weights = load((source / "model.safetensors").read_bytes())
-    for name, tensor in weights.items():
-        if name.endswith(("mlp.w1.weight", "c_attn.weight")):
-            tensor[::3] = tensor[::3].abs()
-    save_file(weights, source / "model.safetensors")
+def test_weights_that_are_all_positive_have_zero_points_of_0(bits: int, folder: Path, tmp_path: Path) -> None:
+    def make_positive(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("mlp.w1.weight", "c_attn.weight")):
+                tensor[::3] = tensor[::3].abs()
+
+    change_tensors(folder, make_positive)
     packed, plain = tmp_path / "packed", tmp_path / "plain"
-    packed_elsewhere.make_packed(source, packed, plain, bits=bits, sym=False)
+    packed_elsewhere.make_packed(folder, packed, plain, bits=bits, sym=False)
     zeros = load_file(packed / "model.safetensors")["transformer.h.1.mlp.w1.qzeros"]
     assert (zero_points(zeros, bits) == 0).any()
     want = load_model(plain)(IDS)
@@ -510,10 +497,7 @@ def plain_module(tensors: dict[str, Tensor]) -> None:
         (replaced("scales", lambda t: t / 0), "mlp.w1: scales are NaN or infinite"),
         (replaced("g_idx", lambda t: t + 1), "mlp.w1: g_idx names group 4; there are 4"),
         (replaced("g_idx", lambda t: t - 1), "mlp.w1: g_idx names group -1; there are 4"),
-        (
-            replaced("g_idx", lambda t: t * 0),
-            "mlp.w1: g_idx puts 128 of 128 inputs into group 0",
-        ),
+        (replaced("g_idx", lambda t: t * 0), "mlp.w1: g_idx puts 128 of 128 inputs into group 0"),
         (
             replaced("g_idx", lambda t: t.long()),
             "packed tensors must be I32: transformer.h.2.mlp.w1.g_idx is I64",
