@@ -19,6 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -165,6 +166,17 @@ def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) 
 def cli_of(main: Callable[[list[str]], int]) -> Callable[..., Run]:
     """A fixture for a file whose tests run one command: run_command with its main."""
     return pytest.fixture(lambda run_command: partial(run_command, main))
+
+
+def example_of(path: str) -> Callable[..., ModuleType]:
+    """A fixture for a file that tests a module of examples/: the module, with its folder on the path."""
+    room, name = path.split("/")
+
+    def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        monkeypatch.syspath_prepend(ROOT / "examples" / room)
+        return importlib.import_module(name)
+
+    return pytest.fixture(module)
 
 
 @pytest.fixture

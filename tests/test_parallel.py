@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -23,8 +22,8 @@ import pytest
 import rank_worker
 import torch
 import torch.distributed as dist
-from conftest import GOLDEN, WEIGHTS, relative_rms
-from forked_ranks import run_ranks
+from conftest import GOLDEN, WEIGHTS, python, relative_rms
+from forked_ranks import TORCHRUN, run_ranks
 from golden_cases import Error, cases, error, golden, logits, model, recorded, recorded_dtypes, truth
 from rank_worker import ERRORS, MISTAKES, PROMPTS, SAMPLED, folders, padded_batch
 from safetensors.torch import load_file, save_file
@@ -48,6 +47,11 @@ class Outcome(NamedTuple):
     texts: list[dict[str, Any]]
 
 
+@pytest.fixture(params=RANKS)
+def ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome]:
     @cache
@@ -67,7 +71,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome
     return run
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_rank_has_the_same_bits(outcome: Callable, ranks: int) -> None:
     first, *others = outcome(ranks).tensors
     for other in others:
@@ -133,7 +136,6 @@ def test_in_half_precision_it_is_as_near_the_truth_as_one_rank(
     assert cut.ours_rms <= whole.ours_rms * THAN_ONE_RANK
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_cut_is_seen(outcome: Callable, mistake: str, ranks: int) -> None:
     for tensors, texts in zip(*outcome(ranks), strict=True):
@@ -147,7 +149,6 @@ def test_a_wrong_cut_is_seen(outcome: Callable, mistake: str, ranks: int) -> Non
 # The ranks act as one
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_rank_yields_the_same_steps(outcome: Callable, ranks: int) -> None:
     first, *others = outcome(ranks).texts
     for name in ("greedy", "seeded", "unseeded", "uncached", "batch"):
@@ -157,7 +158,6 @@ def test_every_rank_yields_the_same_steps(outcome: Callable, ranks: int) -> None
     assert len(first["greedy"]) == len(first["unseeded"]) == 12
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_the_same_seed_gives_the_tokens_of_one_rank(outcome: Callable, ranks: int) -> None:
     """In bfloat16 a rounding may turn one draw in hundreds; these prompts have none such."""
     texts, qwen = outcome(ranks).texts[0], model("ntk_logn", "bfloat16")
@@ -167,14 +167,12 @@ def test_the_same_seed_gives_the_tokens_of_one_rank(outcome: Callable, ranks: in
     assert texts["batch"] == [[step.token for step in row] for row in rows]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_one_rank_that_wants_no_more_ends_all(outcome: Callable, ranks: int) -> None:
     for leaver in (0, ranks - 1):
         for texts in outcome(ranks).texts:
             assert texts[f"rank {leaver} leaves"] == texts["greedy"][:4]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_one_rank_that_closes_before_the_first_step_ends_all(outcome: Callable, ranks: int) -> None:
     for leaver in (0, ranks - 1):
         for texts in outcome(ranks).texts:
@@ -183,14 +181,12 @@ def test_one_rank_that_closes_before_the_first_step_ends_all(outcome: Callable, 
             assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_str_travels(outcome: Callable, ranks: int) -> None:
     sent = [f"rank {rank}: \ud800 é \udcff\U0001f600" * (rank + 1) for rank in range(ranks)]
     for texts in outcome(ranks).texts:
         assert [bytes.fromhex(text).decode("utf-8", "surrogatepass") for text in texts["every str"]] == sent
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", ERRORS)
 def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(
     outcome: Callable, ranks: int, case: str
@@ -208,7 +204,6 @@ def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(
             assert found["text"] == f"rank 1 failed: {type(ERRORS[case]()).__name__}: {text}"
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_a_fault_of_ours_is_not_hidden_by_a_mistake_on_another_rank(outcome: Callable, ranks: int) -> None:
     found = [texts["failures"]["one of ours among others"] for texts in outcome(ranks).texts]
     assert [each["type"] for each in found] == ["RankFailed", "ValueError", *["RankFailed"] * (ranks - 2)]
@@ -252,7 +247,6 @@ def test_only_a_lost_rank_is_called_one(error: Exception, monkeypatch: pytest.Mo
         assert (raised.value is error) == (error in NOT_LOST)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
@@ -277,7 +271,6 @@ def test_all_ranks_say_what_is_wrong_with_one(outcome: Callable, ranks: int, cas
         assert part in first
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_a_process_group_of_some_ranks_can_have_a_model_of_its_own(outcome: Callable, ranks: int) -> None:
     expected = truth("ntk_logn", cases("ntk_logn")[0])
     for rank, tensors in enumerate(outcome(ranks).tensors):
@@ -286,7 +279,6 @@ def test_a_process_group_of_some_ranks_can_have_a_model_of_its_own(outcome: Call
             assert relative_rms(tensors["subgroup"], expected) < 1e-12
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_the_default_process_group_is_not_kept_alive(outcome: Callable, ranks: int) -> None:
     assert not any(texts["world held"] for texts in outcome(ranks).texts)
 
@@ -294,7 +286,6 @@ def test_the_default_process_group_is_not_kept_alive(outcome: Callable, ranks: i
 # What a rank has
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_weight_has_the_shape_that_the_table_says(outcome: Callable, ranks: int) -> None:
     table = tensor_table(QwenConfig.from_json(GOLDEN / "ntk_logn" / "config.json"))
     for texts in outcome(ranks).texts:
@@ -444,14 +435,13 @@ sys.exit(main(["x"]))
 
 
 def test_one_rank_needs_no_torch_distributed() -> None:
-    command = [sys.executable, "-c", WITHOUT, str(WEIGHTS)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-    one, other, answer, world, ranks = done.stdout.splitlines()
+    done = python("-c", WITHOUT, WEIGHTS)
+    one, other, answer, world, ranks = done.out.splitlines()
     model = load_model(WEIGHTS, "float32")
     assert one == other == str([step.token for step in generate(model, [5, 6, 7], 4)])
     assert answer == "Oslo."
     assert "need torch.distributed, which this build of torch does not have" in world
-    assert (done.returncode, ranks) == (2, f"qwen_ref: error: {world}")
+    assert (done.code, ranks) == (2, f"qwen_ref: error: {world}")
 
 
 # Memory
@@ -508,10 +498,8 @@ def test_a_rank_copies_its_columns_and_nothing_else(tmp_path: Path) -> None:
     )
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launcher, script, GOLDEN / "extended_base", folder]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = python(*TORCHRUN, "2", script, GOLDEN / "extended_base", folder)
+    assert done.code == 0, done.err
     columns = sum(math.prod(spec.shape_of_rank(2)) * 2 for spec in table if spec.cut == "columns")
     assert columns > 15e6
     for rank in range(2):
@@ -520,7 +508,5 @@ def test_a_rank_copies_its_columns_and_nothing_else(tmp_path: Path) -> None:
         assert 0.9 * columns < after < 1.1 * columns  # the measure sees what is copied
         assert most < 1.1 * columns
         for spec in table:
-            copied = spec.cut == "columns" or spec.name.endswith(
-                "bias"
-            )  # three stretches of a bias are joined
-            assert mapped[spec.name] != copied, spec.name
+            # Three stretches of a bias are joined.
+            assert mapped[spec.name] != (spec.cut == "columns" or spec.name.endswith("bias")), spec.name

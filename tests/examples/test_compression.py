@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import os
 import runpy
@@ -18,10 +17,11 @@ import regex
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
-from conftest import ROOT, WEIGHTS, Result, Run, refused
+from conftest import ROOT, WEIGHTS, Result, Run, example_of, refused
 
 from qwen_ref.tokenizer import PATTERN
 
+module = example_of("measure/tokenizer_compression")
 SAMPLE = ROOT / "examples" / "measure" / "languages"
 # The script that nearly all letters of a text are of.
 SCRIPTS = {
@@ -60,12 +60,6 @@ def vocabulary(path: Path, more: Iterable[bytes] = ()) -> Path:
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
     path.write_bytes(b"".join(lines))
     return path
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
-    return importlib.import_module("tokenizer_compression")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, change_tensors, python
+from conftest import ROOT, WEIGHTS, change_tensors, example_of, python
 from trained_twice import check_training
 
 from qwen_ref import Tokenizer, load_model
@@ -61,10 +61,7 @@ def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(
 # The GPTQ writer
 
 
-@pytest.fixture
-def gptq(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    return importlib.import_module("quantize_gptq")
+gptq = example_of("make/quantize_gptq")
 
 
 @pytest.mark.slow

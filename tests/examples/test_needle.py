@@ -14,31 +14,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, Result, Run, refused
+from conftest import ROOT, Result, Run, example_of, refused
 from trained_twice import check_training
 
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.model import ntk_alpha
 
 NEEDLE = ROOT / "examples" / "measure" / "needle"
-
-
-@pytest.fixture
-def needle(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
-    return importlib.import_module("needle")
-
-
-@pytest.fixture
-def corpus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    return importlib.import_module("needle_corpus")
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    return importlib.import_module("train_needle")
+needle = example_of("measure/needle")
+corpus, training = example_of("make/needle_corpus"), example_of("make/train_needle")
 
 
 @pytest.fixture

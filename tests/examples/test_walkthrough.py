@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, Result, Run, refused
+from conftest import ROOT, Result, Run, example_of, refused
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -31,6 +31,8 @@ from qwen_ref.commands.cli import run
 
 LEARN = ROOT / "examples" / "learn"
 SCRIPT = LEARN / "walkthrough.py"
+renderer, drawing = example_of("learn/render_walkthrough"), example_of("learn/draw_architecture")
+figures = example_of("learn/walkthrough_figures")
 SIZES = ("1.8b", "7b", "14b", "72b")
 
 # What the path of a text through the model must pass, in this order: (section, what its code must call).
@@ -63,26 +65,6 @@ FIGURES = {
     *("scores.png", "attention_all.png", "attention.png", "logn_ntk.png", "swiglu.png", "residual.png"),
     *("lens.png", "sampling.png", "quantisation.png"),
 }
-
-
-@pytest.fixture(autouse=True)
-def examples_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(LEARN)
-
-
-@pytest.fixture
-def renderer(examples_importable: None) -> ModuleType:
-    return importlib.import_module("render_walkthrough")
-
-
-@pytest.fixture
-def drawing(examples_importable: None) -> ModuleType:
-    return importlib.import_module("draw_architecture")
-
-
-@pytest.fixture
-def figures(examples_importable: None) -> ModuleType:
-    return importlib.import_module("walkthrough_figures")
 
 
 @pytest.fixture
