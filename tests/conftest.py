@@ -185,6 +185,25 @@ def folder(tmp_path: Path) -> Path:
     return shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
 
 
+def golden_copy(golden: str, folder: Path) -> Path:
+    """A copy of a golden checkpoint, to be damaged."""
+    folder.mkdir()
+    for file in (GOLDEN / golden).iterdir():
+        if file.name != "golden.safetensors":
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    return golden_copy("ntk_logn", tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return golden_copy("extended_base", tmp_path / "sharded")
+
+
 def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

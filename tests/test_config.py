@@ -16,15 +16,8 @@ from qwen_ref.config import LARGEST_JSON, InputError, shown
 
 # What the four published files hold, in the columns of the model card's table.
 COLUMNS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "seq_length",
-    "rotary_emb_base",
-    "use_dynamic_ntk",
-    "use_logn_attn",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("seq_length", "rotary_emb_base", "use_dynamic_ntk", "use_logn_attn"),
 )
 SIZES = {
     "1.8b": (2048, 24, 16, 11008, 151936, 8192, 10000, True, True),

@@ -33,7 +33,6 @@ from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
 from qwen_ref.commands.watch import Launch, WatchedRanks
 from qwen_ref.generate import generate, generate_batch
-from qwen_ref.loading.loader import own_device
 from qwen_ref.parallel import Group, RankLost, start_process_group, unrounded_linear
 
 OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
@@ -367,36 +366,6 @@ def test_world_needs_torchrun_and_a_group_must_be_one(monkeypatch: pytest.Monkey
         load_model(GOLDEN / "ntk_logn", group="world")
     with pytest.raises(ValueError, match=r'None, "world" or a torch\.distributed\.ProcessGroup, not 2'):
         load_model(GOLDEN / "ntk_logn", group=2)
-
-
-@pytest.mark.parametrize(
-    ("devices", "local_rank", "variables", "device"),
-    [
-        (4, 3, {}, "cuda:3"),
-        (1, 3, {}, "cuda:0"),  # SLURM: each process sees its own
-        (1, 1, {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}, "cuda:0"),
-        (1, 0, {"LOCAL_WORLD_SIZE": "2"}, "cuda:0"),
-        (1, 1, {"LOCAL_WORLD_SIZE": "2"}, "this is rank 1 on its machine, which has 1 CUDA devices"),
-        (2, 3, {}, "this is rank 3 on its machine, which has 2 CUDA devices; start at most as many"),
-    ],
-)
-def test_a_rank_takes_the_device_of_its_own(
-    devices: int, local_rank: int, variables: dict, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    variables = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1", **variables}
-    for name, value in {**variables, "LOCAL_RANK": str(local_rank)}.items():
-        monkeypatch.setenv(name, value)
-    taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    if device.startswith("cuda"):
-        assert own_device("cuda", 8) == device
-        assert taken == [int(device[-1])]
-    else:
-        with pytest.raises(ValueError, match=device):
-            own_device("cuda", 8)
 
 
 # torch without torch.distributed, as in some builds for macOS and Windows

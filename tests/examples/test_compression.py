@@ -24,33 +24,11 @@ from qwen_ref.tokenizer import PATTERN
 module = example_of("measure/tokenizer_compression")
 SAMPLE = ROOT / "examples" / "measure" / "languages"
 # The script that nearly all letters of a text are of.
-SCRIPTS = {
-    "arabic": "Arabic",
-    "chinese": "Han",
-    "czech": "Latin",
-    "dutch": "Latin",
-    "english": "Latin",
-    "finnish": "Latin",
-    "french": "Latin",
-    "german": "Latin",
-    "greek": "Greek",
-    "hebrew": "Hebrew",
-    "hindi": "Devanagari",
-    "indonesian": "Latin",
-    "italian": "Latin",
-    "japanese": r"Han}\p{Hiragana}\p{Katakana",
-    "korean": "Hangul",
-    "persian": "Arabic",
-    "polish": "Latin",
-    "portuguese": "Latin",
-    "python": "Latin",
-    "russian": "Cyrillic",
-    "spanish": "Latin",
-    "swedish": "Latin",
-    "thai": "Thai",
-    "turkish": "Latin",
-    "ukrainian": "Cyrillic",
-    "vietnamese": "Latin",
+LATIN = "czech dutch english finnish french german indonesian italian polish portuguese python spanish"
+SCRIPTS = dict.fromkeys([*LATIN.split(), "swedish", "turkish", "vietnamese"], "Latin") | {
+    **{"arabic": "Arabic", "chinese": "Han", "greek": "Greek", "hebrew": "Hebrew", "hindi": "Devanagari"},
+    **{"japanese": r"Han}\p{Hiragana}\p{Katakana", "korean": "Hangul", "persian": "Arabic"},
+    **{"russian": "Cyrillic", "thai": "Thai", "ukrainian": "Cyrillic"},
 }
 
 
