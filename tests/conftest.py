@@ -82,11 +82,12 @@ def refused(result: Result) -> str:
     return line
 
 
-def python(*arguments: str | Path, **environment: str) -> Result:
+def python(*arguments: str | Path, stdin: str = "", **environment: str) -> Result:
     """What `python arguments` does in a process of its own, with the package of this checkout."""
     environment = {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8", **environment}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
+        input=stdin,
         env={**os.environ, **environment},
         capture_output=True,
         encoding="utf-8",

@@ -377,6 +377,10 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
+    def answer(self, keys: str) -> None:
+        self.until("> ")
+        self.type(keys)
+
     def end(self) -> int:
         try:
             return self.process.wait(timeout=60)
@@ -405,13 +409,11 @@ sys.exit(main())
 def test_a_chat_in_a_terminal() -> None:
     terminal = Terminal([sys.executable, "-c", SLOW])
     terminal.until("/help lists the commands")
-    terminal.until("> ")
-    terminal.type(QUESTION + "\n")
+    terminal.answer(QUESTION + "\n")
     terminal.until("雷克")
     terminal.type("\x03")  # Ctrl-C
     terminal.until("stopped; what there is of the answer is kept")
-    terminal.until("> ")
-    terminal.type("half a line")
+    terminal.answer("half a line")
     terminal.until("half a line")
     time.sleep(0.5)  # Python's readline hears a signal only while it waits for a key
     terminal.type("\x03")
@@ -421,16 +423,14 @@ def test_a_chat_in_a_terminal() -> None:
     terminal.until("/quit")
     terminal.type("\n")
     terminal.until("prefill")
-    terminal.until("> ")
-    terminal.type("/history\n")
+    terminal.answer("/history\n")
     history = terminal.until("> ") + terminal.until("> ") + terminal.until("> ")
     assert f"{QUESTION}\r\n雷克" in history
     assert ANSWER not in history
     assert "3+4=?\r\n\r\n/quit\r\n" in history
     terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\x7f\x7f\n")  # recalled, and two characters taken back
     terminal.until("prefill")
-    terminal.until("> ")
-    terminal.type("/save /dev/null\n")
+    terminal.answer("/save /dev/null\n")
     terminal.until("it is a device")
     terminal.until("> ")  # while nobody reads, the terminal itself takes Ctrl-D
     terminal.type("\x04")  # Ctrl-D
@@ -444,11 +444,9 @@ def test_a_locale_without_chinese_can_be_typed_in(locale: str, tmp_path: Path) -
     )
     command = [*COMMAND, "--history", str(tmp_path / "saved.json"), "--system", ""]
     terminal = Terminal(command, LC_ALL=locale)
-    terminal.until("> ")
-    terminal.type("冰岛错了\x7f\x7f的首都是哪里？\x1b*\t\n")
+    terminal.answer("冰岛错了\x7f\x7f的首都是哪里？\x1b*\t\n")
     terminal.until("prefill")
-    terminal.until("> ")
-    terminal.type("/history\n")
+    terminal.answer("/history\n")
     terminal.until("\n")
     # What is saved is shown, not obeyed; two characters were taken back, and no names of files came in.
     shown = terminal.until(ANSWER).replace("\r", "").removeprefix("\x1b[?2004l")  # that ends a paste
@@ -460,8 +458,7 @@ def test_a_locale_without_chinese_can_be_typed_in(locale: str, tmp_path: Path) -
 def test_the_prompt_does_not_get_into_a_file(tmp_path: Path) -> None:
     command = " ".join([*COMMAND, ">", str(tmp_path / "out")])
     terminal = Terminal(["/bin/sh", "-c", command])
-    terminal.until("> ")
-    terminal.type(QUESTION + "\n")
+    terminal.answer(QUESTION + "\n")
     terminal.until("prefill")
     terminal.type("/quit\n")
     assert terminal.end() == 0
