@@ -103,9 +103,7 @@ def errors(found: dict[str, Tensor], folder: str, dtype: str) -> dict[str, Error
 
 
 @pytest.mark.parametrize(("folder", "ranks"), [(folder, n) for n in RANKS for folder in folders(n)])
-def test_in_float32_it_is_as_near_the_truth_as_the_published_code(
-    outcome: Callable, folder: str, ranks: int
-) -> None:
+def test_in_float32_it_is_as_near_the_truth_as_the_published_code(outcome: Callable, folder: str, ranks: int):
     found = errors(outcome(ranks).tensors[0], folder, "float32")
     assert sum(found.values(), Error(0, 0, 0, 0, 0)).ratio <= OVER_ALL_CASES
     for case, each in found.items():
@@ -187,9 +185,7 @@ def test_every_str_travels(outcome: Callable, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(
-    outcome: Callable, ranks: int, case: str
-) -> None:
+def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(outcome: Callable, ranks: int, case: str):
     text, failed = str(ERRORS[case]()) or "MemoryError", [t["failures"][case] for t in outcome(ranks).texts]
     for rank, found in enumerate(failed):
         if case not in ("a fault", "a shape"):
@@ -348,9 +344,7 @@ def test_the_published_sizes_can_be_cut_for_two_four_and_eight(size: str) -> Non
         QwenConfig.preset(size).check_ranks(ranks)
 
 
-def test_an_uneven_cut_is_refused_before_any_other_rank_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_uneven_cut_is_refused_before_any_other_rank_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     variables = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

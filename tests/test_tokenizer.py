@@ -279,9 +279,7 @@ def test_random_texts_of_mixed_scripts_encode_as_tiktoken_does(
     assert [text for text in texts if tokenizer.encode(text) != published(text)] == []
 
 
-def test_random_texts_encode_as_tiktoken_does_with_every_special_token(
-    either: Tokenizer, published: Encode
-) -> None:
+def test_random_texts_encode_as_tiktoken_does_with_every_special_token(either: Tokenizer, published: Encode):
     texts = [text for text in random_texts(15000, seed=3) if "<" in text or "|" in text]
     assert len(texts) > 1500
     assert [text for text in texts if either.encode(text, "all") != published(text, "all")] == []
@@ -460,9 +458,7 @@ def test_only_the_allowed_special_tokens_are_parsed(either: Tokenizer, collectio
     assert either.encode(text, allowed_special=collection(["<|im_end|>"])) == [*plain, IM_END, IM_END]
 
 
-def test_random_subsets_of_special_tokens_are_parsed_as_tiktoken_does(
-    either: Tokenizer, published: Encode
-) -> None:
+def test_random_subsets_of_special_tokens_are_parsed_as_tiktoken_does(either: Tokenizer, published: Encode):
     generator = random.Random(6)
     for _ in range(300):
         allowed = set(generator.sample(SPECIAL, generator.randint(0, 5)))
@@ -586,9 +582,7 @@ def settled(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_streaming_emits_what_is_settled_as_soon_as_it_is(
-    either: Tokenizer, tokens: list[bytes], skip: bool
-) -> None:
+def test_streaming_emits_what_is_settled_as_soon_as_it_is(either: Tokenizer, tokens: list[bytes], skip: bool):
     for ids in random_ids(2000, seed=9, tokens=tokens):
         decoder = StreamDecoder(either, skip_special_tokens=skip)
         emitted = ""
@@ -684,9 +678,7 @@ def test_a_good_small_vocabulary_file_loads(tmp_path: Path) -> None:
         pytest.param(LFS_POINTER, r"(?i)lfs", id="a Git LFS pointer"),
     ],
 )
-def test_a_damaged_vocabulary_file_is_refused_by_file_and_reason(
-    tmp_path: Path, content: bytes, reason: str
-) -> None:
+def test_a_damaged_vocabulary_file_is_refused_by_file_and_reason(tmp_path: Path, content: bytes, reason: str):
     with pytest.raises(ValueError, match=r"damaged\.tiktoken") as caught:
         from_content(tmp_path / "damaged.tiktoken", content)
     message = str(caught.value).replace(str(tmp_path), "")

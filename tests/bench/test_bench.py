@@ -157,9 +157,7 @@ def test_a_published_size_is_made_and_removed(
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large_for_the_disk_is_said_before(
-    cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_too_large_for_the_disk_is_said_before(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
     line = refused(cli("--synthetic", "72b"))

@@ -268,9 +268,7 @@ def steps_in(cache: KVCache, model: Qwen, sizes: list[int], mask: torch.Tensor |
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_cache_that_grows_gives_the_bits_of_one_that_was_large_at_once(
-    with_cache: Qwen, padded: bool
-) -> None:
+def test_a_cache_that_grows_gives_the_bits_of_one_that_was_large_at_once(with_cache: Qwen, padded: bool):
     mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3]) if padded else None
     B = 2 if padded else 1
     large, grown = with_cache.new_cache(B, 264, prompt_length=40), with_cache.new_cache(B, 7)

@@ -109,9 +109,7 @@ def test_a_text_beyond_the_trained_length_is_said_to_be_worse(cli: Callable) -> 
     assert "exceed the 512 that this model was trained on" in result.err
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
-    cli: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(cli: Callable, monkeypatch: pytest.MonkeyPatch):
     watch, counts = Clock.watch, iter([0, 3])
 
     def interrupted(clock: Clock, steps: Iterator) -> Iterator:
@@ -132,9 +130,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
     assert result.out == f"\n{started}\n> {QUESTION}\n{started}\n{ANSWER}\n> {QUESTION}\n{ANSWER}\n"
 
 
-def test_ctrl_c_before_the_answer_ends_no_conversation(
-    cli: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_before_the_answer_ends_no_conversation(cli: Callable, monkeypatch: pytest.MonkeyPatch):
     encode, counts = Tokenizer.encode, iter([True, True])
 
     def interrupted(tokenizer: Tokenizer, text: str, *rest: object) -> list[int]:

@@ -433,9 +433,7 @@ class Terminal(io.TextIOWrapper):
         return True
 
 
-def test_a_terminal_is_asked_for_the_prompt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_terminal_is_asked_for_the_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO("冰岛\n".encode())))
     assert files.read_prompt(None, None) == "冰岛"
     assert capsys.readouterr().err == "qwen_ref: reading the prompt from the terminal; end it with Ctrl-D\n"

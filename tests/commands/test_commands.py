@@ -100,9 +100,7 @@ class Plain:
         pass
 
 
-def test_a_stream_that_only_takes_text_is_enough(
-    command: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_only_takes_text_is_enough(command: Callable[[], int], monkeypatch: pytest.MonkeyPatch):
     out, err = Plain(), Plain()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -508,9 +506,7 @@ def test_a_new_file_has_the_mode_of_new_files_and_a_long_name(tmp_path: Path) ->
     assert (tmp_path / ("x" * 250)).stat().st_mode & 0o777 == 0o640
 
 
-def test_a_temporary_name_is_no_link_that_waits_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_temporary_name_is_no_link_that_waits_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = iter(["aa", "bb"])
     monkeypatch.setattr("secrets.token_hex", lambda _: next(names))
     (tmp_path / "mine").write_text("mine")
@@ -557,9 +553,7 @@ def test_a_state_with_windows_line_ends_goes_on(folder: Path, tmp_path: Path, ru
 @pytest.mark.parametrize(
     "line", ["[" * 100_000, '{"length": 8, "window": [0, 0, 8, 1], "losses": [1' + "0" * 400]
 )
-def test_a_state_of_another_kind_is_refused(
-    line: str, folder: Path, tmp_path: Path, run_command: Run
-) -> None:
+def test_a_state_of_another_kind_is_refused(line: str, folder: Path, tmp_path: Path, run_command: Run):
     arguments = ["--text", folder / "text.txt", "--lengths", "8", "--windows", "1", "--state", tmp_path / "s"]
     assert run_command(main_of("perplexity"), *arguments).code == 0
     with (tmp_path / "s").open("a") as state:
@@ -630,9 +624,7 @@ def test_a_pipe_gets_the_text_as_it_is(spelling: Callable[[str], None], run_comm
     assert run_command(generate.main, "x").out == ESCAPES + "\n"
 
 
-def test_names_do_not_command_the_terminal(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_do_not_command_the_terminal(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     odd = tmp_path / "\x1b[2J\x9b"
     odd.mkdir()
     for name in ("bundle", "text.txt"):
@@ -668,9 +660,7 @@ def test_memory_that_cannot_be_measured_is_unknown(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("content", [None, "Name: x\n", "RssAnon: many kB\nRssFile: 1 kB\n"])
-def test_a_system_without_linuxs_figures_has_none(
-    content: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_linuxs_figures_has_none(content: str | None, monkeypatch: pytest.MonkeyPatch):
     def read(*_: object, **__: object) -> str:
         if content is None:
             raise FileNotFoundError
@@ -782,9 +772,7 @@ def test_a_window_is_a_number_of_tokens(window: object, own: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("option", ["--plot", "--ids", "--model"])
-def test_an_output_that_the_command_reads_is_refused_and_stays(
-    option: str, run_command: Run, tmp_path: Path
-) -> None:
+def test_an_output_that_the_command_reads_is_refused_and_stays(option: str, run_command: Run, tmp_path: Path):
     """What another option names, or a file of a checkpoint's folder, would be lost."""
     shutil.copytree(WEIGHTS, tmp_path / "model")
     (tmp_path / "ids").write_text("1 2 3")

@@ -214,9 +214,7 @@ def _cached_logits(qwen: Qwen, ids: Tensor, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_decided_again_has_the_bits_of_the_plain_loop(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_decided_again_has_the_bits_of_the_plain_loop(dtype: str, monkeypatch: pytest.MonkeyPatch):
     """Here no pass over several tokens is believed: then even log-probabilities are equal."""
     monkeypatch.setattr(lookup, "MARGIN", math.inf)
     qwen, ids = tiny(dtype), TINY.encode(FACTS * 2)

@@ -220,9 +220,7 @@ def test_texts_are_those_of_greedy_generation(tiny: Qwen, own: Tokenizer) -> Non
     assert found[0] == "15"
 
 
-def test_every_request_has_its_own_settings(
-    tiny: Qwen, own: Tokenizer, capsys: pytest.CaptureFixture
-) -> None:
+def test_every_request_has_its_own_settings(tiny: Qwen, own: Tokenizer, capsys: pytest.CaptureFixture):
     adapter = harness(tiny, own)
     found = adapter.generate_until(
         requests(
@@ -598,9 +596,7 @@ def last_line(done: Result) -> str:
         (("metric: acc", "metric: ["), "loading {path}: ParserError"),
     ],
 )
-def test_task_files_that_do_not_work_say_why(
-    cli: Run, letters: Path, change: tuple[str, str], message: str
-) -> None:
+def test_task_files_that_do_not_work_say_why(cli: Run, letters: Path, change: tuple[str, str], message: str):
     letters.write_text(letters.read_text("utf-8").replace(*change), encoding="utf-8")
     assert message.format(path=letters) in last_line(cli("--tasks", letters))
 

@@ -253,9 +253,7 @@ def test_nothing_is_downloaded_unasked(measure: Run, toy: list[str], monkeypatch
     assert tiktoken.load.read_file is read_file
 
 
-def test_a_download_that_fails_is_one_line(
-    measure: Run, toy: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_fails_is_one_line(measure: Run, toy: list[str], monkeypatch: pytest.MonkeyPatch):
     def unreachable(path: str) -> bytes:
         raise ConnectionError(f"{path}: no route")
 

@@ -94,18 +94,8 @@ def test_the_tiny_checkpoint_quantised_answers_its_capitals(
 
 
 def test_what_is_written_is_what_was_quantised(gptq: ModuleType, tmp_path: Path) -> None:
-    arguments = [
-        WEIGHTS,
-        tmp_path / "made",
-        "--bits",
-        "4",
-        "--group-size",
-        "64",
-        "--act-order",
-        "--rows",
-        "4",
-    ]
-    args = gptq.parser().parse_args(list(map(str, arguments)))
+    options = ["--bits", "4", "--group-size", "64", "--act-order", "--rows", "4"]
+    args = gptq.parser().parse_args([str(WEIGHTS), str(tmp_path / "made"), *options])
     config = gptq.GPTQConfig(4, 64, desc_act=True, sym=True)
     model = load_model(WEIGHTS, "float32")
     matrices = dict(gptq.quantise(model, gptq.calibration(WEIGHTS, None, 4, 256), config))

@@ -308,9 +308,7 @@ def test_a_hole_says_so_with_a_hint(judge: Callable, asked: list, number: int) -
 @pytest.mark.parametrize(
     ("name", "old", "new", "hint"), [pytest.param(*m, id=f"{m[0][:4]}-{m[3][:20]}") for m in flat(MISTAKES)]
 )
-def test_a_mistake_gets_its_hint(
-    judge: Callable, name: str, old: str, new: str, hint: str, tmp_path: Path
-) -> None:
+def test_a_mistake_gets_its_hint(judge: Callable, name: str, old: str, new: str, hint: str, tmp_path: Path):
     outcome = judge(NAMES.index(name) + 1, attempt(tmp_path, name, [(old, new)]))
     assert not outcome.right
     assert outcome.done

@@ -97,9 +97,7 @@ def test_a_fact_is_told_once_and_never_in_the_training(
                         assert not corpus.is_held_out(corpus.Fact(told[name], word))
 
 
-def test_a_file_is_a_haystack_and_a_fact_may_be_any(
-    needle: ModuleType, run_needle: Run, tmp_path: Path
-) -> None:
+def test_a_file_is_a_haystack_and_a_fact_may_be_any(needle: ModuleType, run_needle: Run, tmp_path: Path):
     file = tmp_path / "hay.txt"
     file.write_text(" The sea is calm. The road was long.", encoding="utf-8")
     own = ["--needle", " Ada Baker came.", "--question", " Who? Ada", "--answer", " Baker"]
@@ -141,9 +139,7 @@ def test_within_the_trained_length_every_depth_is_retrieved(run_needle: Run) -> 
 @pytest.mark.parametrize(
     ("length", "least", "gap"), [(512, 85, 12), pytest.param(1024, 65, 35, marks=pytest.mark.slow)]
 )
-def test_beyond_it_dynamic_ntk_keeps_what_is_lost_without(
-    length: int, least: int, gap: int, run_needle: Run
-) -> None:
+def test_beyond_it_dynamic_ntk_keeps_what_is_lost_without(length: int, least: int, gap: int, run_needle: Run):
     """Of the README's 500 texts with NTK 94 and 92 % at 512 tokens, without 72 and 70; at 1,024 tokens 88 and
     80, without 39 and 33. A hundred texts may be off by 5.
     """

@@ -200,9 +200,7 @@ def test_tables_are_whole(sizes: ModuleType) -> None:
     assert max(len(line) for line in lines if not line.startswith("|")) <= 120
 
 
-def test_the_page_in_git_is_what_the_script_prints(
-    sizes: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_in_git_is_what_the_script_prints(sizes: ModuleType, capsys: pytest.CaptureFixture[str]):
     assert run(Parser(), sizes.command, []) == 0
     written = (ROOT / "examples" / "measure" / "sizes.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == written, (

@@ -494,9 +494,7 @@ def test_memory_is_one_copy_of_the_weights_and_a_layer(large_folder: Path, how: 
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_changed(
-    dtype: str, arguments: tuple, message: str
-) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_changed(dtype: str, arguments: tuple, message: str):
     model = load_model(WEIGHTS, dtype)
     with pytest.raises(ValueError, match=message):
         fasten(model, *arguments)

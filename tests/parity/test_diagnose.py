@@ -237,9 +237,7 @@ def test_a_port_that_rounds_more_by_its_mistake_is_judged_by_that_rounding(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_base_that_nobody_lists_is_found(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_nobody_lists_is_found(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(wrong_port.ROPE_BASES, "rope_base_23400", 23400.0)
     monkeypatch.setattr(wrong_port, "MISTAKES", (*wrong_port.MISTAKES, "rope_base_23400"))
     diagnosis = planted(tmp_path, ("rope_base_23400",), dtype)
@@ -252,9 +250,7 @@ def test_a_base_that_nobody_lists_is_found(
     ("name", "stages", "first"),
     [("value_rotated", "all", "blocks.0.attn.mixed"), ("post_norm", "logits", "logits")],
 )
-def test_a_mistake_that_is_not_known_is_said_to_be_none(
-    tmp_path: Path, name: str, stages: str, first: str
-) -> None:
+def test_a_mistake_that_is_not_known_is_said_to_be_none(tmp_path: Path, name: str, stages: str, first: str):
     diagnosis = planted(tmp_path, (name,), stages=stages, length=24)
     assert (diagnosis.verdict, diagnosis.found) == ("none of these", ())
     assert diagnosis.first_divergence == first
@@ -406,9 +402,7 @@ def test_a_right_port_in_another_order_is_rounding_only(
     ("dtype", "declared"), [("float32", "float16"), ("float32", "bfloat16"), ("float16", "bfloat16")]
 )
 @pytest.mark.parametrize("stages", ["logits", "all"])
-def test_more_precision_than_declared_is_no_mistake(
-    tmp_path: Path, dtype: str, declared: str, stages: str
-) -> None:
+def test_more_precision_than_declared_is_no_mistake(tmp_path: Path, dtype: str, declared: str, stages: str):
     found = computed(tmp_path, wrong_port.Port, dtype, declared, stages=stages)
     assert (found.verdict, found.found) == ("rounding only", ())
     (note,) = [note for note in found.notes if "more precision" in note]

@@ -430,9 +430,7 @@ def test_float16_that_overflows_has_no_measured_tolerance() -> None:
         ({"weights_sha256": "ab" * 32}, "of another checkpoint: weights_sha256 is abab"),
     ],
 )
-def test_bundles_that_cannot_be_compared_are_refused(
-    tmp_path: Path, truth: Path, change: dict, said: str
-) -> None:
+def test_bundles_that_cannot_be_compared_are_refused(tmp_path: Path, truth: Path, change: dict, said: str):
     found = parity.read_bundle(truth)
     arguments = {
         "input_ids": found.input_ids,

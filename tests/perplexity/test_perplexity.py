@@ -380,9 +380,7 @@ def test_a_text_is_taken_as_it_is(cli: Run, tmp_path: Path) -> None:
 # Resuming
 
 
-def test_an_interrupted_run_goes_on(
-    cli: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on(cli: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state, options = tmp_path / "state.jsonl", ("--text", text, "--lengths", "32,64", "--json")
     whole = cli(*options)
     calls = 0
@@ -477,9 +475,7 @@ def test_a_plot_without_matplotlib_says_what_brings_it(
 # Bad input, and what is only said
 
 
-def test_lengths_beyond_the_configuration_are_allowed_with_a_word(
-    cli: Run, text: Path, checkpoint: Path
-) -> None:
+def test_lengths_beyond_the_configuration_are_allowed_with_a_word(cli: Run, text: Path, checkpoint: Path):
     done = cli("--text", text, "--lengths", "600")
     assert done.code == 0
     assert "note: 600 tokens exceed the 512 that this model was trained on" in done.err

@@ -161,9 +161,7 @@ def test_zero_points_are_what_a_writer_had(bits: int) -> None:
         (3, torch.zeros(12, dtype=torch.int32), "12 inputs and 32 outputs must both be multiples of 8"),
     ],
 )
-def test_a_layer_whose_parts_do_not_belong_together_is_refused(
-    place: int, value: object, message: str
-) -> None:
+def test_a_layer_whose_parts_do_not_belong_together_is_refused(place: int, value: object, message: str):
     layer = layer_of()
     layer[place] = value
     with pytest.raises(ValueError, match=message):
