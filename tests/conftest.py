@@ -6,8 +6,10 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 
 # Tests run side by side, on models so small that a second thread costs more than it computes: it would wait
@@ -15,12 +17,14 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from qwen_ref import Tokenizer
@@ -66,6 +70,9 @@ class Result(NamedTuple):
     err: str
 
 
+Run = Callable[..., Result]
+
+
 def refused(result: Result) -> str:
     """The one line that says what was wrong."""
     assert result.code == 2
@@ -73,6 +80,21 @@ def refused(result: Result) -> str:
     (line,) = result.err.splitlines()
     assert line.startswith("qwen_ref: error: ")
     return line
+
+
+def python(*arguments: str | Path, stdin: str = "", **environment: str) -> Result:
+    """What `python arguments` does in a process of its own, with the package of this checkout."""
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8", **environment}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        input=stdin,
+        env={**os.environ, **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        cwd=ROOT,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +153,7 @@ def special(
 
 
 @pytest.fixture
-def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command's main in this process; its code and output. stdin: the bytes to find there."""
 
     def call(main: Callable[[list[str]], int], *arguments: str | Path, stdin: bytes = b"") -> Result:
@@ -140,6 +162,58 @@ def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+def cli_of(main: Callable[[list[str]], int]) -> Callable[..., Run]:
+    """A fixture for a file whose tests run one command: run_command with its main."""
+    return pytest.fixture(lambda run_command: partial(run_command, main))
+
+
+def example_of(path: str) -> Callable[..., ModuleType]:
+    """A fixture for a file that tests a module of examples/: the module, with its folder on the path."""
+    room, name = path.split("/")
+
+    def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        monkeypatch.syspath_prepend(ROOT / "examples" / room)
+        return importlib.import_module(name)
+
+    return pytest.fixture(module)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to change."""
+    return shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
+
+
+def golden_copy(golden: str, folder: Path) -> Path:
+    """A copy of a golden checkpoint, to be damaged."""
+    folder.mkdir()
+    for file in (GOLDEN / golden).iterdir():
+        if file.name != "golden.safetensors":
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    return golden_copy("ntk_logn", tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return golden_copy("extended_base", tmp_path / "sharded")
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Changes a folder's tensors; in memory: mapped ones would change with the file."""
+    tensors = load((folder / "model.safetensors").read_bytes())
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 def relative_rms(values: Tensor, truth: Tensor) -> float:
@@ -157,6 +231,12 @@ def vocabulary_file() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def own() -> Tokenizer:
+    """The tokenizer of the tiny checkpoint."""
+    return Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ _IMPORTED = (
     "qwen_ref.generate",
     "qwen_ref.perplexity.scoring",
 )
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 _SERVER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # what it reads when it imports
 
 

@@ -16,15 +16,8 @@ from qwen_ref.config import LARGEST_JSON, InputError, shown
 
 # What the four published files hold, in the columns of the model card's table.
 COLUMNS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "seq_length",
-    "rotary_emb_base",
-    "use_dynamic_ntk",
-    "use_logn_attn",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("seq_length", "rotary_emb_base", "use_dynamic_ntk", "use_logn_attn"),
 )
 SIZES = {
     "1.8b": (2048, 24, 16, 11008, 151936, 8192, 10000, True, True),
@@ -95,6 +88,11 @@ FIELDS = tuple(asdict(QwenConfig.preset("7b")))
 
 def published(size: str = "7b", **changes: object) -> dict:
     return SAME_EVERYWHERE | dict(zip(COLUMNS, SIZES[size], strict=True)) | changes
+
+
+def with_literal(field: str, literal: str) -> str:
+    """A file with this text as a value."""
+    return json.dumps(published(**{field: "HERE"})).replace('"HERE"', literal)
 
 
 def read(folder: Path, content: dict | str | bytes) -> QwenConfig:
@@ -275,8 +273,7 @@ def test_a_switch_is_true_or_false(field: str, value: object, tmp_path: Path):
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize("field", [*WHOLE, *REAL])
 def test_numbers_that_python_reads_beyond_json_are_refused(field: str, literal: str, tmp_path: Path):
-    text = json.dumps(published(**{field: "HERE"})).replace('"HERE"', literal)
-    assert f"{field}={float(literal)!r} must be" in refusal(tmp_path, text)
+    assert f"{field}={float(literal)!r} must be" in refusal(tmp_path, with_literal(field, literal))
 
 
 @pytest.mark.parametrize(
@@ -321,32 +318,39 @@ def test_spellings_that_disagree_are_refused(early: str, name: str, value: int, 
 # Everything at once
 
 
-def test_every_unsupported_value_and_missing_key_is_in_one_message(tmp_path: Path):
-    config = published(no_bias=False, rotary_pct=0.5, num_key_value_heads=8, n_layer=31)
-    del config["kv_channels"], config["seq_length"]
+WIDTH = "hidden_size='4096' must be"
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing", "parts"),
+    [
+        (
+            {"no_bias": False, "rotary_pct": 0.5, "num_key_value_heads": 8, "n_layer": 31},
+            ["kv_channels", "seq_length"],
+            ["no_bias=", "rotary_pct=", "num_key_value_heads=", "n_layer=31", "kv_channels, seq_length"],
+        ),
+        (
+            {"hidden_size": "4096", "vocab_size": -1, "use_logn_attn": 1, "rotary_emb_base": 0},
+            [],
+            [WIDTH, "vocab_size=-1 must be", "use_logn_attn=1 must be", "rotary_emb_base=0 must be"],
+        ),
+        (
+            {"kv_channels": 127, "intermediate_size": 3},
+            [],
+            ["must be hidden_size=4096", "kv_channels=127 must be even", "intermediate_size=3 must be"],
+        ),
+        (
+            {"no_bias": False, "hidden_size": "4096"},
+            ["kv_channels"],
+            ["no_bias=False", "missing kv_channels", WIDTH],
+        ),
+    ],
+    ids=["unsupported and missing", "wrong", "contradictions", "unsupported, missing and wrong"],
+)
+def test_everything_is_in_one_message(changes: dict, missing: list[str], parts: list[str], tmp_path: Path):
+    config = {name: value for name, value in published(**changes).items() if name not in missing}
     message = refusal(tmp_path, config)
-    for part in ("no_bias=", "rotary_pct=", "num_key_value_heads=", "n_layer=31", "kv_channels, seq_length"):
-        assert part in message
-
-
-def test_every_wrong_value_is_in_one_message(tmp_path: Path):
-    changes = {"hidden_size": "4096", "vocab_size": -1, "use_logn_attn": 1, "rotary_emb_base": 0}
-    message = refusal(tmp_path, published(**changes))
-    assert all(f"{name}={value!r} must be" in message for name, value in changes.items())
-
-
-def test_every_contradiction_is_in_one_message(tmp_path: Path):
-    message = refusal(tmp_path, published(kv_channels=127, intermediate_size=3))
-    for part in ("must be hidden_size=4096", "kv_channels=127 must be even", "intermediate_size=3 must be"):
-        assert part in message
-
-
-def test_unsupported_missing_and_wrong_values_are_in_one_message(tmp_path: Path):
-    config = published(no_bias=False, hidden_size="4096")
-    del config["kv_channels"]
-    message = refusal(tmp_path, config)
-    for part in ("no_bias=False", "missing kv_channels", "hidden_size='4096' must be"):
-        assert part in message
+    assert [part for part in parts if part not in message] == []
 
 
 @pytest.mark.parametrize(
@@ -397,20 +401,15 @@ def test_a_file_without_a_json_object_is_refused(content: bytes, expected: str, 
 @pytest.mark.parametrize("depth", range(900, 1000, 7))
 def test_nesting_near_the_recursion_limit_is_refused_like_any_wrong_value(depth: int, tmp_path: Path):
     nested = "[" * depth + "]" * depth
-    text = json.dumps(published("7b", rope_scaling=0)).replace(
-        '"rope_scaling": 0', f'"rope_scaling": {nested}'
-    )
-    refusal(tmp_path, text)
+    refusal(tmp_path, with_literal("rope_scaling", nested))
 
 
 @pytest.mark.parametrize("digits", [309, 5000, 10**6])
 @pytest.mark.parametrize("sign", ["", "-"])
 def test_an_integer_that_no_float_can_hold_is_an_infinity(digits: int, sign: str, tmp_path: Path):
     for field in ("hidden_size", "rotary_emb_base", "use_logn_attn"):
-        text = json.dumps(published(**{field: "HERE"})).replace('"HERE"', sign + "9" * digits)
-        assert f"{field}={sign}inf must be" in refusal(tmp_path, text)
-    text = json.dumps(published(of_tomorrow="HERE")).replace('"HERE"', sign + "9" * digits)
-    assert read(tmp_path, text) == QwenConfig.preset("7b")
+        assert f"{field}={sign}inf must be" in refusal(tmp_path, with_literal(field, sign + "9" * digits))
+    assert read(tmp_path, with_literal("of_tomorrow", sign + "9" * digits)) == QwenConfig.preset("7b")
 
 
 def test_a_key_with_two_values_is_refused_and_with_one_twice_is_read(tmp_path: Path):
@@ -456,21 +455,17 @@ def test_whatever_is_shown_is_one_short_line(value: object):
     assert "\n" not in shown(value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"nowhere\.json: cannot be read: No such file"):
-        QwenConfig.from_json(tmp_path / "nowhere.json")
-
-
-def test_a_folder_is_not_a_file(tmp_path: Path):
-    with pytest.raises(ValueError, match="cannot be read: it is a folder, not a file"):
-        QwenConfig.from_json(tmp_path)
-
-
 @pytest.mark.parametrize(
-    "path", ["a\0b", "a\ud800b", "a" * 5000, ""], ids=["NUL", "surrogate", "long", "empty"]
+    ("path", "message"),
+    [
+        ("nowhere.json", r"nowhere\.json: cannot be read: No such file"),
+        (".", "cannot be read: it is a folder, not a file"),
+        *((path, "cannot be read") for path in ("a\0b", "a\ud800b", "a" * 5000, "")),
+    ],
+    ids=["missing", "folder", "NUL", "surrogate", "long", "empty"],
 )
-def test_a_path_that_no_file_can_have_cannot_be_read(path: str):
-    with pytest.raises(ValueError, match="cannot be read") as caught:
+def test_a_path_of_no_file_cannot_be_read(path: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
         QwenConfig.from_json(path)
     assert type(caught.value) is InputError
 

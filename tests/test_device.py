@@ -81,9 +81,7 @@ def no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("ids_on", ["cpu", "meta"])
-def test_the_plain_path_stays_on_its_device(
-    folder: str, dtype: torch.dtype, padded: bool, ids_on: str
-) -> None:
+def test_the_plain_path_stays_on_its_device(folder: str, dtype: torch.dtype, padded: bool, ids_on: str):
     qwen = model(folder, dtype)
     ids = torch.zeros(2, 40, dtype=torch.int64)  # longer than the trained length of ntk_logn
     mask = torch.stack([(torch.arange(40) >= padding).long() for padding in (7 * padded, 0)])

@@ -10,7 +10,6 @@ import ast
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, KERNELS, ROOT, WEIGHTS
+from conftest import GOLDEN, KERNELS, ROOT, WEIGHTS, python
 
 import qwen_ref
 
@@ -179,17 +178,9 @@ def quickstart_prompt() -> str:
 
 def run_python(code: str, *arguments: str, path: Path = PACKAGE.parent) -> str:
     """stdout of code in a process of its own, with the package from path."""
-    environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=path,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = python("-c", code, *arguments, PYTHONPATH=str(path))
+    assert done.code == 0, done.err
+    return done.out
 
 
 def test_the_seven_alone_complete_the_quickstart_prompt(tmp_path: Path) -> None:
@@ -287,17 +278,16 @@ def each_apart(cases: list, missing: tuple[str, ...] = ()) -> list[tuple[object,
     A case is code, or a module with the arguments that `python -m` gives it. A fork, so that none works only
     because one before it has imported something.
     """
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", EACH_APART],
-        input=json.dumps([cases, missing]),
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return [tuple(answer) for answer in json.loads(done.stdout)]
+    done = python("-c", EACH_APART, stdin=json.dumps([cases, missing]))
+    assert done.code == 0, done.err
+    return [tuple(answer) for answer in json.loads(done.out)]
+
+
+OPTIONS = {
+    "generate": "--model --max-new-tokens --repetition-penalty --allow-special --logprobs",
+    "trace": "--model --file --dtype --layers --lens --top --allow-special --json",
+    **{"chat": "--once", "parity": "diagnose"},
+}
 
 
 def test_help_of_every_command_needs_neither_torch_nor_numpy() -> None:
@@ -311,6 +301,9 @@ def test_help_of_every_command_needs_neither_torch_nor_numpy() -> None:
     assert {case: code for case, (code, _) in answers.items() if code != 0} == {}
     for case, (_, out) in answers.items():
         assert out.startswith(f"usage: python -m {case[0]}"), case
+    for name, options in OPTIONS.items():
+        _, out = answers[f"qwen_ref.{name}", "--help"]
+        assert [option for option in options.split() if option not in out] == []
 
 
 def test_the_package_lists_every_command() -> None:
@@ -338,16 +331,9 @@ except SystemExit as end:
     sys.setprofile(None)
     print("made", end.code, *(made[name] for name in sys.stdin.read().split()))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=" ".join(classes),
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    done = python("-c", code, stdin=" ".join(classes))
     assert classes
-    assert done.stdout.splitlines()[-1].split() == ["made", "0", *["1"] * len(classes)], done.stderr
+    assert done.out.splitlines()[-1].split() == ["made", "0", *["1"] * len(classes)], done.err
 
 
 # Stable: outside checks and scripts call them.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -23,8 +22,8 @@ import pytest
 import rank_worker
 import torch
 import torch.distributed as dist
-from conftest import GOLDEN, WEIGHTS, relative_rms
-from forked_ranks import run_ranks
+from conftest import GOLDEN, WEIGHTS, python, relative_rms
+from forked_ranks import TORCHRUN, run_ranks
 from golden_cases import Error, cases, error, golden, logits, model, recorded, recorded_dtypes, truth
 from rank_worker import ERRORS, MISTAKES, PROMPTS, SAMPLED, folders, padded_batch
 from safetensors.torch import load_file, save_file
@@ -34,7 +33,6 @@ from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
 from qwen_ref.commands.watch import Launch, WatchedRanks
 from qwen_ref.generate import generate, generate_batch
-from qwen_ref.loading.loader import own_device
 from qwen_ref.parallel import Group, RankLost, start_process_group, unrounded_linear
 
 OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
@@ -46,6 +44,11 @@ class Outcome(NamedTuple):
 
     tensors: list[dict[str, Tensor]]
     texts: list[dict[str, Any]]
+
+
+@pytest.fixture(params=RANKS)
+def ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +70,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcome
     return run
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_rank_has_the_same_bits(outcome: Callable, ranks: int) -> None:
     first, *others = outcome(ranks).tensors
     for other in others:
@@ -101,9 +103,7 @@ def errors(found: dict[str, Tensor], folder: str, dtype: str) -> dict[str, Error
 
 
 @pytest.mark.parametrize(("folder", "ranks"), [(folder, n) for n in RANKS for folder in folders(n)])
-def test_in_float32_it_is_as_near_the_truth_as_the_published_code(
-    outcome: Callable, folder: str, ranks: int
-) -> None:
+def test_in_float32_it_is_as_near_the_truth_as_the_published_code(outcome: Callable, folder: str, ranks: int):
     found = errors(outcome(ranks).tensors[0], folder, "float32")
     assert sum(found.values(), Error(0, 0, 0, 0, 0)).ratio <= OVER_ALL_CASES
     for case, each in found.items():
@@ -133,7 +133,6 @@ def test_in_half_precision_it_is_as_near_the_truth_as_one_rank(
     assert cut.ours_rms <= whole.ours_rms * THAN_ONE_RANK
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_cut_is_seen(outcome: Callable, mistake: str, ranks: int) -> None:
     for tensors, texts in zip(*outcome(ranks), strict=True):
@@ -147,7 +146,6 @@ def test_a_wrong_cut_is_seen(outcome: Callable, mistake: str, ranks: int) -> Non
 # The ranks act as one
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_rank_yields_the_same_steps(outcome: Callable, ranks: int) -> None:
     first, *others = outcome(ranks).texts
     for name in ("greedy", "seeded", "unseeded", "uncached", "batch"):
@@ -157,7 +155,6 @@ def test_every_rank_yields_the_same_steps(outcome: Callable, ranks: int) -> None
     assert len(first["greedy"]) == len(first["unseeded"]) == 12
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_the_same_seed_gives_the_tokens_of_one_rank(outcome: Callable, ranks: int) -> None:
     """In bfloat16 a rounding may turn one draw in hundreds; these prompts have none such."""
     texts, qwen = outcome(ranks).texts[0], model("ntk_logn", "bfloat16")
@@ -167,14 +164,12 @@ def test_the_same_seed_gives_the_tokens_of_one_rank(outcome: Callable, ranks: in
     assert texts["batch"] == [[step.token for step in row] for row in rows]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_one_rank_that_wants_no_more_ends_all(outcome: Callable, ranks: int) -> None:
     for leaver in (0, ranks - 1):
         for texts in outcome(ranks).texts:
             assert texts[f"rank {leaver} leaves"] == texts["greedy"][:4]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_one_rank_that_closes_before_the_first_step_ends_all(outcome: Callable, ranks: int) -> None:
     for leaver in (0, ranks - 1):
         for texts in outcome(ranks).texts:
@@ -183,18 +178,14 @@ def test_one_rank_that_closes_before_the_first_step_ends_all(outcome: Callable, 
             assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_str_travels(outcome: Callable, ranks: int) -> None:
     sent = [f"rank {rank}: \ud800 é \udcff\U0001f600" * (rank + 1) for rank in range(ranks)]
     for texts in outcome(ranks).texts:
         assert [bytes.fromhex(text).decode("utf-8", "surrogatepass") for text in texts["every str"]] == sent
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("case", ERRORS)
-def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(
-    outcome: Callable, ranks: int, case: str
-) -> None:
+def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(outcome: Callable, ranks: int, case: str):
     text, failed = str(ERRORS[case]()) or "MemoryError", [t["failures"][case] for t in outcome(ranks).texts]
     for rank, found in enumerate(failed):
         if case not in ("a fault", "a shape"):
@@ -208,7 +199,6 @@ def test_what_one_rank_cannot_do_is_the_users_or_ours_on_all(
             assert found["text"] == f"rank 1 failed: {type(ERRORS[case]()).__name__}: {text}"
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_a_fault_of_ours_is_not_hidden_by_a_mistake_on_another_rank(outcome: Callable, ranks: int) -> None:
     found = [texts["failures"]["one of ours among others"] for texts in outcome(ranks).texts]
     assert [each["type"] for each in found] == ["RankFailed", "ValueError", *["RankFailed"] * (ranks - 2)]
@@ -252,7 +242,6 @@ def test_only_a_lost_rank_is_called_one(error: Exception, monkeypatch: pytest.Mo
         assert (raised.value is error) == (error in NOT_LOST)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
@@ -277,7 +266,6 @@ def test_all_ranks_say_what_is_wrong_with_one(outcome: Callable, ranks: int, cas
         assert part in first
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_a_process_group_of_some_ranks_can_have_a_model_of_its_own(outcome: Callable, ranks: int) -> None:
     expected = truth("ntk_logn", cases("ntk_logn")[0])
     for rank, tensors in enumerate(outcome(ranks).tensors):
@@ -286,7 +274,6 @@ def test_a_process_group_of_some_ranks_can_have_a_model_of_its_own(outcome: Call
             assert relative_rms(tensors["subgroup"], expected) < 1e-12
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_the_default_process_group_is_not_kept_alive(outcome: Callable, ranks: int) -> None:
     assert not any(texts["world held"] for texts in outcome(ranks).texts)
 
@@ -294,7 +281,6 @@ def test_the_default_process_group_is_not_kept_alive(outcome: Callable, ranks: i
 # What a rank has
 
 
-@pytest.mark.parametrize("ranks", RANKS)
 def test_every_weight_has_the_shape_that_the_table_says(outcome: Callable, ranks: int) -> None:
     table = tensor_table(QwenConfig.from_json(GOLDEN / "ntk_logn" / "config.json"))
     for texts in outcome(ranks).texts:
@@ -358,9 +344,7 @@ def test_the_published_sizes_can_be_cut_for_two_four_and_eight(size: str) -> Non
         QwenConfig.preset(size).check_ranks(ranks)
 
 
-def test_an_uneven_cut_is_refused_before_any_other_rank_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_uneven_cut_is_refused_before_any_other_rank_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     variables = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -376,36 +360,6 @@ def test_world_needs_torchrun_and_a_group_must_be_one(monkeypatch: pytest.Monkey
         load_model(GOLDEN / "ntk_logn", group="world")
     with pytest.raises(ValueError, match=r'None, "world" or a torch\.distributed\.ProcessGroup, not 2'):
         load_model(GOLDEN / "ntk_logn", group=2)
-
-
-@pytest.mark.parametrize(
-    ("devices", "local_rank", "variables", "device"),
-    [
-        (4, 3, {}, "cuda:3"),
-        (1, 3, {}, "cuda:0"),  # SLURM: each process sees its own
-        (1, 1, {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}, "cuda:0"),
-        (1, 0, {"LOCAL_WORLD_SIZE": "2"}, "cuda:0"),
-        (1, 1, {"LOCAL_WORLD_SIZE": "2"}, "this is rank 1 on its machine, which has 1 CUDA devices"),
-        (2, 3, {}, "this is rank 3 on its machine, which has 2 CUDA devices; start at most as many"),
-    ],
-)
-def test_a_rank_takes_the_device_of_its_own(
-    devices: int, local_rank: int, variables: dict, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    variables = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1", **variables}
-    for name, value in {**variables, "LOCAL_RANK": str(local_rank)}.items():
-        monkeypatch.setenv(name, value)
-    taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    if device.startswith("cuda"):
-        assert own_device("cuda", 8) == device
-        assert taken == [int(device[-1])]
-    else:
-        with pytest.raises(ValueError, match=device):
-            own_device("cuda", 8)
 
 
 # torch without torch.distributed, as in some builds for macOS and Windows
@@ -444,14 +398,13 @@ sys.exit(main(["x"]))
 
 
 def test_one_rank_needs_no_torch_distributed() -> None:
-    command = [sys.executable, "-c", WITHOUT, str(WEIGHTS)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-    one, other, answer, world, ranks = done.stdout.splitlines()
+    done = python("-c", WITHOUT, WEIGHTS)
+    one, other, answer, world, ranks = done.out.splitlines()
     model = load_model(WEIGHTS, "float32")
     assert one == other == str([step.token for step in generate(model, [5, 6, 7], 4)])
     assert answer == "Oslo."
     assert "need torch.distributed, which this build of torch does not have" in world
-    assert (done.returncode, ranks) == (2, f"qwen_ref: error: {world}")
+    assert (done.code, ranks) == (2, f"qwen_ref: error: {world}")
 
 
 # Memory
@@ -508,10 +461,8 @@ def test_a_rank_copies_its_columns_and_nothing_else(tmp_path: Path) -> None:
     )
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launcher, script, GOLDEN / "extended_base", folder]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = python(*TORCHRUN, "2", script, GOLDEN / "extended_base", folder)
+    assert done.code == 0, done.err
     columns = sum(math.prod(spec.shape_of_rank(2)) * 2 for spec in table if spec.cut == "columns")
     assert columns > 15e6
     for rank in range(2):
@@ -520,7 +471,5 @@ def test_a_rank_copies_its_columns_and_nothing_else(tmp_path: Path) -> None:
         assert 0.9 * columns < after < 1.1 * columns  # the measure sees what is copied
         assert most < 1.1 * columns
         for spec in table:
-            copied = spec.cut == "columns" or spec.name.endswith(
-                "bias"
-            )  # three stretches of a bias are joined
-            assert mapped[spec.name] != copied, spec.name
+            # Three stretches of a bias are joined.
+            assert mapped[spec.name] != (spec.cut == "columns" or spec.name.endswith("bias")), spec.name

@@ -22,17 +22,7 @@ from statistics import median
 import pytest
 import torch
 from conftest import GOLDEN
-from golden_cases import (
-    FOLDERS,
-    Error,
-    cases,
-    error,
-    golden,
-    measure,
-    model,
-    recorded_dtypes,
-    truth,
-)
+from golden_cases import FOLDERS, Error, cases, error, golden, measure, model, recorded_dtypes, truth
 from torch import Tensor
 
 import qwen_ref.model
@@ -106,9 +96,7 @@ def stages(folder: str, bundle: Bundle, dtype: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("folder", "case"), [("extended_base", "stages_17"), ("ntk_logn", "stages_40")])
-def test_every_stage_is_that_of_the_published_code(
-    folder: str, case: str, dtype: str, tmp_path: Path
-) -> None:
+def test_every_stage_is_that_of_the_published_code(folder: str, case: str, dtype: str, tmp_path: Path):
     recorded = recorded_stages(folder, case, dtype, tmp_path / "published.safetensors")
     ours, exact = (stages(folder, recorded, name) for name in (dtype, "float64"))
     layers = model(folder, dtype).config.num_hidden_layers

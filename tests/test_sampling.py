@@ -159,13 +159,7 @@ def test_parameters_that_make_logits_overflow_are_refused(logits: float, paramet
 
 
 @pytest.mark.parametrize(
-    ("logits", "ids"),
-    [
-        ((3,), (1, 0)),
-        ((1, 2, 3), (1, 0)),
-        ((2, 3), (1, 4)),
-        ((1, 3), (4,)),
-    ],
+    ("logits", "ids"), [((3,), (1, 0)), ((1, 2, 3), (1, 0)), ((2, 3), (1, 4)), ((1, 3), (4,))]
 )
 def test_shapes_that_do_not_belong_together_are_refused(logits: tuple, ids: tuple) -> None:
     with pytest.raises(ValueError, match=r"logits must be \(B, V\) and previous_ids \(B, N\), not"):

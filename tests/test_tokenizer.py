@@ -176,20 +176,18 @@ def random_ids(count: int, seed: int, tokens: list[bytes]) -> Iterator[list[int]
 # The recorded output of the published tokenizer
 
 
-def test_recorded_texts_encode_to_the_recorded_ids(either: Tokenizer) -> None:
+@pytest.mark.parametrize(
+    ("recorded", "found"),
+    [
+        ("ids", lambda either, row: either.encode(row["text"])),
+        ("ids_special", lambda either, row: either.encode(row["text"], "all")),
+        ("decoded", lambda either, row: either.decode(row["ids_special"])),
+    ],
+)
+def test_recorded_texts_have_their_ids_and_back(either: Tokenizer, recorded: str, found: Callable) -> None:
     rows = read_jsonl(CASES)
     assert len(rows) == 322
-    assert [row for row in rows if either.encode(row["text"]) != row["ids"]] == []
-
-
-def test_recorded_texts_encode_to_the_recorded_ids_with_every_special_token(either: Tokenizer) -> None:
-    rows = read_jsonl(CASES)
-    assert [row for row in rows if either.encode(row["text"], "all") != row["ids_special"]] == []
-
-
-def test_recorded_ids_of_texts_decode_to_the_recorded_text(either: Tokenizer) -> None:
-    rows = read_jsonl(CASES)
-    assert [row for row in rows if either.decode(row["ids_special"]) != row["decoded"]] == []
+    assert [row for row in rows if found(either, row) != row[recorded]] == []
 
 
 def test_recorded_arbitrary_ids_decode_to_the_recorded_text(either: Tokenizer) -> None:
@@ -281,9 +279,7 @@ def test_random_texts_of_mixed_scripts_encode_as_tiktoken_does(
     assert [text for text in texts if tokenizer.encode(text) != published(text)] == []
 
 
-def test_random_texts_encode_as_tiktoken_does_with_every_special_token(
-    either: Tokenizer, published: Encode
-) -> None:
+def test_random_texts_encode_as_tiktoken_does_with_every_special_token(either: Tokenizer, published: Encode):
     texts = [text for text in random_texts(15000, seed=3) if "<" in text or "|" in text]
     assert len(texts) > 1500
     assert [text for text in texts if either.encode(text, "all") != published(text, "all")] == []
@@ -316,51 +312,42 @@ def test_both_engines_agree_on_random_texts(tokenizer: Tokenizer, tiktoken_token
     assert [text for text in texts if tokenizer.encode(text) != tiktoken_tokenizer.encode(text)] == []
 
 
-def test_random_texts_split_as_tiktoken_splits(splits: tuple[Tokenizer, Encode]) -> None:
-    tokenizer, expected = splits
-    texts = list(random_texts(6000, seed=15))
-    assert [text for text in texts if tokenizer.encode(text) != expected(text)] == []
-
-
-def test_every_assigned_character_splits_from_its_neighbours_as_tiktoken_splits(
-    splits: tuple[Tokenizer, Encode],
-) -> None:
-    tokenizer, expected = splits
+def every_character() -> list[str]:
     # Thousands of ideographs and syllables are all one class: one in 50 of them is enough.
     many = regex.compile(r"[\p{Han}\p{Hangul}\p{Co}]")
     characters = [c for c in EVERY_CHARACTER if not many.match(c) or ord(c) % 50 == 0]
     assert len(characters) > 10000
-    texts = [f"{c}a {c}1'{c}s{c}.\n{c}\n" for c in characters]
-    assert [text for text in texts if tokenizer.encode(text) != expected(text)] == []
+    return [f"{c}a {c}1'{c}s{c}.\n{c}\n" for c in characters]
 
 
-def test_random_ascii_texts_split_as_tiktoken_splits(splits: tuple[Tokenizer, Encode]) -> None:
-    tokenizer, expected = splits
+def random_ascii() -> Iterator[str]:
     generator = random.Random(5)
     everything = [chr(c) for c in range(128)]
     awkward = [*" \t\n\r\v\f\x1c\x1d\x1e\x1f\x00\x7f", "'", "'s", "'Ll", "a", "Z", "_", "1", ".", "  "]
     for _ in range(10000):
         pool = generator.choice((everything, awkward))
-        text = "".join(generator.choices(pool, k=generator.randint(1, 30)))
-        assert tokenizer.encode(text) == expected(text), repr(text)
+        yield "".join(generator.choices(pool, k=generator.randint(1, 30)))
 
 
-def test_every_short_text_of_awkward_ascii_splits_as_tiktoken_splits(
-    splits: tuple[Tokenizer, Encode],
-) -> None:
+AWKWARD = [*" \t\n\r\v\x1c'sa1.", "ll"]
+FRAMES = ("{}", "a{}a", "1{}1", " {}a", ".{}.", "\n{}\n", "  {} ", "'{}s", "a {}{}b", "a{}'s", "a'{}{}")
+SPLIT = {
+    "random texts": lambda: random_texts(6000, seed=15),
+    "every assigned character beside others": every_character,
+    "random ASCII": random_ascii,
+    "every short text of awkward ASCII": lambda: (
+        "".join(letters) for length in range(5) for letters in product(AWKWARD, repeat=length)
+    ),
+    "every ASCII character between others": lambda: (
+        frame.replace("{}", chr(c)) for c in range(128) for frame in FRAMES
+    ),
+}
+
+
+@pytest.mark.parametrize("texts", SPLIT)
+def test_texts_split_as_tiktoken_splits(splits: tuple[Tokenizer, Encode], texts: str) -> None:
     tokenizer, expected = splits
-    alphabet = [*" \t\n\r\v\x1c'sa1.", "ll"]
-    texts = ["".join(letters) for length in range(5) for letters in product(alphabet, repeat=length)]
-    assert [text for text in texts if tokenizer.encode(text) != expected(text)] == []
-
-
-def test_every_ascii_character_between_others_splits_as_tiktoken_splits(
-    splits: tuple[Tokenizer, Encode],
-) -> None:
-    tokenizer, expected = splits
-    frames = ("{}", "a{}a", "1{}1", " {}a", ".{}.", "\n{}\n", "  {} ", "'{}s", "a {}{}b", "a{}'s", "a'{}{}")
-    texts = [frame.replace("{}", chr(c)) for c in range(128) for frame in frames]
-    assert [text for text in texts if tokenizer.encode(text) != expected(text)] == []
+    assert [text for text in SPLIT[texts]() if tokenizer.encode(text) != expected(text)] == []
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -471,9 +458,7 @@ def test_only_the_allowed_special_tokens_are_parsed(either: Tokenizer, collectio
     assert either.encode(text, allowed_special=collection(["<|im_end|>"])) == [*plain, IM_END, IM_END]
 
 
-def test_random_subsets_of_special_tokens_are_parsed_as_tiktoken_does(
-    either: Tokenizer, published: Encode
-) -> None:
+def test_random_subsets_of_special_tokens_are_parsed_as_tiktoken_does(either: Tokenizer, published: Encode):
     generator = random.Random(6)
     for _ in range(300):
         allowed = set(generator.sample(SPECIAL, generator.randint(0, 5)))
@@ -597,9 +582,7 @@ def settled(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_streaming_emits_what_is_settled_as_soon_as_it_is(
-    either: Tokenizer, tokens: list[bytes], skip: bool
-) -> None:
+def test_streaming_emits_what_is_settled_as_soon_as_it_is(either: Tokenizer, tokens: list[bytes], skip: bool):
     for ids in random_ids(2000, seed=9, tokens=tokens):
         decoder = StreamDecoder(either, skip_special_tokens=skip)
         emitted = ""
@@ -651,6 +634,11 @@ def vocabulary_lines(tokens: list[bytes]) -> list[bytes]:
     return [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
 
 
+def from_content(path: Path, content: bytes) -> Tokenizer:
+    path.write_bytes(content)
+    return Tokenizer.from_file(path)
+
+
 def damaged(line: bytes, number: int = 101) -> bytes:
     lines = vocabulary_lines([*BYTES, b"ab", b"abc"])
     lines[number - 1] = line
@@ -690,39 +678,30 @@ def test_a_good_small_vocabulary_file_loads(tmp_path: Path) -> None:
         pytest.param(LFS_POINTER, r"(?i)lfs", id="a Git LFS pointer"),
     ],
 )
-def test_a_damaged_vocabulary_file_is_refused_by_file_and_reason(
-    tmp_path: Path, content: bytes, reason: str
-) -> None:
-    path = tmp_path / "damaged.tiktoken"
-    path.write_bytes(content)
+def test_a_damaged_vocabulary_file_is_refused_by_file_and_reason(tmp_path: Path, content: bytes, reason: str):
     with pytest.raises(ValueError, match=r"damaged\.tiktoken") as caught:
-        Tokenizer.from_file(path)
+        from_content(tmp_path / "damaged.tiktoken", content)
     message = str(caught.value).replace(str(tmp_path), "")
     assert regex.search(reason, message), message
 
 
 def test_the_published_file_cut_inside_a_line_is_refused(tmp_path: Path, vocabulary_file: Path) -> None:
-    path = tmp_path / "half.tiktoken"
-    path.write_bytes(vocabulary_file.read_bytes()[: 1 << 20])
     with pytest.raises(ValueError, match=r"half\.tiktoken"):
-        Tokenizer.from_file(path)
+        from_content(tmp_path / "half.tiktoken", vocabulary_file.read_bytes()[: 1 << 20])
 
 
 def test_a_vocabulary_file_cut_anywhere_inside_a_line_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "cut.tiktoken"
     content = b"\n".join(vocabulary_lines([*BYTES, b"ab", b"abc", b"abcd"]))
     ends = {i for i, byte in enumerate(content) if byte == ord("\n") and content[:i].count(b"\n") >= 255}
     for length in (*range(0, len(content) - 40, 17), *range(len(content) - 40, len(content))):
         if length not in ends and length - 1 not in ends:
-            path.write_bytes(content[:length])
             with pytest.raises(ValueError, match=r"cut\.tiktoken"):
-                Tokenizer.from_file(path)
+                from_content(tmp_path / "cut.tiktoken", content[:length])
 
 
 def test_line_ends_of_windows_and_blank_lines_at_the_end_are_harmless(tmp_path: Path) -> None:
-    path = tmp_path / "windows.tiktoken"
-    path.write_bytes(b"\r\n".join(vocabulary_lines([*BYTES, b"ab"])) + b"\r\n\r\n")
-    assert Tokenizer.from_file(path).encode("abc") == [256, ord("c")]
+    content = b"\r\n".join(vocabulary_lines([*BYTES, b"ab"])) + b"\r\n\r\n"
+    assert from_content(tmp_path / "windows", content).encode("abc") == [256, ord("c")]
 
 
 def test_a_file_that_is_written_otherwise_but_right_holds_the_same_tokens(tmp_path: Path) -> None:
@@ -781,21 +760,16 @@ def test_an_unknown_engine_is_refused_by_name() -> None:
 class CountedRanks(dict):
     """Ranks that count how often they are asked for one."""
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
-        super().__init__(ranks)
-        self.count = 0
+    count = 0
 
-    def get(self, *key: object) -> int | None:
-        self.count += 1
-        return super().get(*key)
+    def counted(ask: Callable) -> Callable:
+        def call(self: CountedRanks, *key: object) -> object:
+            self.count += 1
+            return ask(self, *key)
 
-    def __getitem__(self, key: bytes) -> int:
-        self.count += 1
-        return super().__getitem__(key)
+        return call
 
-    def __contains__(self, key: object) -> bool:
-        self.count += 1
-        return super().__contains__(key)
+    get, __getitem__, __contains__ = map(counted, (dict.get, dict.__getitem__, dict.__contains__))
 
 
 @pytest.mark.parametrize("alphabet", ["a", " ", "etaoins", string.ascii_letters])
@@ -810,32 +784,23 @@ def test_four_times_the_length_takes_less_than_eight_times_the_lookups(
     assert 10000 < long.count < 8 * short.count
 
 
-@pytest.mark.parametrize(
-    ("unit", "count"), [("a", 10**6), ("ab", 5 * 10**5), ("中", 10**5), ("!", 10**5), ("\n", 10**5)]
-)
+LONG = {
+    "a million characters": lambda: ["a" * 10**6],
+    "half a million pairs": lambda: ["ab" * (5 * 10**5)],
+    **{f"100,000 of {unit!r}": lambda unit=unit: [unit * 10**5] for unit in "中!\n"},
+    "words of random letters": lambda: (
+        "".join(generator.choices(letters, k=10**5))
+        for generator in [random.Random(11)]
+        for letters in (string.ascii_letters, "éяab中")
+    ),
+    "spaces between letters": lambda: ("x" + " " * 10**5 + "y", "é" + "\u3000 " * 50000 + "é"),
+}
+
+
+@pytest.mark.parametrize("texts", LONG)
 @pytest.mark.usefixtures("deadline")
-def test_a_piece_of_up_to_a_million_equal_characters_encodes_as_tiktoken_does(
-    tokenizer: Tokenizer, published: Encode, unit: str, count: int
-) -> None:
-    text = unit * count
-    assert tokenizer.encode(text) == published(text)
-
-
-@pytest.mark.usefixtures("deadline")
-def test_a_word_of_100_000_random_letters_encodes_as_tiktoken_does(
-    tokenizer: Tokenizer, published: Encode
-) -> None:
-    generator = random.Random(11)
-    for letters in (string.ascii_letters, "éяab中"):
-        text = "".join(generator.choices(letters, k=10**5))
-        assert tokenizer.encode(text) == published(text)
-
-
-@pytest.mark.usefixtures("deadline")
-def test_100_000_spaces_between_letters_encode_as_tiktoken_does(
-    tokenizer: Tokenizer, published: Encode
-) -> None:
-    for text in ("x" + " " * 10**5 + "y", "é" + "\u3000 " * 50000 + "é"):
+def test_a_long_piece_encodes_as_tiktoken_does(tokenizer: Tokenizer, published: Encode, texts: str) -> None:
+    for text in LONG[texts]():
         assert tokenizer.encode(text) == published(text)
 
 
@@ -886,8 +851,5 @@ def test_changing_the_returned_ids_changes_no_later_result(either: Tokenizer) ->
 
 
 def test_a_token_given_twice_in_a_file_that_is_otherwise_as_published_is_seen(tmp_path: Path) -> None:
-    tokens = [bytes([value]) for value in range(256)] + [b"a"]
-    lines = [b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
-    (tmp_path / "v.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(ValueError, match="line 257: the token of line 98 again"):
-        read_ranks(tmp_path / "v.tiktoken")
+        from_content(tmp_path / "v", b"\n".join(vocabulary_lines([*BYTES, b"a"])) + b"\n")

@@ -7,12 +7,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WEIGHTS, Result, refused
+from conftest import WEIGHTS, Run, cli_of, refused
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.bench import measure as bench
@@ -22,6 +21,7 @@ from qwen_ref.bench.report import table
 from qwen_ref.bench.synthetic import synthetic
 from qwen_ref.fast.layers import fasten
 
+cli = cli_of(main)
 QUICK = ("--lengths", "3", "5", "--tokens", "2", "--repeats", "2")
 
 
@@ -30,8 +30,8 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_READ_BYTES", 2**20)
 
 
-def test_the_table_has_a_row_for_everything_asked(run_command: Callable[..., Result]) -> None:
-    done = run_command(main, *QUICK, "--fast", "--against", "plain", "plain:float32")
+def test_the_table_has_a_row_for_everything_asked(cli: Run) -> None:
+    done = cli(*QUICK, "--fast", "--against", "plain", "plain:float32")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert re.search(r"\d+ cores, \d+ threads, .*, torch \d", lines[0])
@@ -58,8 +58,8 @@ def test_the_table_has_a_row_for_everything_asked(run_command: Callable[..., Res
         ]
 
 
-def test_json_has_every_repeat(run_command: Callable[..., Result]) -> None:
-    done = run_command(main, *QUICK, "--quantize", "int8", "--against", "plain", "--json")
+def test_json_has_every_repeat(cli: Run) -> None:
+    done = cli(*QUICK, "--quantize", "int8", "--against", "plain", "--json")
     found = json.loads(done.out)
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert set(found["subjects"]) == {"qwen_ref bfloat16 quantize=int8", "plain bfloat16"}
@@ -141,30 +141,26 @@ def test_an_interrupted_bench_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_a_published_size_is_made_and_removed(
-    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: str
+    cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: str
 ) -> None:
     config = dataclasses.replace(QwenConfig.from_json(WEIGHTS / "config.json"), num_hidden_layers=7)
     monkeypatch.setattr(QwenConfig, "preset", lambda size: config)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    done = run_command(main, "--synthetic", "7b", "--layers", "2", *QUICK, "--json")
+    done = cli("--synthetic", "7b", "--layers", "2", *QUICK, "--json")
     assert json.loads(done.out)["layers"] == 2
     assert json.loads(done.out)["model"] == "7b, synthetic"
     plain = json.loads(done.out)["resident_weights"]
-    done = run_command(
-        main, "--synthetic", "7b", "--layers", "2", "--gptq", bits, "--packed", *QUICK, "--json"
-    )
+    done = cli("--synthetic", "7b", "--layers", "2", "--gptq", bits, "--packed", *QUICK, "--json")
     matrices = 2 * 16 * 128**2
     saved = plain - json.loads(done.out)["resident_weights"]
     assert saved == pytest.approx(matrices * (2 - int(bits) / 8), rel=0.05)  # but for scales and g_idx
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large_for_the_disk_is_said_before(
-    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_too_large_for_the_disk_is_said_before(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
-    line = refused(run_command(main, "--synthetic", "72b"))
+    line = refused(cli("--synthetic", "72b"))
     assert "the 72b takes 144.6 GB in" in line
     assert "1.0 GB left; --layers N makes fewer" in line
     assert not list(tmp_path.iterdir())
@@ -258,21 +254,19 @@ def test_memory_is_the_most_there_was() -> None:
     ],
     ids=str,
 )
-def test_bad_input_is_one_line(options: list[str], message: str, run_command: Callable[..., Result]) -> None:
-    assert message in refused(run_command(main, *options))
+def test_bad_input_is_one_line(options: list[str], message: str, cli: Run) -> None:
+    assert message in refused(cli(*options))
 
 
-def test_a_missing_extra_is_named(
-    run_command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    line = refused(run_command(main, "--against", "hf"))
+    line = refused(cli("--against", "hf"))
     assert "pip install 'qwen_ref[transformers]'" in line
 
 
-def test_transformers_takes_part(run_command: Callable[..., Result]) -> None:
+def test_transformers_takes_part(cli: Run) -> None:
     pytest.importorskip("transformers", reason="an extra: `make parity` installs it")
-    done = run_command(main, *QUICK, "--against", "hf", "hf:float32", "--json")
+    done = cli(*QUICK, "--against", "hf", "hf:float32", "--json")
     assert {"transformers bfloat16", "transformers float32"} < set(json.loads(done.out)["subjects"])
 
 

@@ -36,11 +36,6 @@ INJECTIONS = [
 
 
 @pytest.fixture(scope="module")
-def tiny_tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
-
-
-@pytest.fixture(scope="module")
 def tiny() -> Qwen:
     return load_model(WEIGHTS, "auto")
 
@@ -65,34 +60,31 @@ def test_the_recorded_contexts_drop_turns_and_keep_them() -> None:
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_content_yields_no_control_token_wherever_it_stands(text: str, tiny_tokenizer: Tokenizer) -> None:
-    plain = build_context(tiny_tokenizer, "x", [("x", "x")], "x")
+def test_content_yields_no_control_token_wherever_it_stands(text: str, own: Tokenizer) -> None:
+    plain = build_context(own, "x", [("x", "x")], "x")
     control = [token for token in plain if token >= 2500]
     for query, history, system in ((text, [("x", "x")], "x"), ("x", [(text, text)], "x"), ("x", [], text)):
-        ids = build_context(tiny_tokenizer, query, history, system)
+        ids = build_context(own, query, history, system)
         wanted = control if history else control[: len(control) - 4]
         assert [token for token in ids if token >= 2500] == wanted
-        assert text in tiny_tokenizer.decode(ids)
+        assert text in own.decode(ids)
 
 
-def test_a_turn_stays_as_long_as_the_window_is_not_reached(tiny_tokenizer: Tokenizer) -> None:
+def test_a_turn_stays_as_long_as_the_window_is_not_reached(own: Tokenizer) -> None:
     history = [ICELAND, NORWAY]
-    size = len(build_context(tiny_tokenizer, "", history)) - len(build_context(tiny_tokenizer, "", []))
-    size += len(tiny_tokenizer.encode("system\nYou are a helpful assistant.")) + 2  # im_start and im_end
-    everything = fitted_context(tiny_tokenizer, "", history, max_window_size=size + 1)
-    assert everything == (build_context(tiny_tokenizer, "", history), 0)
-    one_less = fitted_context(tiny_tokenizer, "", history, max_window_size=size)
-    assert one_less == (build_context(tiny_tokenizer, "", [NORWAY]), 1)
-    assert fitted_context(tiny_tokenizer, "", history, max_window_size=1) == (
-        build_context(tiny_tokenizer, ""),
-        2,
-    )
+    size = len(build_context(own, "", history)) - len(build_context(own, "", []))
+    size += len(own.encode("system\nYou are a helpful assistant.")) + 2  # im_start and im_end
+    everything = fitted_context(own, "", history, max_window_size=size + 1)
+    assert everything == (build_context(own, "", history), 0)
+    one_less = fitted_context(own, "", history, max_window_size=size)
+    assert one_less == (build_context(own, "", [NORWAY]), 1)
+    assert fitted_context(own, "", history, max_window_size=1) == (build_context(own, ""), 2)
 
 
-def test_a_turn_that_has_no_room_takes_the_older_ones_with_it(tiny_tokenizer: Tokenizer) -> None:
+def test_a_turn_that_has_no_room_takes_the_older_ones_with_it(own: Tokenizer) -> None:
     history = [NORWAY, ("x " * 500, "y"), NORWAY]
-    found = fitted_context(tiny_tokenizer, "", history, max_window_size=200)
-    assert found == (build_context(tiny_tokenizer, "", [NORWAY]), 2)
+    found = fitted_context(own, "", history, max_window_size=200)
+    assert found == (build_context(own, "", [NORWAY]), 2)
 
 
 @pytest.mark.parametrize(
@@ -106,37 +98,37 @@ def test_a_turn_that_has_no_room_takes_the_older_ones_with_it(tiny_tokenizer: To
         ({"query": "x", "max_window_size": 0}, "max_window_size=0 must be at least 1 token"),
     ],
 )
-def test_what_is_no_conversation_is_refused(arguments: dict, message: str, tiny_tokenizer: Tokenizer) -> None:
+def test_what_is_no_conversation_is_refused(arguments: dict, message: str, own: Tokenizer) -> None:
     with pytest.raises(ValueError, match=message):
-        build_context(tiny_tokenizer, **arguments)
+        build_context(own, **arguments)
 
 
 # Answers
 
 
-def test_the_tiny_checkpoint_answers_in_chat(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
-    response, history = qwen_ref.chat.reply(tiny, tiny_tokenizer, ICELAND[0])
+def test_the_tiny_checkpoint_answers_in_chat(tiny: Qwen, own: Tokenizer) -> None:
+    response, history = qwen_ref.chat.reply(tiny, own, ICELAND[0])
     assert (response, history) == (ICELAND[1], [ICELAND])
-    response, longer = reply(tiny, tiny_tokenizer, NORWAY[0], history=history, system="You know geography.")
+    response, longer = reply(tiny, own, NORWAY[0], history=history, system="You know geography.")
     assert (response, longer) == (NORWAY[1], [ICELAND, NORWAY])
     assert history == [ICELAND]  # as it was
 
 
-def test_an_answer_is_what_generate_gives_for_the_context(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
+def test_an_answer_is_what_generate_gives_for_the_context(tiny: Qwen, own: Tokenizer) -> None:
     sampled = {"temperature": 1.5, "top_p": 0.9, "seed": 3, "max_new_tokens": 20}
-    response, _ = reply(tiny, tiny_tokenizer, "你好", [NORWAY], "", 300, **sampled)
-    ids = build_context(tiny_tokenizer, "你好", [NORWAY], "", 300)
+    response, _ = reply(tiny, own, "你好", [NORWAY], "", 300, **sampled)
+    ids = build_context(own, "你好", [NORWAY], "", 300)
     steps = generate(tiny, ids, stop_ids=[2500, 2501, 2502], **sampled)
     tokens = [step.token for step in steps]
-    assert tiny_tokenizer.decode([token for token in tokens if token < 2500]) == response != ""
+    assert own.decode([token for token in tokens if token < 2500]) == response != ""
 
 
 @pytest.mark.parametrize("stop", [2500, 2501, 2502])
 def test_every_control_token_of_chatml_ends_the_answer(
-    stop: int, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    stop: int, own: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(WEIGHTS, "float32")
-    wanted = [*tiny_tokenizer.encode("Oslo"), stop, *tiny_tokenizer.encode("more")]
+    wanted = [*own.encode("Oslo"), stop, *own.encode("more")]
 
     def scripted(ids: torch.Tensor, _: object, cache: KVCache) -> torch.Tensor:
         model.asked = getattr(model, "asked", 0) + 1
@@ -145,24 +137,22 @@ def test_every_control_token_of_chatml_ends_the_answer(
 
     monkeypatch.setattr(model, "hidden_states", scripted)
     monkeypatch.setattr(model.lm_head, "forward", lambda states, **_: states)
-    assert reply(model, tiny_tokenizer, "?")[0] == "Oslo"
+    assert reply(model, own, "?")[0] == "Oslo"
 
 
 def test_dropped_turns_are_reported_and_stay_in_the_history(
-    tiny: Qwen, tiny_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+    tiny: Qwen, own: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        response, history = reply(tiny, tiny_tokenizer, NORWAY[0], [ICELAND] * 5, max_window_size=60)
+        response, history = reply(tiny, own, NORWAY[0], [ICELAND] * 5, max_window_size=60)
     assert response == NORWAY[1]
     assert history == [ICELAND] * 5 + [NORWAY]
     (record,) = caplog.records
     assert record.getMessage() == "the 3 oldest turns are left out: the window holds 60 tokens"
 
 
-def test_a_conversation_that_is_given_up_keeps_what_was_yielded(
-    tiny: Qwen, tiny_tokenizer: Tokenizer
-) -> None:
-    talk = Conversation(tiny, tiny_tokenizer)
+def test_a_conversation_that_is_given_up_keeps_what_was_yielded(tiny: Qwen, own: Tokenizer) -> None:
+    talk = Conversation(tiny, own)
     pieces = talk.ask(ICELAND[0])
     first = next(pieces)
     pieces.close()
@@ -172,8 +162,8 @@ def test_a_conversation_that_is_given_up_keeps_what_was_yielded(
     assert talk.finish_reason == "stop"
 
 
-def test_asking_again_ends_an_answer_that_is_still_coming(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
-    talk = Conversation(tiny, tiny_tokenizer)
+def test_asking_again_ends_an_answer_that_is_still_coming(tiny: Qwen, own: Tokenizer) -> None:
+    talk = Conversation(tiny, own)
     first, second = talk.ask(NORWAY[0]), None
     begun = next(first)
     second = talk.ask(ICELAND[0])
@@ -193,11 +183,9 @@ def test_asking_again_ends_an_answer_that_is_still_coming(tiny: Qwen, tiny_token
     assert list(other) == list(generate(tiny, [1, 2, 3, 9, 9, 9, 9], max_new_tokens=8))
 
 
-def test_every_answer_of_a_seeded_conversation_has_a_draw_of_its_own(
-    tiny: Qwen, tiny_tokenizer: Tokenizer
-) -> None:
+def test_every_answer_of_a_seeded_conversation_has_a_draw_of_its_own(tiny: Qwen, own: Tokenizer) -> None:
     sampled = {"temperature": 3.0, "seed": 5, "max_new_tokens": 12}
-    talk, again = (Conversation(tiny, tiny_tokenizer, **sampled) for _ in range(2))
+    talk, again = (Conversation(tiny, own, **sampled) for _ in range(2))
     answers = ["".join(talk.ask("?")) for _ in range(2)]
     assert ["".join(again.ask("?")) for _ in range(2)] == answers
     talk.history.clear()
@@ -235,17 +223,17 @@ def test_what_is_kept_changes_neither_tokens_nor_log_probabilities(folder: objec
     )
 
 
-def test_a_turn_prefills_only_what_is_new(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
+def test_a_turn_prefills_only_what_is_new(tiny: Qwen, own: Tokenizer) -> None:
     seen = []
     hook = tiny.embed.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
     try:
-        talk = Conversation(tiny, tiny_tokenizer)
+        talk = Conversation(tiny, own)
         answer = "".join(talk.ask(NORWAY[0]))
         first = len(talk.context.ids)
         assert seen == [first] + [1] * (len(seen) - 1)
         seen.clear()
         "".join(talk.ask(ICELAND[0]))
-        said = len(tiny_tokenizer.encode(answer))
+        said = len(own.encode(answer))
         assert talk.prefix.kept == first + said
         assert seen[0] == len(talk.context.ids) - first - said
     finally:
@@ -280,9 +268,7 @@ def steps_in(cache: KVCache, model: Qwen, sizes: list[int], mask: torch.Tensor |
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_cache_that_grows_gives_the_bits_of_one_that_was_large_at_once(
-    with_cache: Qwen, padded: bool
-) -> None:
+def test_a_cache_that_grows_gives_the_bits_of_one_that_was_large_at_once(with_cache: Qwen, padded: bool):
     mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3]) if padded else None
     B = 2 if padded else 1
     large, grown = with_cache.new_cache(B, 264, prompt_length=40), with_cache.new_cache(B, 7)
@@ -317,8 +303,8 @@ def test_the_memory_of_a_chat_grows_with_its_tokens(with_cache: Qwen) -> None:
     assert list(kept.generate(range(8), 4)) == list(generate(with_cache, range(8), 4))
 
 
-def test_a_conversation_makes_no_room_for_its_whole_window(tiny: Qwen, tiny_tokenizer: Tokenizer) -> None:
-    talk = Conversation(tiny, tiny_tokenizer)
+def test_a_conversation_makes_no_room_for_its_whole_window(tiny: Qwen, own: Tokenizer) -> None:
+    talk = Conversation(tiny, own)
     for _ in range(3):
         "".join(talk.ask(NORWAY[0]))
         tokens = len(talk.context.ids) + 10
@@ -341,11 +327,7 @@ def test_nothing_is_kept_of_a_pass_that_gave_nan() -> None:
 @pytest.mark.parametrize(
     ("length", "prompt", "message"),
     [
-        (
-            3,
-            [1, 2, 3],
-            "the cache holds 3 positions, the longest prompt has 3 tokens",
-        ),
+        (3, [1, 2, 3], "the cache holds 3 positions, the longest prompt has 3 tokens"),
         (0, list(range(18)), r"1 × 21 positions are needed, the cache has 1 × 20"),
     ],
 )

@@ -12,11 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, WEIGHTS, Result, refused
+from conftest import GOLDEN, WEIGHTS, change_json, cli_of, refused
 from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
@@ -25,13 +24,9 @@ from qwen_ref.commands.clock import Clock
 from qwen_ref.config import InputError
 from qwen_ref.tokenizer import Tokenizer
 
+cli = cli_of(main)
 QUESTION, ANSWER = "冰岛的首都是哪里？", "雷克雅未克（Reykjavik）"
 COMMAND = [sys.executable, "-m", "qwen_ref.chat"]
-
-
-@pytest.fixture
-def chat(run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(run_command, main)
 
 
 def lines(*messages: str) -> bytes:
@@ -41,47 +36,45 @@ def lines(*messages: str) -> bytes:
 # Piped
 
 
-def test_once_answers_and_ends(chat: Callable) -> None:
-    result = chat("--once", QUESTION)
+def test_once_answers_and_ends(cli: Callable) -> None:
+    result = cli("--once", QUESTION)
     assert (result.code, result.out) == (0, ANSWER + "\n")
     assert "greedy; at most 64 new tokens; stop at 2500, 2501, 2502" in result.err
     assert result.err.splitlines()[-1].startswith("qwen_ref: prefill 24 tokens")
 
 
 @pytest.mark.parametrize("arguments", [["--once"], ["--once", "-"]])
-def test_once_reads_a_pipe(chat: Callable, arguments: list[str]) -> None:
-    assert chat(*arguments, stdin=lines(QUESTION))[:2] == (0, ANSWER + "\n")
+def test_once_reads_a_pipe(cli: Callable, arguments: list[str]) -> None:
+    assert cli(*arguments, stdin=lines(QUESTION))[:2] == (0, ANSWER + "\n")
 
 
-def test_a_piped_conversation_is_answered_line_by_line(chat: Callable) -> None:
-    result = chat(stdin=lines(QUESTION, "", "What is the capital of Norway?"))
+def test_a_piped_conversation_is_answered_line_by_line(cli: Callable) -> None:
+    result = cli(stdin=lines(QUESTION, "", "What is the capital of Norway?"))
     assert (result.code, result.out) == (0, f"{ANSWER}\nOslo.\n")
     assert "31 tokens of 49 known from before; prefill 18 tokens" in result.err
 
 
-def test_the_system_message_is_what_was_given(chat: Callable) -> None:
+def test_the_system_message_is_what_was_given(cli: Callable) -> None:
     assert (
-        chat("--system", "请简短回答。", stdin=lines("/system", QUESTION)).out == f"请简短回答。\n{ANSWER}\n"
+        cli("--system", "请简短回答。", stdin=lines("/system", QUESTION)).out == f"请简短回答。\n{ANSWER}\n"
     )
 
 
-def test_a_message_of_several_lines_stands_between_quotes(chat: Callable) -> None:
-    result = chat(stdin=lines('"""3+4=?', "", 'x"""', '"""', "3+4=?", '"""', "/history"))
+def test_a_message_of_several_lines_stands_between_quotes(cli: Callable) -> None:
+    result = cli(stdin=lines('"""3+4=?', "", 'x"""', '"""', "3+4=?", '"""', "/history"))
     assert [line for line in result.out.splitlines() if line.startswith(">")] == ["> 3+4=?", "> 3+4=?"]
     assert "> 3+4=?\n\nx\n" in result.out
 
 
-def test_a_message_may_begin_with_a_slash(chat: Callable) -> None:
-    result = chat(stdin=lines("//etc", "/history"))
+def test_a_message_may_begin_with_a_slash(cli: Callable) -> None:
+    result = cli(stdin=lines("//etc", "/history"))
     assert "> /etc\n" in result.out
 
 
-def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
+def test_the_commands_do_what_help_says(cli: Callable, tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
     script = ["/help", QUESTION, "/retry", "/history", "/system 你好", "/system", f"/save {file}", "/reset"]
-    result = chat(
-        stdin=lines(*script, "/history", "/retry", "/nonsense", "/save", "/reset all", "/quit", "x")
-    )
+    result = cli(stdin=lines(*script, "/history", "/retry", "/nonsense", "/save", "/reset all", "/quit", "x"))
     assert result.code == 2  # four lines were refused, and nobody at a terminal has seen it
     out = result.out.splitlines()
     help_text = [line for line in out if line.startswith("/")]
@@ -101,26 +94,22 @@ def test_the_commands_do_what_help_says(chat: Callable, tmp_path: Path) -> None:
         assert said in result.err
 
 
-def test_dropped_turns_and_cut_answers_are_reported(chat: Callable, tmp_path: Path) -> None:
-    folder = shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
-    settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 0}))
-    line = refused(chat("--model", folder, stdin=lines(QUESTION)))
+def test_dropped_turns_and_cut_answers_are_reported(cli: Callable, folder: Path) -> None:
+    change_json(folder / "generation_config.json", max_window_size=0)
+    line = refused(cli("--model", folder, stdin=lines(QUESTION)))
     assert "generation_config.json: max_window_size=0 must be from 1 to" in line
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 40}))
-    result = chat("--model", folder, "--max-new-tokens", "3", stdin=lines(*[QUESTION] * 3))
+    change_json(folder / "generation_config.json", max_window_size=40)
+    result = cli("--model", folder, "--max-new-tokens", "3", stdin=lines(*[QUESTION] * 3))
     assert result.err.count("the answer was cut at 3 tokens; --max-new-tokens allows more") == 3
     assert "note: the oldest turn is left out: the window holds 40 tokens" in result.err
 
 
-def test_a_text_beyond_the_trained_length_is_said_to_be_worse(chat: Callable) -> None:
-    result = chat("--once", "x " * 300, "--max-new-tokens", "1")
+def test_a_text_beyond_the_trained_length_is_said_to_be_worse(cli: Callable) -> None:
+    result = cli("--once", "x " * 300, "--max-new-tokens", "1")
     assert "exceed the 512 that this model was trained on" in result.err
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
-    chat: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(cli: Callable, monkeypatch: pytest.MonkeyPatch):
     watch, counts = Clock.watch, iter([0, 3])
 
     def interrupted(clock: Clock, steps: Iterator) -> Iterator:
@@ -131,7 +120,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
             yield step
 
     monkeypatch.setattr(Clock, "watch", interrupted)
-    result = chat(stdin=lines(QUESTION, QUESTION, "/history", "/retry", "/history"))
+    result = cli(stdin=lines(QUESTION, QUESTION, "/history", "/retry", "/history"))
     assert result.code == 0
     assert "stopped; there is no answer yet; /retry asks again" in result.err
     assert "stopped; what there is of the answer is kept" in result.err
@@ -141,9 +130,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_there_is(
     assert result.out == f"\n{started}\n> {QUESTION}\n{started}\n{ANSWER}\n> {QUESTION}\n{ANSWER}\n"
 
 
-def test_ctrl_c_before_the_answer_ends_no_conversation(
-    chat: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_before_the_answer_ends_no_conversation(cli: Callable, monkeypatch: pytest.MonkeyPatch):
     encode, counts = Tokenizer.encode, iter([True, True])
 
     def interrupted(tokenizer: Tokenizer, text: str, *rest: object) -> list[int]:
@@ -152,27 +139,25 @@ def test_ctrl_c_before_the_answer_ends_no_conversation(
         return encode(tokenizer, text, *rest)
 
     monkeypatch.setattr(Tokenizer, "encode", interrupted)
-    result = chat(stdin=lines(QUESTION, "3+4=?", "/retry", "/retry", "/history"))
+    result = cli(stdin=lines(QUESTION, "3+4=?", "/retry", "/retry", "/history"))
     assert result.code == 0
     assert result.err.count("stopped; there is no answer yet; /retry asks again") == 2
     assert result.out == f"{ANSWER}\n7\n> {QUESTION}\n{ANSWER}\n> 3+4=?\n7\n"
 
 
 def test_ctrl_c_during_a_command_ends_no_conversation(
-    chat: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(terminal, "save", interrupted)
-    result = chat(stdin=lines(f"/save {tmp_path / 'saved.json'}", "3+4=?"))
+    result = cli(stdin=lines(f"/save {tmp_path / 'saved.json'}", "3+4=?"))
     assert (result.code, result.out) == (0, "7\n")
     assert "stopped" in result.err
 
 
-def test_a_retry_without_an_answer_leaves_the_old_one(
-    chat: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retry_without_an_answer_leaves_the_old_one(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     watch, counts = Clock.watch, iter([False, True])
 
     def interrupted(clock: Clock, steps: Iterator) -> Iterator:
@@ -181,7 +166,7 @@ def test_a_retry_without_an_answer_leaves_the_old_one(
         yield from watch(clock, steps)
 
     monkeypatch.setattr(Clock, "watch", interrupted)
-    result = chat(stdin=lines("3+4=?", "/retry", "/history"))
+    result = cli(stdin=lines("3+4=?", "/retry", "/history"))
     assert "stopped; the answer before stays" in result.err
     assert result.out == "7\n\n> 3+4=?\n7\n"
 
@@ -193,30 +178,22 @@ def test_output_that_fails_ends_it(tmp_path: Path) -> None:
     assert done.stderr.count(b"error: [Errno 28]") == 1
 
 
-def test_ctrl_c_ends_once_with_130(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_once_with_130(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(clock: Clock, steps: Iterator) -> Iterator:
         yield next(steps)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Clock, "watch", interrupted)
-    assert chat("--once", QUESTION).code == 130
+    assert cli("--once", QUESTION).code == 130
 
 
-def test_a_model_that_gives_nan_ends_no_conversation(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_gives_nan_ends_no_conversation(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen_ref import generate as steps
 
     monkeypatch.setattr(steps, "_draw", lambda *_: (_ for _ in ()).throw(InputError("3 NaN")))
-    result = chat(stdin=lines(QUESTION, "/history"))
+    result = cli(stdin=lines(QUESTION, "/history"))
     assert (result.code, result.out) == (2, "\n")
     assert "error: 3 NaN" in result.err
-
-
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; from qwen_ref.chat.__main__ import main; main(['--help'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "--once" in done.stdout
 
 
 def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
@@ -230,11 +207,11 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [{}, {"chat_format": "raw"}, {"chat_format": "chatglm"}])
-def test_a_base_checkpoint_is_refused_with_the_remedy(chat: Callable, content: dict, tmp_path: Path) -> None:
+def test_a_base_checkpoint_is_refused_with_the_remedy(cli: Callable, content: dict, tmp_path: Path) -> None:
     shutil.copy(WEIGHTS / "config.json", tmp_path)
-    assert "has a generation_config.json" in refused(chat("--model", tmp_path, "--once", "x"))
+    assert "has a generation_config.json" in refused(cli("--model", tmp_path, "--once", "x"))
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    line = refused(chat("--model", tmp_path, "--once", "x"))
+    line = refused(cli("--model", tmp_path, "--once", "x"))
     assert f"chat_format is {content.get('chat_format', 'raw')!r}" in line
     assert line.endswith("use its -Chat release, or python -m qwen_ref.generate")
 
@@ -254,10 +231,8 @@ def test_a_base_checkpoint_is_refused_with_the_remedy(chat: Callable, content: d
         (["--model", GOLDEN / "nowhere", "--once", "x"], b"", "nowhere: not a folder"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(
-    chat: Callable, arguments: list, stdin: bytes, message: str
-) -> None:
-    assert message in refused(chat(*arguments, stdin=stdin))
+def test_bad_input_is_one_line_and_code_2(cli: Callable, arguments: list, stdin: bytes, message: str) -> None:
+    assert message in refused(cli(*arguments, stdin=stdin))
 
 
 @pytest.mark.parametrize(
@@ -267,10 +242,8 @@ def test_bad_input_is_one_line_and_code_2(
         (b'"""\nabc\n', 'error: the end of the input came before the """ that ends a message'),
     ],
 )
-def test_a_piped_conversation_that_is_cut_short_is_refused(
-    chat: Callable, stdin: bytes, message: str
-) -> None:
-    result = chat(stdin=stdin)
+def test_a_piped_conversation_that_is_cut_short_is_refused(cli: Callable, stdin: bytes, message: str) -> None:
+    result = cli(stdin=stdin)
     assert (result.code, result.out) == (2, "")
     assert message in result.err
 
@@ -278,12 +251,12 @@ def test_a_piped_conversation_that_is_cut_short_is_refused(
 # What /save writes
 
 
-def test_a_saved_chat_goes_on_where_it_was(chat: Callable, tmp_path: Path) -> None:
+def test_a_saved_chat_goes_on_where_it_was(cli: Callable, tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
-    chat("--system", "You know geography.", stdin=lines(QUESTION, f"/save {file}"))
-    result = chat("--history", file, stdin=lines("/system", "/history", "3+4=?", f"/save {file}"))
+    cli("--system", "You know geography.", stdin=lines(QUESTION, f"/save {file}"))
+    result = cli("--history", file, stdin=lines("/system", "/history", "3+4=?", f"/save {file}"))
     assert result.out == f"You know geography.\n> {QUESTION}\n{ANSWER}\n7\n"
-    assert chat("--history", file, "--system", "", stdin=lines("/system", "/history")).out.endswith(
+    assert cli("--history", file, "--system", "", stdin=lines("/system", "/history")).out.endswith(
         "> 3+4=?\n7\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["saved.json"]
@@ -301,24 +274,21 @@ def test_a_saved_chat_goes_on_where_it_was(chat: Callable, tmp_path: Path) -> No
         ),
         ('{"format": "qwen_ref.chat", "system": "", "history": null}', "history must be a list of pairs"),
         ('{"format": "qwen_ref.chat", "history": []}', "system must be text, not None"),
-        (
-            '{"format": "qwen_ref.chat", "system": "\\ud800", "history": []}',
-            "holds '\\ud800', which is no",
-        ),
+        ('{"format": "qwen_ref.chat", "system": "\\ud800", "history": []}', "holds '\\ud800', which is no"),
     ],
 )
 def test_a_history_file_that_save_did_not_write_is_refused(
-    chat: Callable, content: str, message: str, tmp_path: Path
+    cli: Callable, content: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text(content)
-    line = refused(chat("--history", tmp_path / "file", "--once", "x"))
+    line = refused(cli("--history", tmp_path / "file", "--once", "x"))
     assert f"{tmp_path / 'file'}: " in line
     assert message in line
 
 
-def test_a_history_is_a_regular_file(chat: Callable, special: tuple[Path, str]) -> None:
+def test_a_history_is_a_regular_file(cli: Callable, special: tuple[Path, str]) -> None:
     path, kind = special
-    line = refused(chat("--once", "x", "--history", path))
+    line = refused(cli("--once", "x", "--history", path))
     assert f"{path}: cannot be read: it is {kind}, not a file" in line
 
 
@@ -330,37 +300,37 @@ def test_what_a_history_holds_beside_may_be_nested_deeply(depth: int, tmp_path: 
         assert terminal.read_saved(tmp_path / "chat.json") == ("s", [("a", "b")])
 
 
-def test_an_endless_message_is_not_read_into_memory(chat: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_message_is_not_read_into_memory(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "LARGEST_TEXT", 2**20)
     for endless in (bytes(2**20 + 1), b'"""\n' + b"\n" * (2**20 + 2)):
-        result = chat(stdin=endless)
+        result = cli(stdin=endless)
         assert (result.code, result.out) == (2, "")
         assert "has more than 1 MiB" in result.err.splitlines()[-1]
 
 
-def test_save_overwrites_nothing_but_a_saved_chat(chat: Callable, tmp_path: Path) -> None:
+def test_save_overwrites_nothing_but_a_saved_chat(cli: Callable, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("mine")
-    result = chat(stdin=lines(f"/save {file}", f"/save {tmp_path}", f"/save {tmp_path / 'no' / 'where'}"))
+    result = cli(stdin=lines(f"/save {file}", f"/save {tmp_path}", f"/save {tmp_path / 'no' / 'where'}"))
     assert f"error: {file} is there already and is no saved chat; give another name" in result.err
     assert f"error: {tmp_path}: cannot be written: it is a folder" in result.err
     assert "where: cannot be written: there is no folder" in result.err
     assert file.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     os.mkfifo(tmp_path / "pipe")  # which would never end if it were read
-    assert "it is a FIFO; give the name" in chat(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
-    assert "cannot be written" in chat(stdin=lines(f"/save {tmp_path / ('x' * 300)}")).err
+    assert "it is a FIFO; give the name" in cli(stdin=lines(f"/save {tmp_path / 'pipe'}")).err
+    assert "cannot be written" in cli(stdin=lines(f"/save {tmp_path / ('x' * 300)}")).err
 
 
-def test_saving_again_keeps_a_link_and_who_may_read(chat: Callable, tmp_path: Path) -> None:
+def test_saving_again_keeps_a_link_and_who_may_read(cli: Callable, tmp_path: Path) -> None:
     file, link = tmp_path / "saved.json", tmp_path / "link"
-    chat(stdin=lines(f"/save {file} "))
+    cli(stdin=lines(f"/save {file} "))
     file.chmod(0o600)
     link.symlink_to(file)
-    assert "1 turns" in chat(stdin=lines("3+4=?", f"/save {link}")).err
+    assert "1 turns" in cli(stdin=lines("3+4=?", f"/save {link}")).err
     assert link.is_symlink()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert chat("--history", file, stdin=lines("/history")).out == "> 3+4=?\n7\n"
+    assert cli("--history", file, stdin=lines("/history")).out == "> 3+4=?\n7\n"
 
 
 # In a terminal
@@ -403,6 +373,10 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.terminal, keys.encode())
 
+    def answer(self, keys: str) -> None:
+        self.until("> ")
+        self.type(keys)
+
     def end(self) -> int:
         try:
             return self.process.wait(timeout=60)
@@ -431,13 +405,11 @@ sys.exit(main())
 def test_a_chat_in_a_terminal() -> None:
     terminal = Terminal([sys.executable, "-c", SLOW])
     terminal.until("/help lists the commands")
-    terminal.until("> ")
-    terminal.type(QUESTION + "\n")
+    terminal.answer(QUESTION + "\n")
     terminal.until("雷克")
     terminal.type("\x03")  # Ctrl-C
     terminal.until("stopped; what there is of the answer is kept")
-    terminal.until("> ")
-    terminal.type("half a line")
+    terminal.answer("half a line")
     terminal.until("half a line")
     time.sleep(0.5)  # Python's readline hears a signal only while it waits for a key
     terminal.type("\x03")
@@ -447,16 +419,14 @@ def test_a_chat_in_a_terminal() -> None:
     terminal.until("/quit")
     terminal.type("\n")
     terminal.until("prefill")
-    terminal.until("> ")
-    terminal.type("/history\n")
+    terminal.answer("/history\n")
     history = terminal.until("> ") + terminal.until("> ") + terminal.until("> ")
     assert f"{QUESTION}\r\n雷克" in history
     assert ANSWER not in history
     assert "3+4=?\r\n\r\n/quit\r\n" in history
     terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\x7f\x7f\n")  # recalled, and two characters taken back
     terminal.until("prefill")
-    terminal.until("> ")
-    terminal.type("/save /dev/null\n")
+    terminal.answer("/save /dev/null\n")
     terminal.until("it is a device")
     terminal.until("> ")  # while nobody reads, the terminal itself takes Ctrl-D
     terminal.type("\x04")  # Ctrl-D
@@ -470,11 +440,9 @@ def test_a_locale_without_chinese_can_be_typed_in(locale: str, tmp_path: Path) -
     )
     command = [*COMMAND, "--history", str(tmp_path / "saved.json"), "--system", ""]
     terminal = Terminal(command, LC_ALL=locale)
-    terminal.until("> ")
-    terminal.type("冰岛错了\x7f\x7f的首都是哪里？\x1b*\t\n")
+    terminal.answer("冰岛错了\x7f\x7f的首都是哪里？\x1b*\t\n")
     terminal.until("prefill")
-    terminal.until("> ")
-    terminal.type("/history\n")
+    terminal.answer("/history\n")
     terminal.until("\n")
     # What is saved is shown, not obeyed; two characters were taken back, and no names of files came in.
     shown = terminal.until(ANSWER).replace("\r", "").removeprefix("\x1b[?2004l")  # that ends a paste
@@ -486,8 +454,7 @@ def test_a_locale_without_chinese_can_be_typed_in(locale: str, tmp_path: Path) -
 def test_the_prompt_does_not_get_into_a_file(tmp_path: Path) -> None:
     command = " ".join([*COMMAND, ">", str(tmp_path / "out")])
     terminal = Terminal(["/bin/sh", "-c", command])
-    terminal.until("> ")
-    terminal.type(QUESTION + "\n")
+    terminal.answer(QUESTION + "\n")
     terminal.until("prefill")
     terminal.type("/quit\n")
     assert terminal.end() == 0

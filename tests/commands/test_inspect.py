@@ -12,26 +12,27 @@ from pathlib import Path
 import packed_elsewhere
 import pytest
 import torch
-from conftest import GOLDEN, WEIGHTS
-from safetensors.torch import load_file, save_file
+from conftest import GOLDEN, WEIGHTS, Run, cli_of, refused
+from golden_folders import change
+from safetensors.torch import load_file
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import INDEX_NAME
 from qwen_ref.commands.inspect import main
 from qwen_ref.commands.sizes import cache_bytes
 
+cli = cli_of(main)
 PUBLISHED_BYTES = {"1.8b": 3_673_657_344, "7b": 15_442_649_088, "14b": 28_334_581_760, "72b": 144_575_840_256}
 
 
 @pytest.fixture
-def inspect(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+def inspect(cli: Run) -> Callable[..., str]:
     """What the command prints."""
 
     def call(*arguments: str | Path) -> str:
-        assert main(["inspect", *map(str, arguments)]) == 0
-        printed = capsys.readouterr()
-        assert printed.err == ""
-        return printed.out
+        done = cli("inspect", *arguments)
+        assert (done.code, done.err) == (0, "")
+        return done.out
 
     return call
 
@@ -123,26 +124,18 @@ def test_a_gptq_folder_and_its_configuration_alone_agree(
     assert bytes_of("weights", "\n".join(of_stored))[0] == total - (biases if zero_biases else 0)
 
 
-def test_a_gptq_configuration_that_cannot_be_packed_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_gptq_configuration_that_cannot_be_packed_is_refused(cli: Run, tmp_path: Path) -> None:
     config = vars(QwenConfig.preset("1.8b")) | {"intermediate_size": 2 * 5500}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     for place in (tmp_path, tmp_path / "config.json"):
-        assert main(["inspect", str(place)]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert "5500 inputs or outputs do not fill words of 8 weights" in printed.err
+        line = refused(cli("inspect", place))
+        assert "5500 inputs or outputs do not fill words of 8 weights" in line
 
 
-def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None:
-    folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "mixed")
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    weights["transformer.h.1.ln_1.weight"] = weights["transformer.h.1.ln_1.weight"].float()
-    save_file(weights, file)
-    rows = [line.split()[:3] for line in inspect(folder).splitlines() if "ln_1" in line]
+def test_dtypes_are_those_of_the_file(inspect: Callable, single: Path) -> None:
+    change(single / "model.safetensors", transformer__h__1__ln_1__weight=torch.ones(64))
+    rows = [line.split()[:3] for line in inspect(single).splitlines() if "ln_1" in line]
     assert rows == [
         ["transformer.h.*.ln_1.weight", "2", "bfloat16"],
         ["transformer.h.*.ln_1.weight", "1", "float32"],
@@ -162,49 +155,34 @@ def test_dtypes_are_those_of_the_file(inspect: Callable, tmp_path: Path) -> None
         ([], "required: FOLDER"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
-    assert main(["inspect", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert message in line
+def test_what_cannot_be_is_one_line_and_code_2(arguments: list[str], message: str, cli: Run) -> None:
+    assert message in refused(cli("inspect", *arguments))
 
 
-def test_a_damaged_folder_is_named_and_not_taken_for_a_configuration_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_damaged_folder_is_named_and_not_taken_for_a_configuration_alone(cli: Run, tmp_path: Path) -> None:
     folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "renamed")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
-    assert main(["inspect", str(folder)]) == 2
-    assert "neither model.safetensors nor" in capsys.readouterr().err
+    assert "neither model.safetensors nor" in refused(cli("inspect", folder))
 
     index_alone = tmp_path / "index"
     index_alone.mkdir()
     for name in ("config.json", "model.safetensors.index.json"):
         shutil.copy(GOLDEN / "extended_base" / name, index_alone)
-    assert main(["inspect", str(index_alone)]) == 2
-    assert "model-00001-of-00003.safetensors: cannot be read" in capsys.readouterr().err
+    assert "model-00001-of-00003.safetensors: cannot be read" in refused(cli("inspect", index_alone))
 
 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "qwen.tiktoken", "pytorch_model.bin", "model.gguf", INDEX_NAME]
 )
-def test_a_file_in_the_place_of_its_folder_is_said_at_once(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_file_in_the_place_of_its_folder_is_said_at_once(name: str, cli: Run, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, 2**36)
-    assert main(["inspect", str(tmp_path / name)]) == 2
     expected = f"{tmp_path / name}: not a folder; give the folder that it is in, {tmp_path}"
-    assert expected in capsys.readouterr().err
+    assert expected in refused(cli("inspect", tmp_path / name))
 
 
 @pytest.mark.parametrize(
     "path", ["", "a\0b", "a" * 5000, "\ud800"], ids=["empty", "NUL", "long", "surrogate"]
 )
-def test_a_path_that_no_folder_can_have_is_one_line(path: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["inspect", path]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no such folder" in line
+def test_a_path_that_no_folder_can_have_is_one_line(path: str, cli: Run) -> None:
+    assert "no such folder" in refused(cli("inspect", path))

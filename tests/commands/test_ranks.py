@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -17,19 +16,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import WEIGHTS
-from forked_ranks import Forked, command, free_port, run_ranks, variables
+from conftest import WEIGHTS, Result, change_json, python
+from forked_ranks import TORCHRUN, Forked, command, free_port, run_ranks, variables
 
 from qwen_ref import load_model
 from qwen_ref.commands.generate import main
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.watch import Launch, WatchedRanks, _Watch, launched
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -44,12 +41,6 @@ def late(*arguments: str) -> int:
     if os.environ["RANK"] == os.environ["LATE"]:
         time.sleep(60)
     return main(arguments)
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 class Processes:
@@ -137,12 +128,9 @@ def silence() -> Iterator[int]:
 
 
 @pytest.fixture
-def endless(tmp_path: Path) -> list[str | Path]:
+def endless(folder: Path) -> list[str | Path]:
     """Arguments for a generation that does not end by itself."""
-    folder = shutil.copytree(WEIGHTS, tmp_path / "endless")
-    config = json.loads((folder / "generation_config.json").read_text())
-    config |= {"eos_token_id": 0, "chat_format": "raw"}
-    (folder / "generation_config.json").write_text(json.dumps(config))
+    change_json(folder / "generation_config.json", eos_token_id=0, chat_format="raw")
     return ["--model", folder, QUESTION, "--max-new-tokens", "100000", "--temperature", "1", "--seed", "1"]
 
 
@@ -155,10 +143,10 @@ assert [main(arguments), main(arguments)] == [0, 0]
 
 def test_under_torchrun_main_prints_one_answer_as_often_as_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(TWICE, encoding="utf-8")
-    done = subprocess.run([*TORCHRUN, "2", tmp_path / "twice.py"], capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == f"{ANSWER}\n" * 2
-    said = [line for line in done.stderr.decode().splitlines() if line.startswith("qwen_ref")]
+    done = python(*TORCHRUN, "2", tmp_path / "twice.py")
+    assert done.code == 0, done.err
+    assert done.out == f"{ANSWER}\n" * 2
+    said = [line for line in done.err.splitlines() if line.startswith("qwen_ref")]
     assert said[0] == said[4] == "qwen_ref: each of 2 ranks reads 0.002 GB of the checkpoint"
     assert len(said) == 8
 
@@ -450,7 +438,7 @@ def gone(process: int) -> bool:
 def test_under_torchrun_no_process_is_left(endless: list, killed: str, tmp_path: Path) -> None:
     command = [*TORCHRUN, "2", "-m", "qwen_ref.generate", *map(str, endless), "--timeout", "10"]
     with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
-        torchrun = subprocess.Popen(command, stdout=out, stderr=err)
+        torchrun = subprocess.Popen([sys.executable, *command], stdout=out, stderr=err)
     try:
         while not (tmp_path / "out").stat().st_size:
             assert torchrun.poll() is None, (tmp_path / "err").read_text()
@@ -464,9 +452,8 @@ def test_under_torchrun_no_process_is_left(endless: list, killed: str, tmp_path:
             assert time.monotonic() < end
             time.sleep(0.05)
         said = (tmp_path / "err").read_text()
-        assert (
-            f"qwen_ref: error: {'rank 1 is gone' if killed == 'a rank' else 'torchrun, which keeps'}" in said
-        )
+        gone_is = "rank 1 is gone" if killed == "a rank" else "torchrun, which keeps"
+        assert f"qwen_ref: error: {gone_is}" in said
     finally:
         for process in [*children(torchrun.pid), torchrun.pid]:
             if not gone(process):
@@ -476,22 +463,19 @@ def test_under_torchrun_no_process_is_left(endless: list, killed: str, tmp_path:
 # Bad input
 
 
-def test_one_rank_that_cannot_load_stops_all_with_its_message(start: Callable, endless: list) -> None:
-    elsewhere = shutil.copytree(WEIGHTS, Path(endless[1]).with_name("elsewhere"))
-    (elsewhere / "model.safetensors").write_bytes(b"{}")
-    for result in start([QUESTION, "--model", WEIGHTS], [QUESTION, "--model", elsewhere]).results():
+def test_one_rank_that_cannot_load_stops_all_with_its_message(start: Callable, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"{}")
+    for result in start([QUESTION, "--model", WEIGHTS], [QUESTION, "--model", folder]).results():
         assert result.code == 2
-        assert f"error: rank 1: {elsewhere}: model.safetensors: not a complete safetensors file" in result.err
+        assert f"error: rank 1: {folder}: model.safetensors: not a complete safetensors file" in result.err
         assert result.out == ""
 
 
-def test_ranks_with_different_folders_are_refused_with_both(start: Callable, endless: list) -> None:
-    other = shutil.copytree(WEIGHTS, Path(endless[1]).with_name("other"))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "rotary_emb_base": 10000}))
-    for result in start([QUESTION, "--model", WEIGHTS], [QUESTION, "--model", other]).results():
+def test_ranks_with_different_folders_are_refused_with_both(start: Callable, folder: Path) -> None:
+    change_json(folder / "config.json", rotary_emb_base=10000)
+    for result in start([QUESTION, "--model", WEIGHTS], [QUESTION, "--model", folder]).results():
         assert result.code == 2
-        assert f"rank 1 ({other}) and rank 0 ({WEIGHTS}) differ" in result.err
+        assert f"rank 1 ({folder}) and rank 0 ({WEIGHTS}) differ" in result.err
         assert "rotary_emb_base is 10000" in result.err
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import lookup_worker
 import pytest
 import torch
-from conftest import GOLDEN, WEIGHTS, Result, refused
+from conftest import GOLDEN, WEIGHTS, Result, cli_of, refused
 from forked_ranks import command, run_ranks
 from golden_cases import model as golden_model
 from lookup_worker import PROMPT
@@ -31,6 +30,7 @@ from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import Step, choose, generate
 
+cli = cli_of(main)
 DTYPES = ("float32", "float64")
 # Models that lookup takes: plain ones of wide dtypes, fast ones of any.
 HOW = [
@@ -214,9 +214,7 @@ def _cached_logits(qwen: Qwen, ids: Tensor, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_decided_again_has_the_bits_of_the_plain_loop(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_decided_again_has_the_bits_of_the_plain_loop(dtype: str, monkeypatch: pytest.MonkeyPatch):
     """Here no pass over several tokens is believed: then even log-probabilities are equal."""
     monkeypatch.setattr(lookup, "MARGIN", math.inf)
     qwen, ids = tiny(dtype), TINY.encode(FACTS * 2)
@@ -405,11 +403,6 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
 # The command
 
 
-@pytest.fixture
-def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(run_command, main)
-
-
 FLOAT32 = ("--dtype", "float32")
 
 
@@ -466,8 +459,7 @@ def test_the_command_refuses_what_cannot_be(cli: Callable, arguments: list, mess
     assert message in refused(cli("x", "--lookup", *arguments))
 
 
-def test_a_folder_that_samples_is_named(cli: Callable, tmp_path: Path) -> None:
-    folder = shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
+def test_a_folder_that_samples_is_named(cli: Callable, folder: Path) -> None:
     config = folder / "generation_config.json"
     config.write_text(json.dumps({"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.1}))
     assert refused(cli("x", "--model", folder, "--lookup")) == (

@@ -6,15 +6,14 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, Result, refused
+from conftest import ROOT, WEIGHTS, Result, Run, cli_of, python, refused
+from forked_ranks import TORCHRUN
 
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.chat.context import build_context
@@ -22,6 +21,8 @@ from qwen_ref.config import InputError
 from qwen_ref.evaluate.__main__ import main
 from qwen_ref.generate import generate
 from qwen_ref.perplexity import scoring
+
+cli = cli_of(main)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -36,7 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-Run = Callable[..., Result]
 TASKS = ROOT / "examples" / "measure" / "tasks"
 
 
@@ -77,11 +77,6 @@ def index() -> TaskManager:
 @pytest.fixture(scope="module")
 def tiny() -> Qwen:
     return load_model(WEIGHTS, "float64")
-
-
-@pytest.fixture(scope="module")
-def own() -> Tokenizer:
-    return Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
 
 
 def harness(qwen: Qwen, own: Tokenizer, **options: object):
@@ -225,9 +220,7 @@ def test_texts_are_those_of_greedy_generation(tiny: Qwen, own: Tokenizer) -> Non
     assert found[0] == "15"
 
 
-def test_every_request_has_its_own_settings(
-    tiny: Qwen, own: Tokenizer, capsys: pytest.CaptureFixture
-) -> None:
+def test_every_request_has_its_own_settings(tiny: Qwen, own: Tokenizer, capsys: pytest.CaptureFixture):
     adapter = harness(tiny, own)
     found = adapter.generate_until(
         requests(
@@ -329,21 +322,18 @@ def results(done: Result) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("shots", [0, 5])
-def test_the_tiny_checkpoint_answers_its_tasks(run_command: Run, shots: int) -> None:
-    done = run_command(main, "--tasks", TASKS, "--num-fewshot", shots, "--json")
+def test_the_tiny_checkpoint_answers_its_tasks(cli: Run, shots: int) -> None:
+    done = cli("--tasks", TASKS, "--num-fewshot", shots, "--json")
     found = results(done)
     assert found["tiny_capitals"]["acc,none"] == found["tiny_capitals"]["acc_norm,none"] == 1.0
     assert found["tiny_sums"]["exact_match,strict-match"] == 1.0
     assert json.loads(done.out)["n-shot"] == dict.fromkeys(found, shots)
 
 
-def test_chat_questions_are_asked_in_chatml(run_command: Run) -> None:
+def test_chat_questions_are_asked_in_chatml(cli: Run) -> None:
     options = ("--tasks", TASKS / "tiny_chinese_capitals.yaml", "--limit", "20", "--json")
-    plain = results(run_command(main, *options))["tiny_chinese_capitals"]["acc,none"]
-    assert (
-        results(run_command(main, *options, "--apply-chat-template"))["tiny_chinese_capitals"]["acc,none"]
-        == 1.0
-    )
+    plain = results(cli(*options))["tiny_chinese_capitals"]["acc,none"]
+    assert results(cli(*options, "--apply-chat-template"))["tiny_chinese_capitals"]["acc,none"] == 1.0
     assert plain < 1.0  # learnt as chat alone
 
 
@@ -384,12 +374,10 @@ def letters(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shots", [0, 3])
 def test_letters_are_scored_behind_the_prompt_as_written(
-    run_command: Run, letters: Path, tiny: Qwen, own: Tokenizer, shots: int
+    cli: Run, letters: Path, tiny: Qwen, own: Tokenizer, shots: int
 ) -> None:
     output = letters.parent / "results.json"
-    done = run_command(
-        main, "--tasks", letters, "--num-fewshot", shots, "--dtype", "float64", "--json", "--output", output
-    )
+    done = cli("--tasks", letters, "--num-fewshot", shots, "--dtype", "float64", "--json", "--output", output)
     accuracy = results(done)["letters"]["acc,none"]
     rows = {
         name: [
@@ -427,29 +415,24 @@ def test_letters_are_scored_behind_the_prompt_as_written(
     ],
 )
 def test_whose_error_it_is(
-    run_command: Run,
-    letters: Path,
-    error: Exception,
-    code: int,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
+    cli: Run, letters: Path, error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(scoring, "whole_numbers", fail)  # called by the model, which the harness calls
-    done = run_command(main, "--tasks", letters, "--limit", "1")
+    done = cli("--tasks", letters, "--limit", "1")
     assert done.code == code
     assert said in done.err.splitlines()[-1]
 
 
-def test_an_error_of_the_harness_is_the_tasks(run_command: Run, letters: Path) -> None:
+def test_an_error_of_the_harness_is_the_tasks(cli: Run, letters: Path) -> None:
     letters.write_text(letters.read_text("utf-8").replace("index(answer)", "index(nosuch)"), "utf-8")
-    done = run_command(main, "--tasks", letters, "--limit", "1")
+    done = cli("--tasks", letters, "--limit", "1")
     assert (done.code, "Traceback" in done.err) == (2, False)
 
 
-def test_word_perplexity_of_a_text(run_command: Run, tmp_path: Path, tiny: Qwen, own: Tokenizer) -> None:
+def test_word_perplexity_of_a_text(cli: Run, tmp_path: Path, tiny: Qwen, own: Tokenizer) -> None:
     text = "The capital of Norway is Oslo.\n7+8=15\n"
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (tmp_path / "rolling.yaml").write_text(
@@ -458,15 +441,15 @@ def test_word_perplexity_of_a_text(run_command: Run, tmp_path: Path, tiny: Qwen,
         'test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: byte_perplexity\n"
     )
-    done = run_command(main, "--tasks", tmp_path / "rolling.yaml", "--dtype", "float64", "--json")
+    done = cli("--tasks", tmp_path / "rolling.yaml", "--dtype", "float64", "--json")
     total, _ = oracle(tiny, [own.special_ids["<|endoftext|>"]], own.encode(text))
     wanted = math.exp(-total / len(text.encode()))
     assert results(done)["rolling"]["byte_perplexity,none"] == pytest.approx(wanted, rel=1e-10)
 
 
-def test_tasks_by_name_and_by_folder(run_command: Run, letters: Path) -> None:
-    by_name = run_command(main, "--tasks", "let*", "--include-path", letters.parent, "--limit", "2", "--json")
-    by_folder = run_command(main, "--tasks", letters.parent, "--limit", "2", "--json")
+def test_tasks_by_name_and_by_folder(cli: Run, letters: Path) -> None:
+    by_name = cli("--tasks", "let*", "--include-path", letters.parent, "--limit", "2", "--json")
+    by_folder = cli("--tasks", letters.parent, "--limit", "2", "--json")
     assert results(by_name) == results(by_folder)
     assert results(by_name)["letters"]["sample_len"] == 2
 
@@ -480,37 +463,37 @@ aggregate_metric_list:
 """
 
 
-def test_groups_by_file_and_by_folder(run_command: Run, letters: Path) -> None:
+def test_groups_by_file_and_by_folder(cli: Run, letters: Path) -> None:
     too = letters.read_text("utf-8").replace("task: letters", "task: letters_too")
     letters.with_name("letters_too.yaml").write_text(too, encoding="utf-8")
     letters.with_name("alone.yaml").write_text(too.replace("letters_too", "alone"), encoding="utf-8")
     group = letters.with_name("group.yaml")
     group.write_text(GROUP, encoding="utf-8")
-    by_file = run_command(main, "--tasks", group, "--limit", "3", "--json")
+    by_file = cli("--tasks", group, "--limit", "3", "--json")
     assert set(results(by_file)) == {"two_letters", "letters", "letters_too"}
-    by_folder = run_command(main, "--tasks", letters.parent, "--limit", "3", "--json")
+    by_folder = cli("--tasks", letters.parent, "--limit", "3", "--json")
     assert set(results(by_folder)) == {"two_letters", "letters", "letters_too", "alone"}
     assert results(by_folder)["two_letters"] == results(by_file)["two_letters"]
 
 
-def test_what_is_no_number_is_null(run_command: Run, letters: Path) -> None:
+def test_what_is_no_number_is_null(cli: Run, letters: Path) -> None:
     (letters.parent / "none.py").write_text("def none(items):\n    return float('nan')\n", encoding="utf-8")
     task = letters.read_text("utf-8").replace("aggregation: mean", "aggregation: !function none.none")
     letters.write_text(task, encoding="utf-8")
-    done = run_command(main, "--tasks", letters, "--limit", "2", "--json")
+    done = cli("--tasks", letters, "--limit", "2", "--json")
     assert results(done)["letters"]["acc,none"] is None
     assert "NaN" not in done.out
 
 
-def test_the_table_alone_goes_to_stdout(run_command: Run) -> None:
-    done = run_command(main, "--tasks", TASKS / "tiny_sums.yaml", "--limit", "4")
+def test_the_table_alone_goes_to_stdout(cli: Run) -> None:
+    done = cli("--tasks", TASKS / "tiny_sums.yaml", "--limit", "4")
     first, _, row, *rest = done.out.splitlines()
     assert first.startswith("|  Tasks  |Version|")
     assert row.startswith("|tiny_sums|")
     assert rest == []
 
 
-def test_what_a_task_prints_is_no_result(run_command: Run, letters: Path) -> None:
+def test_what_a_task_prints_is_no_result(cli: Run, letters: Path) -> None:
     (letters.parent / "noisy.py").write_text(
         "def answer(doc):\n    print('noise')\n    return 'ABCD'.index(doc['answer'])\n", encoding="utf-8"
     )
@@ -519,15 +502,14 @@ def test_what_a_task_prints_is_no_result(run_command: Run, letters: Path) -> Non
         for line in letters.read_text("utf-8").splitlines()
     ]
     letters.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    done = run_command(main, "--tasks", letters, "--limit", "2", "--json")
+    done = cli("--tasks", letters, "--limit", "2", "--json")
     assert results(done)["letters"]["sample_len"] == 2
     assert "noise" in done.err
 
 
-def test_the_system_message_and_the_settings_are_passed_on(run_command: Run, tmp_path: Path) -> None:
+def test_the_system_message_and_the_settings_are_passed_on(cli: Run, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    run_command(
-        main, "--tasks", TASKS / "tiny_sums.yaml", "--limit", "2", "--system", "Add.", "--gen-kwargs",
+    cli("--tasks", TASKS / "tiny_sums.yaml", "--limit", "2", "--system", "Add.", "--gen-kwargs",
         "max_gen_toks=1", "--apply-chat-template", "--output", output,
     )  # fmt: skip
     for sample in json.loads(output.read_text("utf-8"))["samples"]["tiny_sums"]:
@@ -537,25 +519,19 @@ def test_the_system_message_and_the_settings_are_passed_on(run_command: Run, tmp
         assert len(sample["resps"][0][0]) == 1
 
 
-def test_the_tasks_are_what_their_script_makes() -> None:
-    sys.path.insert(0, str(ROOT / "examples" / "make"))
-    try:
-        import tiny_tasks
-    finally:
-        sys.path.remove(str(ROOT / "examples" / "make"))
+def test_the_tasks_are_what_their_script_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
+    import tiny_tasks
+
     for name, content in tiny_tasks.files().items():
         assert (TASKS / name).read_text(encoding="utf-8") == content
 
 
 @pytest.mark.slow  # three processes that import the harness
-def test_two_ranks_find_what_one_does(run_command: Run) -> None:
+def test_two_ranks_find_what_one_does(cli: Run) -> None:
     options = ["--tasks", str(TASKS), "--limit", "6", "--json"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    process = [sys.executable, *torchrun, "-m", "qwen_ref.evaluate", *options]
-    done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
-    found = results(Result(done.returncode, done.stdout, done.stderr))
-    assert found == results(run_command(main, *options))
+    found = results(python(*TORCHRUN, "2", "-m", "qwen_ref.evaluate", *options))
+    assert found == results(cli(*options))
 
 
 # The table of evaluate/README.md
@@ -597,8 +573,8 @@ def test_the_tasks_of_the_page_are_known_to_the_harness(index: TaskManager) -> N
         (["--tasks", "gsm8k", "--model", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_options_are_one_line(run_command: Run, options: list[str], message: str) -> None:
-    assert message in refused(run_command(main, *options))
+def test_bad_options_are_one_line(cli: Run, options: list[str], message: str) -> None:
+    assert message in refused(cli(*options))
 
 
 def last_line(done: Result) -> str:
@@ -620,36 +596,31 @@ def last_line(done: Result) -> str:
         (("metric: acc", "metric: ["), "loading {path}: ParserError"),
     ],
 )
-def test_task_files_that_do_not_work_say_why(
-    run_command: Run, letters: Path, change: tuple[str, str], message: str
-) -> None:
+def test_task_files_that_do_not_work_say_why(cli: Run, letters: Path, change: tuple[str, str], message: str):
     letters.write_text(letters.read_text("utf-8").replace(*change), encoding="utf-8")
-    assert message.format(path=letters) in last_line(run_command(main, "--tasks", letters))
+    assert message.format(path=letters) in last_line(cli("--tasks", letters))
 
 
-def test_data_that_is_no_json_says_so(run_command: Run, letters: Path) -> None:
+def test_data_that_is_no_json_says_so(cli: Run, letters: Path) -> None:
     (letters.parent / "questions.jsonl").write_text('{"question": ')
-    assert "JSON parse error" in last_line(run_command(main, "--tasks", letters))
+    assert "JSON parse error" in last_line(cli("--tasks", letters))
 
 
 @pytest.mark.slow  # the harness reads all its tasks
 def test_nothing_is_downloaded_unasked(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
-    process = [sys.executable, "-m", "qwen_ref.evaluate", "--tasks", "gsm8k"]
-    done = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=120)
-    line = last_line(Result(done.returncode, done.stdout, done.stderr))
+    line = last_line(python("-m", "qwen_ref.evaluate", "--tasks", "gsm8k", HF_HOME=str(tmp_path)))
     assert "OfflineModeIsEnabled" in line
     assert line.endswith("fetch the data set first, or give --download")
 
 
-def test_code_is_not_run_unasked(run_command: Run, letters: Path) -> None:
+def test_code_is_not_run_unasked(cli: Run, letters: Path) -> None:
     letters.write_text(letters.read_text("utf-8") + "unsafe_code: true\n", encoding="utf-8")
-    assert "unsafe" in last_line(run_command(main, "--tasks", letters, "--limit", "1"))
-    done = run_command(main, "--tasks", letters, "--limit", "1", "--run-unsafe-code", "--json")
+    assert "unsafe" in last_line(cli("--tasks", letters, "--limit", "1"))
+    done = cli("--tasks", letters, "--limit", "1", "--run-unsafe-code", "--json")
     assert results(done)["letters"]["sample_len"] == 1
 
 
-def test_a_missing_harness_names_what_brings_it(run_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_names_what_brings_it(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    line = refused(run_command(main, "--tasks", "gsm8k"))
+    line = refused(cli("--tasks", "gsm8k"))
     assert "pip install 'qwen_ref[eval]'" in line

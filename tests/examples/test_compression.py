@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import os
 import runpy
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,39 +17,18 @@ import regex
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
-from conftest import ROOT, WEIGHTS, Result, refused
+from conftest import ROOT, WEIGHTS, Result, Run, example_of, refused
 
 from qwen_ref.tokenizer import PATTERN
 
+module = example_of("measure/tokenizer_compression")
 SAMPLE = ROOT / "examples" / "measure" / "languages"
 # The script that nearly all letters of a text are of.
-SCRIPTS = {
-    "arabic": "Arabic",
-    "chinese": "Han",
-    "czech": "Latin",
-    "dutch": "Latin",
-    "english": "Latin",
-    "finnish": "Latin",
-    "french": "Latin",
-    "german": "Latin",
-    "greek": "Greek",
-    "hebrew": "Hebrew",
-    "hindi": "Devanagari",
-    "indonesian": "Latin",
-    "italian": "Latin",
-    "japanese": r"Han}\p{Hiragana}\p{Katakana",
-    "korean": "Hangul",
-    "persian": "Arabic",
-    "polish": "Latin",
-    "portuguese": "Latin",
-    "python": "Latin",
-    "russian": "Cyrillic",
-    "spanish": "Latin",
-    "swedish": "Latin",
-    "thai": "Thai",
-    "turkish": "Latin",
-    "ukrainian": "Cyrillic",
-    "vietnamese": "Latin",
+LATIN = "czech dutch english finnish french german indonesian italian polish portuguese python spanish"
+SCRIPTS = dict.fromkeys([*LATIN.split(), "swedish", "turkish", "vietnamese"], "Latin") | {
+    **{"arabic": "Arabic", "chinese": "Han", "greek": "Greek", "hebrew": "Hebrew", "hindi": "Devanagari"},
+    **{"japanese": r"Han}\p{Hiragana}\p{Katakana", "korean": "Hangul", "persian": "Arabic"},
+    **{"russian": "Cyrillic", "thai": "Thai", "ukrainian": "Cyrillic"},
 }
 
 
@@ -63,15 +41,7 @@ def vocabulary(path: Path, more: Iterable[bytes] = ()) -> Path:
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
-    return importlib.import_module("tokenizer_compression")
-
-
-@pytest.fixture
-def measure(
-    module: ModuleType, run_command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Result]:
+def measure(module: ModuleType, run_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command in tmp_path, where small.tiktoken has the tokens ab and abc beside the bytes."""
     monkeypatch.chdir(tmp_path)
     vocabulary(tmp_path / "small.tiktoken", [b"ab", b"abc"])
@@ -95,7 +65,7 @@ def parsed(result: Result) -> dict:
 # Numbers
 
 
-def test_the_table_has_what_a_hand_counts(measure: Callable[..., Result]) -> None:
+def test_the_table_has_what_a_hand_counts(measure: Run) -> None:
     """ab·ab·\\n·abc·ab·! are 6 tokens of 11 bytes; abc·␣·é (two bytes) are 4 of 6 bytes, 5 characters."""
     result = measure(*TEXTS)
     assert (result.code, result.err) == (0, "")
@@ -108,9 +78,7 @@ def test_the_table_has_what_a_hand_counts(measure: Callable[..., Result]) -> Non
     ]
 
 
-def test_ratios_are_to_the_first_that_it_is_held_against(
-    measure: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_ratios_are_to_the_first_that_it_is_held_against(measure: Run, tmp_path: Path) -> None:
     vocabulary(tmp_path / "other.tiktoken", [b"ab"])
     result = measure(*TEXTS, "--against", "bytes", "--against", "other.tiktoken")
     assert result.out.splitlines() == [
@@ -124,7 +92,7 @@ def test_ratios_are_to_the_first_that_it_is_held_against(
     ]
 
 
-def test_json_says_the_same_in_full(measure: Callable[..., Result]) -> None:
+def test_json_says_the_same_in_full(measure: Run) -> None:
     found = parsed(measure(*TEXTS, "--against", "bytes", "--json"))
     first, second = found["texts"]
     assert (first["text"], first["bytes"], first["characters"]) == ("first", 11, 11)
@@ -136,13 +104,7 @@ def test_json_says_the_same_in_full(measure: Callable[..., Result]) -> None:
             "tokens_per_character": 4 / 5,
             "ratio": 4 / 6,
         },
-        {
-            "vocabulary": "bytes",
-            "tokens": 6,
-            "bytes_per_token": 1,
-            "tokens_per_character": 6 / 5,
-            "ratio": 1,
-        },
+        {"vocabulary": "bytes", "tokens": 6, "bytes_per_token": 1, "tokens_per_character": 6 / 5, "ratio": 1},
     ]
     assert found["all"]["by_vocabulary"][0] == {
         "vocabulary": "small.tiktoken",
@@ -155,7 +117,7 @@ def test_json_says_the_same_in_full(measure: Callable[..., Result]) -> None:
     assert "ratio" not in alone["all"]["by_vocabulary"][0]
 
 
-def test_bytes_and_characters_are_those_after_nfc(measure: Callable[..., Result], tmp_path: Path) -> None:
+def test_bytes_and_characters_are_those_after_nfc(measure: Run, tmp_path: Path) -> None:
     (tmp_path / "apart.txt").write_bytes("e\u0301".encode())  # three bytes, two characters
     found = parsed(measure("--vocabulary", "small.tiktoken", "--text", "é=apart.txt", "--json"))
     (text,) = found["texts"]
@@ -164,7 +126,7 @@ def test_bytes_and_characters_are_those_after_nfc(measure: Callable[..., Result]
 
 
 def test_the_sample_in_the_published_vocabulary_is_what_tiktoken_makes_of_it(
-    module: ModuleType, measure: Callable[..., Result], vocabulary_file: Path
+    module: ModuleType, measure: Run, vocabulary_file: Path
 ) -> None:
     ranks = tiktoken.load.load_tiktoken_bpe(str(vocabulary_file))
     theirs = tiktoken.Encoding("theirs", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -184,7 +146,7 @@ def test_the_sample_in_the_published_vocabulary_is_what_tiktoken_makes_of_it(
 
 
 def test_without_the_published_vocabulary_it_is_the_tiny_checkpoints(
-    module: ModuleType, measure: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module: ModuleType, measure: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "PUBLISHED", tmp_path / "none")
     result = measure("--text", "a=a.txt", "--json")
@@ -196,7 +158,7 @@ def test_without_the_published_vocabulary_it_is_the_tiny_checkpoints(
     assert (tiny["vocabulary"], tiny["tokens"]) == ("tiny", len(expected))
 
 
-def test_files_of_one_name_go_by_their_paths(measure: Callable[..., Result], tmp_path: Path) -> None:
+def test_files_of_one_name_go_by_their_paths(measure: Run, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     vocabulary(tmp_path / "there" / "small.tiktoken")
     found = parsed(measure(*TEXTS, "--against", "there/small.tiktoken", "bytes", "--json"))
@@ -204,7 +166,7 @@ def test_files_of_one_name_go_by_their_paths(measure: Callable[..., Result], tmp
     assert names == ["small.tiktoken", "there/small.tiktoken", "bytes"]
 
 
-def test_a_name_cannot_break_the_table(measure: Callable[..., Result]) -> None:
+def test_a_name_cannot_break_the_table(measure: Run) -> None:
     result = measure("--vocabulary", "small.tiktoken", "--text", "a|b\n=a.txt", "c=d\\=b.txt")
     assert refused(result).endswith("d\\=b.txt: cannot be read: No such file or directory")
     result = measure("--vocabulary", "small.tiktoken", "--text", "a|\x1b\n\\b=a.txt", "a|\x1b \\b=a.txt")
@@ -274,9 +236,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return fetched
 
 
-def test_nothing_is_downloaded_unasked(
-    measure: Callable[..., Result], toy: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_downloaded_unasked(measure: Run, toy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     read_file = tiktoken.load.read_file
     assert refused(measure(*TEXTS, "--against", "toy")).endswith(
         "error: toy is not in tiktoken's cache; --download lets tiktoken fetch it, or give its file"
@@ -293,9 +253,7 @@ def test_nothing_is_downloaded_unasked(
     assert tiktoken.load.read_file is read_file
 
 
-def test_a_download_that_fails_is_one_line(
-    measure: Callable[..., Result], toy: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_fails_is_one_line(measure: Run, toy: list[str], monkeypatch: pytest.MonkeyPatch):
     def unreachable(path: str) -> bytes:
         raise ConnectionError(f"{path}: no route")
 
@@ -306,16 +264,12 @@ def test_a_download_that_fails_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["cl100k_base", "gpt2", "o200k_base"])
-def test_real_encodings_are_refused_where_the_cache_is_empty(
-    name: str, measure: Callable[..., Result], toy: list[str]
-) -> None:
+def test_real_encodings_are_refused_where_the_cache_is_empty(name: str, measure: Run, toy: list[str]) -> None:
     assert f"{name} is not in tiktoken's cache" in refused(measure(*TEXTS, "--against", name))
     assert toy == []
 
 
-def test_what_spells_a_special_token_is_text(
-    measure: Callable[..., Result], toy: list[str], tmp_path: Path
-) -> None:
+def test_what_spells_a_special_token_is_text(measure: Run, toy: list[str], tmp_path: Path) -> None:
     (tmp_path / "special.txt").write_bytes(b"<|toy|>")
     arguments = ("--vocabulary", "small.tiktoken", "--text", "x=special.txt")
     found = parsed(measure(*arguments, "--against", "toy", "--download", "--json"))
@@ -323,7 +277,7 @@ def test_what_spells_a_special_token_is_text(
 
 
 def test_an_encoding_that_loses_text_is_refused(
-    measure: Callable[..., Result], toy: list[str], monkeypatch: pytest.MonkeyPatch
+    measure: Run, toy: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiktoken.registry.ENCODING_CONSTRUCTORS["toy"]
     lossy = {"pat_str": r"[^!]+"}
@@ -353,7 +307,7 @@ def tokenizer_json(path: Path, lower: bool = False) -> Path:
     return path
 
 
-def test_a_tokenizer_json_counts_text_alone(measure: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_tokenizer_json_counts_text_alone(measure: Run, tmp_path: Path) -> None:
     """Without the token it begins texts with, what it cuts off and what it fills up with."""
     tokenizer_json(tmp_path / "tokenizer.json")
     (tmp_path / "special.txt").write_bytes(b"<s>")
@@ -362,7 +316,7 @@ def test_a_tokenizer_json_counts_text_alone(measure: Callable[..., Result], tmp_
     assert tokens == [7, 5, 3]
 
 
-def test_a_tokenizer_json_that_loses_text_is_refused(measure: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_tokenizer_json_that_loses_text_is_refused(measure: Run, tmp_path: Path) -> None:
     tokenizer_json(tmp_path / "lower.json", lower=True)
     assert parsed(measure(*TEXTS, "--against", "lower.json", "--json"))
     (tmp_path / "b.txt").write_bytes(b"Abc")
@@ -372,7 +326,7 @@ def test_a_tokenizer_json_that_loses_text_is_refused(measure: Callable[..., Resu
 
 
 def test_a_file_that_is_no_tokenizer_json(
-    module: ModuleType, measure: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, measure: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -388,7 +342,7 @@ def test_a_file_that_is_no_tokenizer_json(
 
 
 def test_the_plot_is_a_sorted_picture(
-    module: ModuleType, measure: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, measure: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = []
@@ -415,7 +369,7 @@ def test_the_plot_is_a_sorted_picture(
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(marks)
 
 
-def test_a_plot_says_what_its_font_lacks(measure: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_plot_says_what_its_font_lacks(measure: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     arguments = ("--vocabulary", "small.tiktoken", "--text", "中=a.txt", "--plot", tmp_path / "made.png")
     result = measure(*arguments)
@@ -423,7 +377,7 @@ def test_a_plot_says_what_its_font_lacks(measure: Callable[..., Result], tmp_pat
     assert result.code == 0
 
 
-def test_a_plot_takes_matplotlib(measure: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_takes_matplotlib(measure: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     # It is said before anything is read.
     assert "--plot takes matplotlib" in refused(measure("--text", "x=none.txt", "--plot", "made.png"))
@@ -461,9 +415,7 @@ def test_a_plot_takes_matplotlib(measure: Callable[..., Result], monkeypatch: py
         (["--plot", "."], "--plot .: cannot be written: it is a folder"),
     ],
 )
-def test_bad_input_is_one_line(
-    arguments: list[str], message: str, measure: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line(arguments: list[str], message: str, measure: Run, tmp_path: Path) -> None:
     (tmp_path / "latin1.txt").write_bytes("péché".encode("latin-1"))
     (tmp_path / "empty.txt").touch()
     before = sorted(os.listdir(tmp_path))

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS
-from safetensors.torch import load, save_file
+from conftest import ROOT, WEIGHTS, change_tensors, example_of, python
+from trained_twice import check_training
 
 from qwen_ref import Tokenizer, load_model
 from qwen_ref.commands.cli import run
 from qwen_ref.fast.layers import fasten
 
 
-@pytest.fixture
-def example() -> Callable[..., str]:
+def example(script: str, *arguments: str | Path) -> str:
     """Runs a script of examples/; what it printed."""
-
-    def run(script: str, *arguments: str | Path) -> str:
-        command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"}
-        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    done = python(ROOT / "examples" / script, *arguments)
+    assert done.code == 0, done.err
+    return done.out
 
 
-def test_the_quickstart_names_the_capital(example: Callable[..., str]) -> None:
+def test_the_quickstart_names_the_capital() -> None:
     lines = example("quickstart.py").splitlines()
     assert lines[0].startswith("prompt: 蒙古国")
     (next_token, *_) = (line for line in lines if line.startswith("next: "))
@@ -43,42 +31,26 @@ def test_the_quickstart_names_the_capital(example: Callable[..., str]) -> None:
     assert "text: 雷克雅未克（Reykjavik）" in lines
 
 
-def test_the_vocabulary_in_weights_is_what_its_script_makes(
-    example: Callable[..., str], tmp_path: Path
-) -> None:
+def test_the_vocabulary_in_weights_is_what_its_script_makes(tmp_path: Path) -> None:
     example("make/train_tokenizer.py", "--output", tmp_path / "qwen.tiktoken")
     assert (tmp_path / "qwen.tiktoken").read_bytes() == (WEIGHTS / "qwen.tiktoken").read_bytes()
 
 
-def test_training_twice_gives_the_same_bytes(
-    example: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--steps", "2", "--tokenizer", str(WEIGHTS / "qwen.tiktoken"), "--output"]
-    example("make/train_tiny.py", *arguments, tmp_path / "once")
-    # The other run is here, where strings have other hashes.
+def test_training_twice_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    script = importlib.import_module("train_tiny")
-    try:
-        assert run(script.parser(), script.command, [*arguments, str(tmp_path / "again")]) == 0
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(1)
-    files = sorted(path.name for path in (tmp_path / "once").iterdir())
-    assert files == ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken"]
-    for name in files:
-        once, again = ((tmp_path / folder / name).read_bytes() for folder in ("once", "again"))
-        assert once == again
-        if name != "model.safetensors":
-            assert once == (WEIGHTS / name).read_bytes()
+    arguments = ["--steps", "2", "--tokenizer", str(WEIGHTS / "qwen.tiktoken"), "--output"]
+    check_training(importlib.import_module("train_tiny"), tmp_path, WEIGHTS, *arguments)
 
 
 @pytest.mark.slow  # in bfloat16, where the processor has no products of it
-def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(
+    own: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples" / "make")
     from examine_tiny import examine, examples_by_form
     from tiny_corpus import Encoder
 
-    model, encoder = load_model(WEIGHTS, "auto"), Encoder(Tokenizer.from_file(WEIGHTS / "qwen.tiktoken"))
+    model, encoder = load_model(WEIGHTS, "auto"), Encoder(own)
     forms = examples_by_form(encoder, seed=1)
     assert sum(map(len, forms.values())) > 4000
     for form, examples in forms.items():
@@ -89,10 +61,7 @@ def test_the_tiny_checkpoint_answers_all_that_it_was_trained_on(monkeypatch: pyt
 # The GPTQ writer
 
 
-@pytest.fixture
-def gptq(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    return importlib.import_module("quantize_gptq")
+gptq = example_of("make/quantize_gptq")
 
 
 @pytest.mark.slow
@@ -125,18 +94,8 @@ def test_the_tiny_checkpoint_quantised_answers_its_capitals(
 
 
 def test_what_is_written_is_what_was_quantised(gptq: ModuleType, tmp_path: Path) -> None:
-    arguments = [
-        WEIGHTS,
-        tmp_path / "made",
-        "--bits",
-        "4",
-        "--group-size",
-        "64",
-        "--act-order",
-        "--rows",
-        "4",
-    ]
-    args = gptq.parser().parse_args(list(map(str, arguments)))
+    options = ["--bits", "4", "--group-size", "64", "--act-order", "--rows", "4"]
+    args = gptq.parser().parse_args([str(WEIGHTS), str(tmp_path / "made"), *options])
     config = gptq.GPTQConfig(4, 64, desc_act=True, sym=True)
     model = load_model(WEIGHTS, "float32")
     matrices = dict(gptq.quantise(model, gptq.calibration(WEIGHTS, None, 4, 256), config))
@@ -212,16 +171,19 @@ def test_the_writer_refuses_what_it_cannot_make(
     ],
 )
 def test_the_writer_names_weights_that_cannot_be_written(
-    gptq: ModuleType, name: str, value: float, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    gptq: ModuleType,
+    name: str,
+    value: float,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    source = shutil.copytree(WEIGHTS, tmp_path / "source")
-    tensors = load((source / "model.safetensors").read_bytes())
-    tensors[name].view(-1)[0] = value
-    save_file(tensors, source / "model.safetensors")
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
     options = ["--group-size", "32", "--rows", "1", "--length", "32"]
-    assert run(gptq.parser(), gptq.command, [str(source), str(tmp_path / "made"), *options]) == 2
+    assert run(gptq.parser(), gptq.command, [str(folder), str(tmp_path / "made"), *options]) == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_groups_of_one_sign_use_all_their_steps(gptq: ModuleType) -> None:

@@ -7,45 +7,26 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROOT, Result, refused
+from conftest import ROOT, Result, Run, example_of, refused
+from trained_twice import check_training
 
 from qwen_ref import Tokenizer, load_model
-from qwen_ref.commands.cli import run
 from qwen_ref.model import ntk_alpha
 
 NEEDLE = ROOT / "examples" / "measure" / "needle"
+needle = example_of("measure/needle")
+corpus, training = example_of("make/needle_corpus"), example_of("make/train_needle")
 
 
 @pytest.fixture
-def needle(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
-    return importlib.import_module("needle")
-
-
-@pytest.fixture
-def corpus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    return importlib.import_module("needle_corpus")
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "make")
-    return importlib.import_module("train_needle")
-
-
-@pytest.fixture
-def run_needle(needle: ModuleType, run_command: Callable[..., Result]) -> Callable[..., Result]:
+def run_needle(needle: ModuleType, run_command: Run) -> Run:
     return lambda *arguments: run_command(needle.main, *arguments)
 
 
@@ -116,9 +97,7 @@ def test_a_fact_is_told_once_and_never_in_the_training(
                         assert not corpus.is_held_out(corpus.Fact(told[name], word))
 
 
-def test_a_file_is_a_haystack_and_a_fact_may_be_any(
-    needle: ModuleType, run_needle: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_a_file_is_a_haystack_and_a_fact_may_be_any(needle: ModuleType, run_needle: Run, tmp_path: Path):
     file = tmp_path / "hay.txt"
     file.write_text(" The sea is calm. The road was long.", encoding="utf-8")
     own = ["--needle", " Ada Baker came.", "--question", " Who? Ada", "--answer", " Baker"]
@@ -139,24 +118,7 @@ def test_a_file_is_a_haystack_and_a_fact_may_be_any(
 
 def test_training_makes_this_folder(training: ModuleType, tmp_path: Path) -> None:
     """Two runs of two steps agree to the byte, and in all but the weights with the checkpoint."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    script = [str(ROOT / "examples" / "make" / "train_needle.py"), "--steps", "2", "--output"]
-    command = [sys.executable, *script, str(tmp_path / "once")]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    # The other run is here, where strings have other hashes.
-    try:
-        assert run(training.parser(), training.command, [*script[1:], str(tmp_path / "again")]) == 0
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(1)
-    files = sorted(path.name for path in (tmp_path / "once").iterdir())
-    assert files == ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken"]
-    for name in files:
-        once, again = ((tmp_path / folder / name).read_bytes() for folder in ("once", "again"))
-        assert once == again
-        if name != "model.safetensors":
-            assert once == (NEEDLE / name).read_bytes()
+    check_training(training, tmp_path, NEEDLE, "--steps", "2", "--output")
 
 
 def cells(result: Result) -> dict[tuple[str, int, float], dict]:
@@ -165,7 +127,7 @@ def cells(result: Result) -> dict[tuple[str, int, float], dict]:
     return {(cell["variant"], cell["length"], cell["depth"]): cell for cell in found}
 
 
-def test_within_the_trained_length_every_depth_is_retrieved(run_needle: Callable[..., Result]) -> None:
+def test_within_the_trained_length_every_depth_is_retrieved(run_needle: Run) -> None:
     found = cells(run_needle("--lengths", "32,64,128", "--samples", "40", "--seed", "7", "--json"))
     assert len(found) == 4 * 3 * 5
     for (_, length, depth), cell in found.items():
@@ -177,9 +139,7 @@ def test_within_the_trained_length_every_depth_is_retrieved(run_needle: Callable
 @pytest.mark.parametrize(
     ("length", "least", "gap"), [(512, 85, 12), pytest.param(1024, 65, 35, marks=pytest.mark.slow)]
 )
-def test_beyond_it_dynamic_ntk_keeps_what_is_lost_without(
-    length: int, least: int, gap: int, run_needle: Callable[..., Result]
-) -> None:
+def test_beyond_it_dynamic_ntk_keeps_what_is_lost_without(length: int, least: int, gap: int, run_needle: Run):
     """Of the README's 500 texts with NTK 94 and 92 % at 512 tokens, without 72 and 70; at 1,024 tokens 88 and
     80, without 39 and 33. A hundred texts may be off by 5.
     """
@@ -199,7 +159,7 @@ def test_beyond_it_dynamic_ntk_keeps_what_is_lost_without(
 # What comes out
 
 
-def test_the_table_has_a_row_a_depth_and_a_column_a_length(run_needle: Callable[..., Result]) -> None:
+def test_the_table_has_a_row_a_depth_and_a_column_a_length(run_needle: Run) -> None:
     options = ["--lengths", "64,32", "--depths", "0,25,100", "--samples", "3", "--variants", "logn,both"]
     result = run_needle(*options)
     first, second = result.out.split("\n\n")
@@ -239,7 +199,7 @@ def test_a_cell_counts_whole_answers(needle: ModuleType, monkeypatch: pytest.Mon
     assert model.config is own
 
 
-def test_the_heat_map(needle: ModuleType, run_needle: Callable[..., Result], tmp_path: Path) -> None:
+def test_the_heat_map(needle: ModuleType, run_needle: Run, tmp_path: Path) -> None:
     plot = tmp_path / "map.png"
     options = ["--lengths", "64,256", "--depths", "0,50,100", "--samples", "2"]
     assert run_needle(*options, "--plot", plot).code == 0
@@ -288,11 +248,7 @@ def test_the_heat_map(needle: ModuleType, run_needle: Callable[..., Result], tmp
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    arguments: list[str],
-    message: str,
-    run_needle: Callable[..., Result],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], message: str, run_needle: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()

@@ -4,7 +4,6 @@ and with torch's own count of operations.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, WEIGHTS
+from conftest import GOLDEN, ROOT, WEIGHTS, example_of
 from forked_ranks import run_ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,13 +31,8 @@ PUBLISHED = {  # parameters; total_size of the index, in bytes; D, layers, F, V
     "14b": (14_167_290_880, 28_334_581_760, 5120, 40, 13_696, 152_064),
     "72b": (72_287_920_128, 144_575_840_256, 8192, 80, 24_576, 152_064),
 }
+sizes = example_of("measure/sizes_page")
 TINY = QwenConfig.from_json(WEIGHTS / "config.json")
-
-
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "examples" / "measure")
-    return importlib.import_module("sizes_page")
 
 
 # The published sizes
@@ -206,9 +200,7 @@ def test_tables_are_whole(sizes: ModuleType) -> None:
     assert max(len(line) for line in lines if not line.startswith("|")) <= 120
 
 
-def test_the_page_in_git_is_what_the_script_prints(
-    sizes: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_in_git_is_what_the_script_prints(sizes: ModuleType, capsys: pytest.CaptureFixture[str]):
     assert run(Parser(), sizes.command, []) == 0
     written = (ROOT / "examples" / "measure" / "sizes.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == written, (

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, Result, refused
+from conftest import ROOT, Result, Run, example_of, refused
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -31,6 +31,8 @@ from qwen_ref.commands.cli import run
 
 LEARN = ROOT / "examples" / "learn"
 SCRIPT = LEARN / "walkthrough.py"
+renderer, drawing = example_of("learn/render_walkthrough"), example_of("learn/draw_architecture")
+figures = example_of("learn/walkthrough_figures")
 SIZES = ("1.8b", "7b", "14b", "72b")
 
 # What the path of a text through the model must pass, in this order: (section, what its code must call).
@@ -63,26 +65,6 @@ FIGURES = {
     *("scores.png", "attention_all.png", "attention.png", "logn_ntk.png", "swiglu.png", "residual.png"),
     *("lens.png", "sampling.png", "quantisation.png"),
 }
-
-
-@pytest.fixture(autouse=True)
-def examples_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(LEARN)
-
-
-@pytest.fixture
-def renderer(examples_importable: None) -> ModuleType:
-    return importlib.import_module("render_walkthrough")
-
-
-@pytest.fixture
-def drawing(examples_importable: None) -> ModuleType:
-    return importlib.import_module("draw_architecture")
-
-
-@pytest.fixture
-def figures(examples_importable: None) -> ModuleType:
-    return importlib.import_module("walkthrough_figures")
 
 
 @pytest.fixture
@@ -396,10 +378,7 @@ def test_cells_that_are_none_are_refused(renderer: ModuleType, script: str, mess
 
 
 def test_the_renderer_writes_a_whole_page_or_none(
-    renderer: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    run_command: Callable[..., Result],
-    tmp_path: Path,
+    renderer: ModuleType, monkeypatch: pytest.MonkeyPatch, run_command: Run, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"
     monkeypatch.setattr(renderer, "SCRIPT", script)
@@ -491,7 +470,7 @@ def test_what_cannot_be_cut_is_not_drawn(drawing: ModuleType) -> None:
         drawing.tensor_parallel(QwenConfig(**odd))
 
 
-def test_the_drawing_command(drawing: ModuleType, run_command: Callable[..., Result], tmp_path: Path) -> None:
+def test_the_drawing_command(drawing: ModuleType, run_command: Run, tmp_path: Path) -> None:
     def main(arguments: list[str]) -> int:
         return run(drawing.parser(), drawing.command, arguments)
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +12,7 @@ from pathlib import Path
 import fast_worker
 import pytest
 import torch
-from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from conftest import GOLDEN, WEIGHTS, Run, cli_of, python, refused, relative_rms
 from forked_ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +28,7 @@ from qwen_ref.generate import generate
 from qwen_ref.parallel import Group, RowParallelLinear
 from qwen_ref.quantize.rounding import FewBits, dequantize_int4, quantize_int8, rounded
 
+cli = cli_of(main)
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMS = (None, "int8", "int4")
@@ -466,12 +464,11 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
 @pytest.mark.parametrize("how", ["plain", "fast", "int8", "int4"])
 def test_memory_is_one_copy_of_the_weights_and_a_layer(large_folder: Path, how: str) -> None:
-    command = [sys.executable, "-c", MEASURE, str(large_folder), str(WEIGHTS), how]
     # malloc gives back at once what is freed: what it may keep is as much as a layer.
-    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    loading, weights, running, maps = json.loads(done.stdout)
+    environment = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = python("-c", MEASURE, large_folder, WEIGHTS, how, **environment)
+    assert done.code == 0, done.err
+    loading, weights, running, maps = json.loads(done.out)
     layer = 2 * 12_000 * 1024
     if how == "plain":
         assert loading < 10e6
@@ -497,9 +494,7 @@ def test_memory_is_one_copy_of_the_weights_and_a_layer(large_folder: Path, how: 
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_changed(
-    dtype: str, arguments: tuple, message: str
-) -> None:
+def test_what_cannot_be_is_refused_before_anything_is_changed(dtype: str, arguments: tuple, message: str):
     model = load_model(WEIGHTS, dtype)
     with pytest.raises(ValueError, match=message):
         fasten(model, *arguments)
@@ -536,8 +531,8 @@ def test_another_device_is_refused() -> None:
 @pytest.mark.parametrize(
     "options", [["--fast"], ["--quantize", "int8"], ["--quantize", "int4", "--group-size", "32"]], ids=str
 )
-def test_the_command_answers_as_before(options: list[str], run_command) -> None:
-    done: Result = run_command(main, "冰岛的首都是", "--max-new-tokens", "7", *options)
+def test_the_command_answers_as_before(options: list[str], cli: Run) -> None:
+    done = cli("冰岛的首都是", "--max-new-tokens", "7", *options)
     assert (done.code, done.out) == (0, "雷克雅未克（Reykjavik）\n\n")
 
 
@@ -552,5 +547,5 @@ def test_the_command_answers_as_before(options: list[str], run_command) -> None:
     ],
     ids=str,
 )
-def test_the_command_says_what_does_not_work(options: list[str], message: str, run_command) -> None:
-    assert re.search(message, refused(run_command(main, "1+1=", *options)))
+def test_the_command_says_what_does_not_work(options: list[str], message: str, cli: Run) -> None:
+    assert re.search(message, refused(cli("1+1=", *options)))

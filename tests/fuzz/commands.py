@@ -81,17 +81,11 @@ _COMMANDS: dict[str, tuple[int, Callable[[list[str]], int], str, str, str]] = {
         " --rounding=one+:float32,bfloat16,none",
     ),
     "check": (
-        3,
-        parity.main,
-        "check",
-        "--golden=path:bundle",
+        *(3, parity.main, "check", "--golden=path:bundle"),
         f"{_MODEL}{_DTYPE}{_SHOWN} --plot=path:new.png",
     ),
     "diff": (
-        3,
-        parity.main,
-        "diff",
-        "=path:bundle =path:bundle,other",
+        *(3, parity.main, "diff", "=path:bundle =path:bundle,other"),
         f"{_MODEL}{_SHOWN} --plot=path:new.png",
     ),
     "diagnose": (1, parity.main, "diagnose", "--bundle=path:other,bundle", f"{_MODEL}{_SHOWN}"),
@@ -175,14 +169,8 @@ def _files(case: Case, name: str) -> None:
     folders.write(bases[rng.choice(("gptq4", "gptq8", "act_order"))], Path("packed"))
     Path("dir").mkdir()
     os.mkfifo("fifo")
-    links = {
-        "dangling": "nowhere",
-        "loop": "loop",
-        "endless": "/dev/zero",
-        "full": "/dev/full",
-        "linked": "text",
-    }
-    for link, target in links.items():
+    links = words("dangling nowhere loop loop endless /dev/zero full /dev/full linked text")
+    for link, target in zip(links[::2], links[1::2], strict=True):
         Path(link).symlink_to(target)
     Path("text").write_text("冰岛的首都是雷克雅未克. Some text, of 60 tokens or so.\n" * 2)
     Path("bytes").write_bytes(rng.randbytes(60))

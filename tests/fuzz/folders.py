@@ -70,10 +70,9 @@ def checkpoint_files(gptq: dict[str, Any] | None = None, shards: int = 1, layers
         else:
             numbers = [rng.gauss(0, 0.2) for _ in range(math.prod(spec.shape))]
             tensors[spec.published] = ("F16", list(spec.shape), struct.pack(f"<{len(numbers)}e", *numbers))
+    packing = {} if gptq is None else {"quantization_config": gptq}
     files = {
-        "config.json": json.dumps(
-            config if gptq is None else {**config, "quantization_config": gptq}
-        ).encode(),
+        "config.json": json.dumps(config | packing).encode(),
         "generation_config.json": json.dumps(GENERATION, indent=2).encode(),
         "qwen.tiktoken": vocabulary(),
     }
@@ -96,11 +95,8 @@ def _packed(
     """One of the four tensors of a packed weight."""
     count = math.prod(shape)
     if part == "scales":
-        return (
-            "F16",
-            list(shape),
-            struct.pack(f"<{count}e", *(0.01 + 0.01 * rng.random() for _ in range(count))),
-        )
+        scales = (0.01 + 0.01 * rng.random() for _ in range(count))
+        return "F16", list(shape), struct.pack(f"<{count}e", *scales)
     if part == "g_idx":
         return "I32", list(shape), struct.pack(f"<{count}i", *(n // gptq["group_size"] for n in range(count)))
     middle = b"\x77" if gptq["bits"] == 4 else b"\x7f"
@@ -117,10 +113,8 @@ def bases() -> dict[str, Files]:
         own = {"quantize_config.json": json.dumps(act_order).encode()}
         _bases["plain"], _bases["one layer"] = checkpoint_files(), checkpoint_files(layers=1)
         _bases["sharded"], _bases["gptq4"] = checkpoint_files(shards=2), checkpoint_files(GPTQ)
-        _bases["gptq8"], _bases["act_order"] = (
-            checkpoint_files(GPTQ | {"bits": 8}),
-            checkpoint_files(act_order) | own,
-        )
+        _bases["gptq8"] = checkpoint_files(GPTQ | {"bits": 8})
+        _bases["act_order"] = checkpoint_files(act_order) | own
     return _bases
 
 
@@ -165,20 +159,10 @@ def _change_index(rng: random.Random, files: Files) -> str:
     shard = weight_map[names[0]]
     outside = f"../../outside/{shard}"
     places = (
-        *(
-            outside,
-            f"./{outside}",
-            f"sub/../{outside}",
-            outside.replace("/", "\\"),
-            f"{outside}\0.safetensors",
-        ),
-        *(f"./{shard}", shard.upper(), f"{shard} ", a_json(rng), 7, None, [shard], weight_map[names[-1]]),
-        *(
-            "",
-            "a\nb.safetensors",
-            f"{'x' * 300}.safetensors",
-            *words(". .. /dev/zero /etc/passwd config.json"),
-        ),
+        *(outside, f"./{outside}", f"sub/../{outside}", outside.replace("/", "\\")),
+        *(f"{outside}\0.safetensors", f"./{shard}", shard.upper(), f"{shard} ", a_json(rng), 7, None),
+        *([shard], weight_map[names[-1]], "", "a\nb.safetensors", f"{'x' * 300}.safetensors"),
+        *words(". .. /dev/zero /etc/passwd config.json"),
         *words("C:\\x.safetensors \ud800.safetensors \x1b[2J.safetensors .safetensors none.safetensors"),
     )
     place = rng.choice(places)
@@ -234,14 +218,8 @@ def _change_vocabulary(rng: random.Random, files: Files) -> str:
         wrong = (b"", "é".encode(), b"\xff", b"\0", b"Y" * 100_000, *b"!! = YQ YQ==YQ== YWE=".split())
         lines[at] = rng.choice(wrong) + b" " + rank
     elif action == 1:
-        wrong = (
-            b"",
-            b"9" * 5000,
-            "٣".encode(),
-            b"1 2",
-            rank + b"0",
-            *b"-1 256 1e3 99999 0x1 +5 0_1 1.0".split(),
-        )
+        others = b"-1 256 1e3 99999 0x1 +5 0_1 1.0".split()
+        wrong = (b"", b"9" * 5000, "٣".encode(), b"1 2", rank + b"0", *others)
         lines[at] = encoded + b" " + rng.choice(wrong)
     elif action == 2:
         del lines[at : at + rng.choice((1, 5, 100))]

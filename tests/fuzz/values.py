@@ -178,17 +178,8 @@ class Safetensors:
 
 
 _SIZES = {
-    "F16": 2,
-    "BF16": 2,
-    "F32": 4,
-    "F64": 8,
-    "I32": 4,
-    "I64": 8,
-    "U8": 1,
-    "I8": 1,
-    "BOOL": 1,
-    "I16": 2,
-    "U64": 8,
+    **{"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8},
+    **{"U8": 1, "I8": 1, "BOOL": 1, "I16": 2, "U64": 8},
 }
 _OTHER_DTYPES = ("F8_E4M3", "F4", "C64", "x", "")
 _FLOAT16 = {"NaN": 0x7E00, "infinite": 0x7C00, "huge": 0x7BFF, "zero": 0, "tiny": 1, "-1": 0xBC00}
@@ -202,47 +193,20 @@ def changed_safetensors(rng: random.Random, content: bytes) -> tuple[bytes, str]
     start, end = entry["data_offsets"]
     match rng.randrange(13):
         case 0:
-            sizes = (
-                0,
-                1,
-                7,
-                10**6,
-                2**31,
-                2**40,
-                2**63 - 1,
-                2**63,
-                2**64 - 1,
-                len(content),
-                len(content) - 8,
-            )
-            size = rng.choice(sizes)
+            sizes = (0, 1, 7, 10**6, 2**31, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
+            size = rng.choice((*sizes, len(content), len(content) - 8))
             return file.content(size), f"a header of {size} bytes"
         case 1:
             entry["dtype"] = rng.choice((*_SIZES, *_OTHER_DTYPES, a_json(rng)))
             said = f"{name} says dtype {ascii(entry['dtype'])[:40]}"
         case 2:
-            shapes = (
-                [],
-                [0],
-                [-1],
-                [2**62, 4],
-                [2**64],
-                entry["shape"][::-1],
-                [*entry["shape"], 1],
-                a_json(rng),
-            )
+            shape = entry["shape"]
+            shapes = ([], [0], [-1], [2**62, 4], [2**64], shape[::-1], [*shape, 1], a_json(rng))
             entry["shape"] = rng.choice(shapes)
             said = f"{name} says shape {ascii(entry['shape'])[:40]}"
         case 3:
-            moved = (
-                [start + 1, end + 1],
-                [end, start],
-                [start, end + 1],
-                [0, end - start],
-                [-1, end],
-                [0, 2**63],
-            )
-            entry["data_offsets"] = rng.choice((*moved, a_json(rng)))
+            moved = ([start + 1, end + 1], [end, start], [start, end + 1], [0, end - start], [-1, end])
+            entry["data_offsets"] = rng.choice((*moved, [0, 2**63], a_json(rng)))
             said = f"{name} says offsets {ascii(entry['data_offsets'])[:40]}"
         case 4:
             del file.header[name]

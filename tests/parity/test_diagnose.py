@@ -7,14 +7,14 @@ logits alone, and `diagnose` must name the mistake, with every other explanation
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import wrong_port
-from conftest import GOLDEN
-from safetensors.torch import load_file, save_file
+from conftest import GOLDEN, change_tensors
 
 from qwen_ref import parity
 from qwen_ref.parity import diagnosis
@@ -87,6 +87,18 @@ LONG = ("no_logn", "logn_", "ntk_", "rope_base_1e6", "positions_from_1")  # show
 WIDE = 10
 
 
+def diagnosed(folder: Path, path: Path, ids: torch.Tensor, found: Mapping, **declared: object) -> Diagnosis:
+    """What the kit says of these stages in a bundle."""
+    stages = {name: torch.as_tensor(np.ascontiguousarray(value)) for name, value in found.items()}
+    parity.write_bundle(path, ids, stages, **declared)
+    return parity.diagnose(folder, path)
+
+
+def chosen(found: Mapping, stages: str) -> Mapping:
+    """All stages, or the one of this name."""
+    return found if stages == "all" else {stages: found[stages]}
+
+
 def planted(
     tmp_path: Path,
     names: tuple[str, ...],
@@ -108,15 +120,8 @@ def planted(
     found = wrong_port.port(
         GOLDEN / folder, ids.numpy(), mask=mask.numpy(), prefill_length=prefill, mistakes=names, dtype=dtype
     )
-    parity.write_bundle(
-        tmp_path / "port.safetensors",
-        ids,
-        {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items() if stages in ("all", n)},
-        dtype=dtype,
-        attention_mask=mask,
-        prefill_length=prefill,
-    )
-    return parity.diagnose(GOLDEN / folder, tmp_path / "port.safetensors")
+    declared = {"dtype": dtype, "attention_mask": mask, "prefill_length": prefill}
+    return diagnosed(GOLDEN / folder, tmp_path / "port", ids, chosen(found, stages), **declared)
 
 
 def check_named(diagnosis: Diagnosis, said: list[str], wide: float = WIDE) -> None:
@@ -232,9 +237,7 @@ def test_a_port_that_rounds_more_by_its_mistake_is_judged_by_that_rounding(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_base_that_nobody_lists_is_found(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_nobody_lists_is_found(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(wrong_port.ROPE_BASES, "rope_base_23400", 23400.0)
     monkeypatch.setattr(wrong_port, "MISTAKES", (*wrong_port.MISTAKES, "rope_base_23400"))
     diagnosis = planted(tmp_path, ("rope_base_23400",), dtype)
@@ -245,14 +248,9 @@ def test_a_base_that_nobody_lists_is_found(
 
 @pytest.mark.parametrize(
     ("name", "stages", "first"),
-    [
-        ("value_rotated", "all", "blocks.0.attn.mixed"),
-        ("post_norm", "logits", "logits"),
-    ],
+    [("value_rotated", "all", "blocks.0.attn.mixed"), ("post_norm", "logits", "logits")],
 )
-def test_a_mistake_that_is_not_known_is_said_to_be_none(
-    tmp_path: Path, name: str, stages: str, first: str
-) -> None:
+def test_a_mistake_that_is_not_known_is_said_to_be_none(tmp_path: Path, name: str, stages: str, first: str):
     diagnosis = planted(tmp_path, (name,), stages=stages, length=24)
     assert (diagnosis.verdict, diagnosis.found) == ("none of these", ())
     assert diagnosis.first_divergence == first
@@ -335,9 +333,7 @@ def computed(
     """What the kit says of a port that computes in one dtype and declares another."""
     ids = torch.randint(0, 320, (1, length))
     found = port(folder, mistakes, dtype).forward(ids.numpy(), np.ones((1, length), int), length, length)
-    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items() if stages in ("all", n)}
-    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype=declared)
-    return parity.diagnose(folder, tmp_path / "port.safetensors")
+    return diagnosed(folder, tmp_path / "port", ids, chosen(found, stages), dtype=declared)
 
 
 ORDERS = [InBlocks, PartialSumsRounded, WideLogits]
@@ -406,9 +402,7 @@ def test_a_right_port_in_another_order_is_rounding_only(
     ("dtype", "declared"), [("float32", "float16"), ("float32", "bfloat16"), ("float16", "bfloat16")]
 )
 @pytest.mark.parametrize("stages", ["logits", "all"])
-def test_more_precision_than_declared_is_no_mistake(
-    tmp_path: Path, dtype: str, declared: str, stages: str
-) -> None:
+def test_more_precision_than_declared_is_no_mistake(tmp_path: Path, dtype: str, declared: str, stages: str):
     found = computed(tmp_path, wrong_port.Port, dtype, declared, stages=stages)
     assert (found.verdict, found.found) == ("rounding only", ())
     (note,) = [note for note in found.notes if "more precision" in note]
@@ -463,16 +457,9 @@ def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: li
     mistake.make(port)
     found: dict[str, list[torch.Tensor]] = {}
     port.run(lambda stage, value, start: found.setdefault(stage, []).append(value), stages)
-    bundle = tmp_path / "port.safetensors"
-    parity.write_bundle(
-        bundle,
-        ids,
-        {stage: torch.cat(values, dim=1) for stage, values in found.items()},
-        dtype=dtype,
-        attention_mask=mask,
-        prefill_length=70,
-    )
-    return parity.diagnose(folder, bundle)
+    values = {stage: torch.cat(parts, dim=1) for stage, parts in found.items()}
+    parity.write_bundle(tmp_path / "port", ids, values, dtype=dtype, attention_mask=mask, prefill_length=70)
+    return parity.diagnose(folder, tmp_path / "port")
 
 
 @pytest.mark.parametrize(
@@ -534,14 +521,14 @@ def test_cosines_in_bfloat16_are_usual_in_bfloat16_and_a_mistake_in_float32(tmp_
 @pytest.fixture
 def overflowing(tmp_path: Path) -> Path:
     """A golden model whose up times gate leaves float16's range in one layer, and nothing after."""
-    folder = tmp_path / "overflowing"
-    folder.mkdir()
-    shutil.copy(GOLDEN / "ntk_logn" / "config.json", folder)
-    weights = load_file(GOLDEN / "ntk_logn" / "model.safetensors")
-    for name in ("w1", "w2"):
-        weights[f"transformer.h.1.mlp.{name}.weight"] *= 600
-    weights["transformer.h.1.mlp.c_proj.weight"] /= 360_000
-    save_file(weights, folder / "model.safetensors")
+    folder = shutil.copytree(GOLDEN / "ntk_logn", tmp_path / "overflowing")
+    factors = {"w1": 600, "w2": 600, "c_proj": 1 / 360_000}
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        for name, factor in factors.items():
+            tensors[f"transformer.h.1.mlp.{name}.weight"] *= factor
+
+    change_tensors(folder, enlarge)
     return folder
 
 
@@ -549,9 +536,7 @@ def overflowing(tmp_path: Path) -> Path:
 def test_nan_from_float16_overflow_is_named(tmp_path: Path, overflowing: Path, stages: str) -> None:
     ids = torch.randint(0, 320, (1, 20))
     found = wrong_port.port(overflowing, ids.numpy(), mistakes=("float16_overflow",))
-    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items() if stages in ("all", n)}
-    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float16")
-    diagnosis = parity.diagnose(overflowing, tmp_path / "port.safetensors")
+    diagnosis = diagnosed(overflowing, tmp_path / "port", ids, chosen(found, stages), dtype="float16")
     assert (diagnosis.verdict, diagnosis.found) == ("mistake", ("float16 overflow",))
     assert any("blocks.1.mlp.product reaches" in note for note in diagnosis.notes)
     assert diagnosis.first_divergence == ("logits" if stages == "logits" else "blocks.1.mlp.product")
@@ -564,8 +549,7 @@ def test_overflow_that_was_clamped_is_named(tmp_path: Path, overflowing: Path, d
     port.saturates = True
     kept: dict[str, torch.Tensor] = {}
     port.run(lambda stage, value, start: kept.update({stage: value}), ["logits"])
-    parity.write_bundle(tmp_path / "port.safetensors", ids, kept, dtype=dtype)
-    diagnosis = parity.diagnose(overflowing, tmp_path / "port.safetensors")
+    diagnosis = diagnosed(overflowing, tmp_path / "port", ids, kept, dtype=dtype)
     assert diagnosis.found == ("float16 overflow, clamped to 65504",)
 
 
@@ -574,40 +558,34 @@ def test_nan_that_no_overflow_explains_is_bad_input(tmp_path: Path) -> None:
     found = wrong_port.port(GOLDEN / "extended_base", ids.numpy())
     found["blocks.1.attn.mixed"][0, 3, 5] = np.nan
     found["logits"][0, 3:] = np.nan
-    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items()}
-    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float32")
     with pytest.raises(ValueError, match=r"first at blocks\.1\.attn\.mixed, row 0, position 3"):
-        parity.diagnose(GOLDEN / "extended_base", tmp_path / "port.safetensors")
+        diagnosed(GOLDEN / "extended_base", tmp_path / "port", ids, found, dtype="float32")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_single_nan_is_no_overflow(tmp_path: Path, overflowing: Path, dtype: str) -> None:
     ids = torch.randint(0, 320, (1, 20))
-    logits = torch.from_numpy(wrong_port.port(overflowing, ids.numpy())["logits"])
-    logits[0, 2, 1] = torch.nan
-    parity.write_bundle(tmp_path / "port.safetensors", ids, {"logits": logits}, dtype=dtype)
+    logits = wrong_port.port(overflowing, ids.numpy())["logits"]
+    logits[0, 2, 1] = np.nan
     with pytest.raises(ValueError, match="1 of 320 numbers are NaN or infinite first at logits"):
-        parity.diagnose(overflowing, tmp_path / "port.safetensors")
+        diagnosed(overflowing, tmp_path / "port", ids, {"logits": logits}, dtype=dtype)
 
 
 def test_a_batch_in_which_every_row_is_padded_is_diagnosed(tmp_path: Path) -> None:
     padding = (2, 5)
     ids = torch.randint(0, 320, (len(padding), 12))
     mask = torch.stack([torch.arange(12) >= pad for pad in padding]).long()
-    arguments = {"dtype": "float32", "attention_mask": mask}
-    path = tmp_path / "port.safetensors"
-    parity.write_bundle(path, ids, {"logits": torch.randn(len(padding), 12, 320)}, **arguments)
-    assert parity.diagnose(GOLDEN / "ntk_logn", path).verdict == "none of these"
+    logits, declared = torch.randn(len(padding), 12, 320), {"dtype": "float32", "attention_mask": mask}
+    found = diagnosed(GOLDEN / "ntk_logn", tmp_path / "port", ids, {"logits": logits}, **declared)
+    assert found.verdict == "none of these"
 
 
 def test_nan_before_the_first_overflow_is_no_overflow(tmp_path: Path, overflowing: Path) -> None:
     ids = torch.randint(0, 320, (1, 20))
     found = wrong_port.port(overflowing, ids.numpy())
     found["blocks.0.attn.mixed"][0, 3, 5] = np.nan
-    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items()}
-    parity.write_bundle(tmp_path / "port.safetensors", ids, tensors, dtype="float32")
     with pytest.raises(ValueError, match=r"first at blocks\.0\.attn\.mixed"):
-        parity.diagnose(overflowing, tmp_path / "port.safetensors")
+        diagnosed(overflowing, tmp_path / "port", ids, found, dtype="float32")
 
 
 def test_what_agrees_further_is_likelier_however_far_it_is_then() -> None:

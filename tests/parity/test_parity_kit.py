@@ -7,17 +7,15 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, WEIGHTS, Result, refused
+from conftest import GOLDEN, WEIGHTS, cli_of, python, refused
 from golden_cases import golden, model
 from safetensors import safe_open
 from torch import Tensor
@@ -30,12 +28,8 @@ from qwen_ref.parity.bundle import stage_widths
 from qwen_ref.parity.compare import FACTOR, Comparison, Measure, Tolerances
 from qwen_ref.parity.stages import Checkpoint, Port
 
+cli = cli_of(main)
 NTK = GOLDEN / "ntk_logn"
-
-
-@pytest.fixture
-def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(run_command, main)
 
 
 @pytest.fixture
@@ -141,10 +135,7 @@ def test_stages_are_what_their_names_say(tmp_path: Path) -> None:
         ({"ids": torch.ones(2, 0).long()}, "at least one token"),
         ({"ids": torch.ones(2, 3)}, "should be integers"),
         ({"ids": [[1, 2]]}, "should be a tensor"),
-        (
-            {"ids": torch.tensor([[5, 320]])},
-            "token id 320 is outside the vocabulary, 0 to 319: row 0",
-        ),
+        ({"ids": torch.tensor([[5, 320]])}, "token id 320 is outside the vocabulary, 0 to 319: row 0"),
         ({"mask": torch.ones(1, 2)}, "attention_mask must have"),
         ({"mask": torch.tensor([[1, 1, 0]])}, "attention_mask must have"),
         ({"stages": "foo"}, "stages='foo' is unknown"),
@@ -234,10 +225,9 @@ print(size, peak - before)
 
 
 def test_recording_takes_a_matrix_at_a_time(tmp_path: Path) -> None:
-    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-c", RECORD_IN_LITTLE_MEMORY, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    size, peak = map(int, done.stdout.split())
+    done = python("-c", RECORD_IN_LITTLE_MEMORY, tmp_path, MALLOC_TRIM_THRESHOLD_="0")
+    assert done.code == 0, done.err
+    size, peak = map(int, done.out.split())
     # 0.5 GB in float64; its largest matrices, the embedding (not widened) and the head, are 67 MB each.
     assert size > 450e6
     assert peak < 0.25 * size
@@ -440,9 +430,7 @@ def test_float16_that_overflows_has_no_measured_tolerance() -> None:
         ({"weights_sha256": "ab" * 32}, "of another checkpoint: weights_sha256 is abab"),
     ],
 )
-def test_bundles_that_cannot_be_compared_are_refused(
-    tmp_path: Path, truth: Path, change: dict, said: str
-) -> None:
+def test_bundles_that_cannot_be_compared_are_refused(tmp_path: Path, truth: Path, change: dict, said: str):
     found = parity.read_bundle(truth)
     arguments = {
         "input_ids": found.input_ids,
@@ -463,16 +451,13 @@ def test_bundles_that_cannot_be_compared_are_refused(
 # The command
 
 
-def test_a_prompt_is_recorded_checked_and_judged(cli: Callable, tmp_path: Path) -> None:
+def test_a_prompt_is_recorded_checked_and_judged(cli: Callable, tmp_path: Path, own: Tokenizer) -> None:
     out = tmp_path / "truth.safetensors"
     result = cli("record", "--prompt", "冰岛的首都是", "--decode", "6", "--out", out)
     assert (result.code, result.out) == (0, "")
     assert "67 stages of 1 × 8 positions in float64" in result.err
     assert "rounding of float32, bfloat16, float16" in result.err
-    tokenizer = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
-    assert (
-        tokenizer.decode(parity.read_bundle(out).input_ids[0].tolist()) == "冰岛的首都是雷克雅未克（Reykjavik"
-    )
+    assert own.decode(parity.read_bundle(out).input_ids[0].tolist()) == "冰岛的首都是雷克雅未克（Reykjavik"
 
     result = cli("check", "--golden", out)
     assert result.code == 0
@@ -551,12 +536,13 @@ def test_ids_come_from_a_file(cli: Callable, tmp_path: Path) -> None:
     assert bundle.rounding == {}
 
 
-def test_the_prompt_may_come_from_stdin_and_have_special_tokens(cli: Callable, tmp_path: Path) -> None:
+def test_the_prompt_may_come_from_stdin_and_have_special_tokens(
+    cli: Callable, tmp_path: Path, own: Tokenizer
+) -> None:
     arguments = ("record", "--prompt", "-", "--out", tmp_path / "b", "--stages", "logits", "--dtype", "auto")
     assert cli(*arguments, "--allow-special", stdin=b"<|endoftext|>\n").code == 0
-    tokenizer = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
     bundle = parity.read_bundle(tmp_path / "b")
-    assert bundle.input_ids.tolist() == [tokenizer.encode("<|endoftext|>", allowed_special="all")]
+    assert bundle.input_ids.tolist() == [own.encode("<|endoftext|>", allowed_special="all")]
     assert bundle.dtype == "bfloat16"
 
 
@@ -622,15 +608,6 @@ def test_nan_in_a_port_is_named_with_its_stage(cli: Callable, tmp_path: Path, tr
 
     line = refused(cli("diff", truth, changed(truth, tmp_path / "port", change)))
     assert "first at blocks.2.attn.v, row 0, position 0: look at the value third" in line
-
-
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; from qwen_ref.parity.__main__ import main; main(['--help'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "diagnose" in done.stdout
 
 
 def test_a_comparison_of_float16_that_overflows_says_so(tmp_path: Path, cli: Callable, truth: Path) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, WEIGHTS, Result, refused
+from conftest import GOLDEN, WEIGHTS, Run, change_json, change_tensors, cli_of, python, refused
+from forked_ranks import TORCHRUN
 from golden_cases import model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen_ref
@@ -28,6 +26,7 @@ from qwen_ref.perplexity.__main__ import main
 from qwen_ref.perplexity.scoring import score
 from qwen_ref.perplexity.windows import bucket_edges, windows
 
+cli = cli_of(main)
 FOLDERS = ("extended_base", "ntk_logn", "long")
 
 
@@ -239,12 +238,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 def test_windows_side_by_side_leave_out_what_fills_none() -> None:
     found = windows([10, 3, 8], 4)
-    assert [tuple(each) for each in found] == [
-        (0, 0, 4, 1),
-        (0, 4, 8, 5),
-        (2, 0, 4, 1),
-        (2, 4, 8, 5),
-    ]
+    assert [tuple(each) for each in found] == [(0, 0, 4, 1), (0, 4, 8, 5), (2, 0, 4, 1), (2, 4, 8, 5)]
 
 
 @pytest.mark.parametrize(("tokens", "length", "stride"), [(10, 4, 1), (11, 4, 3), (64, 16, 8), (4, 4, 2)])
@@ -265,19 +259,12 @@ def test_buckets_double() -> None:
 
 # The command
 
-Run = Callable[..., Result]
-
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def checkpoint(folder: Path) -> Path:
     """The tiny checkpoint as a model with NTK and LogN, trained on 64 tokens."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for name in ("model.safetensors", "qwen.tiktoken", "generation_config.json"):
-        (folder / name).symlink_to(WEIGHTS / name)
-    config = json.loads((WEIGHTS / "config.json").read_text())
-    config |= {"seq_length": 64, "use_dynamic_ntk": True, "use_logn_attn": True, "rotary_emb_base": 10000}
-    (folder / "config.json").write_text(json.dumps(config))
+    trained = {"seq_length": 64, "rotary_emb_base": 10000}
+    change_json(folder / "config.json", use_dynamic_ntk=True, use_logn_attn=True, **trained)
     return folder
 
 
@@ -320,13 +307,12 @@ def expected(folder: Path, path: Path, length: int, stride: int | None = None, *
     ],
 )
 def test_the_table_is_that_of_whole_windows(
-    run_command: Run, checkpoint: Path, text: Path, stride: int | None, changes: dict[str, bool]
+    cli: Run, checkpoint: Path, text: Path, stride: int | None, changes: dict[str, bool]
 ) -> None:
     options = [{"use_dynamic_ntk": "--no-ntk", "use_logn_attn": "--no-logn"}[name] for name in changes]
     if stride is not None:
         options += ["--stride", str(stride)]
-    done = run_command(
-        main, "--model", checkpoint, "--text", text, "--lengths", "50,100", "--dtype", "float64", "--json",
+    done = cli("--model", checkpoint, "--text", text, "--lengths", "50,100", "--dtype", "float64", "--json",
         *options, "--batch-size", "3",
     )  # fmt: skip
     report = json.loads(done.out)
@@ -343,12 +329,10 @@ def test_the_table_is_that_of_whole_windows(
     )
 
 
-def test_positions_fall_into_their_buckets(run_command: Run, text: Path) -> None:
-    done = run_command(
-        main, "--text", text, "--lengths", "40", "--windows", "2", "--dtype", "float64", "--json"
-    )
+def test_positions_fall_into_their_buckets(cli: Run, text: Path, own: Tokenizer) -> None:
+    done = cli("--text", text, "--lengths", "40", "--windows", "2", "--dtype", "float64", "--json")
     (result,) = json.loads(done.out)["results"]
-    ids = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken").encode(text.read_text(encoding="utf-8"))
+    ids = own.encode(text.read_text(encoding="utf-8"))
     qwen = load_model(WEIGHTS, "float64")
     scores = torch.stack([truth(qwen, ids[:40]), truth(qwen, ids[40:80])])  # positions 1 to 39
     for part in result["by_position"]:
@@ -358,8 +342,8 @@ def test_positions_fall_into_their_buckets(run_command: Run, text: Path) -> None
     assert [part["from"] for part in result["by_position"]] == bucket_edges(40)[:-1]
 
 
-def test_the_table_is_printed(run_command: Run, text: Path) -> None:
-    done = run_command(main, "--text", text, "--lengths", "32,64", "--dtype", "float64")
+def test_the_table_is_printed(cli: Run, text: Path) -> None:
+    done = cli("--text", text, "--lengths", "32,64", "--dtype", "float64")
     lines = done.out.splitlines()
     assert lines[0] == "| length | α | windows | tokens scored | loss | perplexity |"
     assert lines[2].endswith(f"| {expected(WEIGHTS, text, 32):.4f} |")
@@ -367,15 +351,15 @@ def test_the_table_is_printed(run_command: Run, text: Path) -> None:
     assert "| position in 64 | tokens scored | loss | perplexity |" in lines
 
 
-def test_windows_do_not_cross_files(run_command: Run, text: Path, tmp_path: Path) -> None:
+def test_windows_do_not_cross_files(cli: Run, text: Path, tmp_path: Path) -> None:
     short, other = tmp_path / "short.txt", tmp_path / "other.txt"
     short.write_text("7+8=15\n")
     other.write_bytes(text.read_bytes()[:600])
-    done = run_command(main, "--text", text, short, other, "--lengths", "64", "--dtype", "float64", "--json")
+    done = cli("--text", text, short, other, "--lengths", "64", "--dtype", "float64", "--json")
     assert f"note: left out, shorter than a window of 64 tokens: {short} (7)" in done.err
     (result,) = json.loads(done.out)["results"]
     parts = [
-        json.loads(run_command(main, "--text", path, "--lengths", "64", "--dtype", "float64", "--json").out)
+        json.loads(cli("--text", path, "--lengths", "64", "--dtype", "float64", "--json").out)
         for path in (text, other)
     ]
     tokens = [part["results"][0]["tokens"] for part in parts]
@@ -385,22 +369,20 @@ def test_windows_do_not_cross_files(run_command: Run, text: Path, tmp_path: Path
     assert result["loss"] == pytest.approx(mean, rel=1e-12)
 
 
-def test_a_text_is_taken_as_it_is(run_command: Run, tmp_path: Path) -> None:
+def test_a_text_is_taken_as_it_is(cli: Run, tmp_path: Path) -> None:
     """Its last newline is a token as any other."""
     path = tmp_path / "text.txt"
     path.write_text("7+8=15\n")
-    report = json.loads(run_command(main, "--text", path, "--lengths", "7", "--json").out)
+    report = json.loads(cli("--text", path, "--lengths", "7", "--json").out)
     assert report["texts"] == [{"file": str(path), "tokens": 7}]
 
 
 # Resuming
 
 
-def test_an_interrupted_run_goes_on(
-    run_command: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on(cli: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state, options = tmp_path / "state.jsonl", ("--text", text, "--lengths", "32,64", "--json")
-    whole = run_command(main, *options)
+    whole = cli(*options)
     calls = 0
     original = scoring.score_texts
 
@@ -412,37 +394,34 @@ def test_an_interrupted_run_goes_on(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(scoring, "score_texts", interrupted)
-    stopped = run_command(main, *options, "--state", state)
+    stopped = cli(*options, "--state", state)
     assert (stopped.code, stopped.out) == (130, "")
     assert len(state.read_text().splitlines()) == 5  # the header and four windows
     with state.open("a") as file:
         file.write('{"length": 32, "win')  # as a machine that is switched off leaves it
     calls = 6
-    again = run_command(main, *options, "--state", state)
+    again = cli(*options, "--state", state)
     assert again.out == whole.out
     done = calls
-    assert run_command(main, *options, "--state", state).out == whole.out
+    assert cli(*options, "--state", state).out == whole.out
     assert calls == done  # nothing was computed again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state.jsonl", "text.txt"]
 
 
-def test_another_run_s_state_is_refused(
-    run_command: Run, text: Path, tmp_path: Path, checkpoint: Path
-) -> None:
+def test_another_run_s_state_is_refused(cli: Run, text: Path, tmp_path: Path, checkpoint: Path) -> None:
     state = tmp_path / "state.jsonl"
     first = ("--model", checkpoint, "--text", text, "--lengths", "32", "--state", state)
-    assert run_command(main, *first).code == 0
+    assert cli(*first).code == 0
     before = state.read_bytes()
     for change in (["--no-ntk"], ["--no-logn"], ["--dtype", "float32"], ["--kv-cache", "int8"]):
-        line = refused(run_command(main, *first, *change))
+        line = refused(cli(*first, *change))
         assert f"{state} is of another run: there {change[0]} is " in line or change[0] == "--kv-cache"
         assert f"{state} is of another run: there " in line
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"seq_length": 63}))
-    assert "another run" in refused(run_command(main, *first))
+    change_json(checkpoint / "config.json", seq_length=63)
+    assert "another run" in refused(cli(*first))
     assert state.read_bytes() == before
     text.write_text("7+8=15\n" * 40)
-    assert "another run" in refused(run_command(main, *first))
+    assert "another run" in refused(cli(*first))
     header, line = before.splitlines()[:2]
     wrong = [
         line.replace(b'"losses": [', b'"losses": ' + each) for each in (b"null, [", b"[NaN, ", b'["a", ')
@@ -451,68 +430,62 @@ def test_another_run_s_state_is_refused(
     assert line not in wrong
     for each in wrong:
         state.write_bytes(header + b"\n" + each + b"\n")
-        assert f"{state} is no file of this command's" in refused(run_command(main, *first))
+        assert f"{state} is no file of this command's" in refused(cli(*first))
     for content in (b"", b"\xff\n", b"[]\n", b'{"a": 1}\n{"length": 3}\n', b"words\n"):
         state.write_bytes(content)
-        assert f"{state} is " in refused(run_command(main, *first))
+        assert f"{state} is " in refused(cli(*first))
         assert state.read_bytes() == content
 
 
 def test_other_weights_of_the_same_size_are_another_run(
-    run_command: Run, text: Path, tmp_path: Path, checkpoint: Path
+    cli: Run, text: Path, tmp_path: Path, checkpoint: Path
 ) -> None:
     state = tmp_path / "state.jsonl"
     options = ("--model", checkpoint, "--text", text, "--lengths", "32", "--state", state)
-    assert run_command(main, *options).code == 0
-    weights = checkpoint / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["transformer.h.1.mlp.w1.weight"] *= 2
-    weights.unlink()
-    save_file(tensors, weights)
-    assert "another run" in refused(run_command(main, *options))
+    assert cli(*options).code == 0
+    change_tensors(checkpoint, lambda tensors: tensors["transformer.h.1.mlp.w1.weight"].mul_(2))
+    assert "another run" in refused(cli(*options))
 
 
 # The plot
 
 
-def test_the_plot_is_written_whole(run_command: Run, text: Path, tmp_path: Path) -> None:
+def test_the_plot_is_written_whole(cli: Run, text: Path, tmp_path: Path) -> None:
     plot = tmp_path / "loss.png"
-    done = run_command(main, "--text", text, "--lengths", "32,64", "--plot", plot)
+    done = cli("--text", text, "--lengths", "32,64", "--plot", plot)
     assert done.code == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "text.txt"]
 
 
-def test_a_name_with_a_dollar_is_no_formula(run_command: Run, text: Path, tmp_path: Path) -> None:
+def test_a_name_with_a_dollar_is_no_formula(cli: Run, text: Path, tmp_path: Path) -> None:
     (tmp_path / "m$x_^$").symlink_to(WEIGHTS)
     options = ("--model", tmp_path / "m$x_^$", "--text", text, "--lengths", "32")
-    assert run_command(main, *options, "--plot", tmp_path / "loss.png").code == 0
+    assert cli(*options, "--plot", tmp_path / "loss.png").code == 0
 
 
 def test_a_plot_without_matplotlib_says_what_brings_it(
-    run_command: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    line = refused(run_command(main, "--text", text, "--lengths", "32", "--plot", tmp_path / "loss.png"))
+    line = refused(cli("--text", text, "--lengths", "32", "--plot", tmp_path / "loss.png"))
     assert "pip install 'qwen_ref[plot]'" in line
 
 
 # Bad input, and what is only said
 
 
-def test_lengths_beyond_the_configuration_are_allowed_with_a_word(
-    run_command: Run, text: Path, checkpoint: Path
-) -> None:
-    done = run_command(main, "--text", text, "--lengths", "600")
+def test_lengths_beyond_the_configuration_are_allowed_with_a_word(cli: Run, text: Path, checkpoint: Path):
+    done = cli("--text", text, "--lengths", "600")
     assert done.code == 0
     assert "note: 600 tokens exceed the 512 that this model was trained on" in done.err
-    done = run_command(main, "--model", checkpoint, "--text", text, "--lengths", "100", "--no-ntk")
+    done = cli("--model", checkpoint, "--text", text, "--lengths", "100", "--no-ntk")
     assert "note: 100 tokens exceed the 64" in done.err
-    assert "note" not in run_command(main, "--model", checkpoint, "--text", text, "--lengths", "100").err
+    assert "note" not in cli("--model", checkpoint, "--text", text, "--lengths", "100").err
 
 
-def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> None:
-    done = run_command(main, "--text", text, "--lengths", "32", "--no-ntk", "--no-logn")
+def test_a_switch_that_does_nothing_is_said(cli: Run, text: Path) -> None:
+    done = cli("--text", text, "--lengths", "32", "--no-ntk", "--no-logn")
     assert "this model has no dynamic NTK that could be switched off" in done.err
     assert "this model has no LogN that could be switched off" in done.err
 
@@ -533,45 +506,39 @@ def test_a_switch_that_does_nothing_is_said(run_command: Run, text: Path) -> Non
             ["--lengths", "32", "--state", "nowhere/state"],
             "--state nowhere/state: cannot be written: there is no folder",
         ),
-        (
-            ["--lengths", "32", "--plot", "nowhere/x.png"],
-            "x.png: cannot be written: there is no folder",
-        ),
+        (["--lengths", "32", "--plot", "nowhere/x.png"], "x.png: cannot be written: there is no folder"),
         (["--lengths", "32", "--state", ""], "--state: the path is empty"),
         (["--lengths", "32", "--dtype", "int7"], "int7"),
     ],
 )
-def test_bad_options_are_one_line(run_command: Run, text: Path, options: list[str], message: str) -> None:
-    assert message in refused(run_command(main, "--text", text, *options))
+def test_bad_options_are_one_line(cli: Run, text: Path, options: list[str], message: str) -> None:
+    assert message in refused(cli("--text", text, *options))
 
 
-def test_a_state_is_a_regular_file(run_command: Run, text: Path, special: tuple[Path, str]) -> None:
+def test_a_state_is_a_regular_file(cli: Run, text: Path, special: tuple[Path, str]) -> None:
     path, _ = special
-    assert str(path) in refused(run_command(main, "--text", text, "--lengths", "16", "--state", path))
+    assert str(path) in refused(cli("--text", text, "--lengths", "16", "--state", path))
 
 
-def test_bad_texts_are_one_line(run_command: Run, tmp_path: Path) -> None:
+def test_bad_texts_are_one_line(cli: Run, tmp_path: Path) -> None:
     missing, binary, empty = tmp_path / "missing", tmp_path / "binary", tmp_path / "empty"
     binary.write_bytes(b"a\xffb")
     empty.write_bytes(b"")
-    assert str(missing) in refused(run_command(main, "--text", missing))
-    assert f"{binary} is not UTF-8 (byte 0xff at offset 1)" in refused(run_command(main, "--text", binary))
-    assert refused(run_command(main, "--text", empty)).endswith("the longest has 0; give more text")
-    assert "the longest has 0" in refused(run_command(main, "--text", empty))
-    assert "--text" in refused(run_command(main))
+    assert str(missing) in refused(cli("--text", missing))
+    assert f"{binary} is not UTF-8 (byte 0xff at offset 1)" in refused(cli("--text", binary))
+    assert refused(cli("--text", empty)).endswith("the longest has 0; give more text")
+    assert "the longest has 0" in refused(cli("--text", empty))
+    assert "--text" in refused(cli())
 
 
 # Several ranks
 
 
-def test_two_ranks_print_what_one_does(run_command: Callable[..., Result], text: Path) -> None:
+def test_two_ranks_print_what_one_does(cli: Run, text: Path) -> None:
     options = ["--text", str(text), "--lengths", "40,80", "--dtype", "float64", "--json"]
-    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, "-m", "qwen_ref.perplexity", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    reports = [json.loads(run_command(main, *options).out), json.loads(done.stdout)]
+    done = python(*TORCHRUN, "2", "-m", "qwen_ref.perplexity", *options)
+    assert done.code == 0, done.err
+    reports = [json.loads(cli(*options).out), json.loads(done.out)]
     for one, two in zip(reports[0]["results"], reports[1]["results"], strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-12)
         assert two["tokens"] == one["tokens"]

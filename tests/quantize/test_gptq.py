@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import gptq_worker
 import packed_elsewhere
 import pytest
 import torch
-from conftest import GOLDEN, WEIGHTS, Result, refused, relative_rms
+from conftest import GOLDEN, WEIGHTS, change_json, change_tensors, cli_of, refused, relative_rms
 from forked_ranks import run_ranks
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen_ref
@@ -31,14 +29,10 @@ from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import PackedWeight
 from qwen_ref.quantize.rounding import dequantize_gptq, unpack, zero_points
 
+cli = cli_of(main)
 CASES = json.loads((GOLDEN / "gptq" / "gptq_v1.json").read_text())
 IDS = torch.arange(3, 73)[None]
 MODULES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
-
-
-@pytest.fixture
-def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(run_command, main)
 
 
 @pytest.fixture(scope="session")
@@ -66,17 +60,10 @@ def spoiled(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load((folder / "model.safetensors").read_bytes())
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-
-
 def change_settings(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    settings = {**config["quantization_config"], **changes}
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"] | changes
     settings = {key: value for key, value in settings.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    change_json(folder / "config.json", quantization_config=settings)
 
 
 # A layer
@@ -174,9 +161,7 @@ def test_zero_points_are_what_a_writer_had(bits: int) -> None:
         (3, torch.zeros(12, dtype=torch.int32), "12 inputs and 32 outputs must both be multiples of 8"),
     ],
 )
-def test_a_layer_whose_parts_do_not_belong_together_is_refused(
-    place: int, value: object, message: str
-) -> None:
+def test_a_layer_whose_parts_do_not_belong_together_is_refused(place: int, value: object, message: str):
     layer = layer_of()
     layer[place] = value
     with pytest.raises(ValueError, match=message):
@@ -210,15 +195,15 @@ def test_a_packed_checkpoint_is_the_plain_one_to_the_bit(made: Callable, setting
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weights_that_are_all_positive_have_zero_points_of_0(bits: int, tmp_path: Path) -> None:
-    source = shutil.copytree(WEIGHTS, tmp_path / "source")
-    weights = load((source / "model.safetensors").read_bytes())
-    for name, tensor in weights.items():
-        if name.endswith(("mlp.w1.weight", "c_attn.weight")):
-            tensor[::3] = tensor[::3].abs()
-    save_file(weights, source / "model.safetensors")
+def test_weights_that_are_all_positive_have_zero_points_of_0(bits: int, folder: Path, tmp_path: Path) -> None:
+    def make_positive(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("mlp.w1.weight", "c_attn.weight")):
+                tensor[::3] = tensor[::3].abs()
+
+    change_tensors(folder, make_positive)
     packed, plain = tmp_path / "packed", tmp_path / "plain"
-    packed_elsewhere.make_packed(source, packed, plain, bits=bits, sym=False)
+    packed_elsewhere.make_packed(folder, packed, plain, bits=bits, sym=False)
     zeros = load_file(packed / "model.safetensors")["transformer.h.1.mlp.w1.qzeros"]
     assert (zero_points(zeros, bits) == 0).any()
     want = load_model(plain)(IDS)
@@ -231,13 +216,9 @@ def test_weights_that_are_all_positive_have_zero_points_of_0(bits: int, tmp_path
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_dequantised_weights_are_rounded_once(made: Callable, dtype: str) -> None:
     packed, plain = made()
-    found, kept, want = (
-        load_model(packed, dtype),
-        load_model(packed, dtype, packed=True),
-        load_model(plain, dtype),
-    )
-    assert torch.equal(found(IDS), want(IDS))
-    assert torch.equal(kept(IDS), want(IDS))
+    want = load_model(plain, dtype)(IDS)
+    assert torch.equal(load_model(packed, dtype)(IDS), want)
+    assert torch.equal(load_model(packed, dtype, packed=True)(IDS), want)
 
 
 @pytest.mark.parametrize(
@@ -285,12 +266,10 @@ def test_a_cast_of_a_packed_model_is_one_of_its_weights(made: Callable) -> None:
 
 def test_the_parity_kit_takes_a_packed_checkpoint(made: Callable, tmp_path: Path) -> None:
     packed, plain = made()
-    for folder, name in ((packed, "packed"), (plain, "plain")):
-        parity.record(folder, IDS[:, :12], out=tmp_path / f"{name}.safetensors")
-    bundles = [parity.read_bundle(tmp_path / f"{name}.safetensors") for name in ("packed", "plain")]
+    bundles = [parity.record(path, IDS[:, :12], out=tmp_path / path.name) for path in (packed, plain)]
     assert torch.equal(*(bundle.stage("logits") for bundle in bundles))
     assert bundles[0].weights_sha256 != bundles[1].weights_sha256
-    assert parity.check(packed, tmp_path / "packed.safetensors", dtype="float32").within
+    assert parity.check(packed, tmp_path / packed.name, dtype="float32").within
 
 
 def test_inspect_counts_every_byte(made: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -475,19 +454,22 @@ def test_two_settings_that_disagree_are_refused(spoiled: Path, settings: object)
         load_model(spoiled)
 
 
+W1 = "transformer.h.2.mlp.w1"
+
+
 def without(part: str) -> Callable[[dict], object]:
-    return lambda tensors: tensors.pop(f"transformer.h.2.mlp.w1.{part}")
+    return lambda tensors: tensors.pop(f"{W1}.{part}")
 
 
 def replaced(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict], object]:
-    name = f"transformer.h.2.mlp.w1.{part}"
+    name = f"{W1}.{part}"
     return lambda tensors: tensors.update({name: change(tensors[name])})
 
 
 def plain_module(tensors: dict[str, Tensor]) -> None:
     for part in ("qweight", "qzeros", "scales", "g_idx"):
-        del tensors[f"transformer.h.2.mlp.w1.{part}"]
-    tensors["transformer.h.2.mlp.w1.weight"] = torch.zeros(512, 128, dtype=torch.float16)
+        del tensors[f"{W1}.{part}"]
+    tensors[f"{W1}.weight"] = torch.zeros(512, 128, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -498,29 +480,17 @@ def plain_module(tensors: dict[str, Tensor]) -> None:
         (replaced("qweight", lambda t: t[:8]), "w1.qweight is [8, 512], should be [16, 512]"),
         (replaced("qzeros", lambda t: t[:, :32]), "w1.qzeros is [4, 32], should be [4, 64]"),
         (replaced("scales", lambda t: t[:1]), "w1.scales is [1, 512], should be [4, 512]"),
-        (
-            replaced("qweight", lambda t: t.float()),
-            "packed tensors must be I32: transformer.h.2.mlp.w1.qweight is F32",
-        ),
-        (
-            replaced("scales", lambda t: t.int()),
-            "scales must be BF16, F16, F32: transformer.h.2.mlp.w1.scales is I32",
-        ),
+        (replaced("qweight", lambda t: t.float()), f"packed tensors must be I32: {W1}.qweight is F32"),
+        (replaced("scales", lambda t: t.int()), f"scales must be BF16, F16, F32: {W1}.scales is I32"),
         (replaced("scales", lambda t: t * torch.nan), "mlp.w1: scales are NaN or infinite"),
         (replaced("scales", lambda t: t / 0), "mlp.w1: scales are NaN or infinite"),
         (replaced("g_idx", lambda t: t + 1), "mlp.w1: g_idx names group 4; there are 4"),
         (replaced("g_idx", lambda t: t - 1), "mlp.w1: g_idx names group -1; there are 4"),
-        (
-            replaced("g_idx", lambda t: t * 0),
-            "mlp.w1: g_idx puts 128 of 128 inputs into group 0",
-        ),
-        (
-            replaced("g_idx", lambda t: t.long()),
-            "packed tensors must be I32: transformer.h.2.mlp.w1.g_idx is I64",
-        ),
+        (replaced("g_idx", lambda t: t * 0), "mlp.w1: g_idx puts 128 of 128 inputs into group 0"),
+        (replaced("g_idx", lambda t: t.long()), f"packed tensors must be I32: {W1}.g_idx is I64"),
         (
             replaced("qzeros", lambda t: t + 1),
-            "mlp.w1: zero points are 8 to 9, but where sym is true they are all 8",
+            "w1: zero points are 8 to 9, but where sym is true they are all 8",
         ),
         (
             lambda tensors: tensors.update({"transformer.h.1.mlp.w2.bias": torch.ones(512).half()}),

@@ -8,19 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import packed_elsewhere
 import pytest
 import torch
-from conftest import GOLDEN, WEIGHTS, Result, refused
-from safetensors.torch import load, save_file
+from conftest import GOLDEN, WEIGHTS, change_json, change_tensors, cli_of, refused
 from torch import Tensor
 
 from qwen_ref import Qwen, QwenConfig, Tokenizer, load_model
@@ -32,25 +29,10 @@ from qwen_ref.trace.__main__ import main
 from qwen_ref.trace.report import COLUMNS, cells, spelled, trace_lines
 from qwen_ref.trace.tracing import Stage, Trace, describe, trace
 
+cli = cli_of(main)
 PROMPT = "埃塞俄比亚的首都是"
 CAPITAL = "亚的"  # the first token of the capital's name
 COMMAND = [sys.executable, "-m", "qwen_ref.trace"]
-
-
-@pytest.fixture
-def cli(run_command: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(run_command, main)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint to spoil."""
-    return shutil.copytree(WEIGHTS, tmp_path / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def own() -> Tokenizer:
-    return Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +40,9 @@ def ids(own: Tokenizer) -> list[int]:
     return own.encode(PROMPT)
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load((folder / "model.safetensors").read_bytes())
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 def deepened(folder: Path, layers: int) -> Path:
     """The tiny checkpoint with its four layers again and again."""
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": layers}))
+    change_json(folder / "config.json", num_hidden_layers=layers)
 
     def repeat(tensors: dict[str, Tensor]) -> None:
         for layer in range(4, layers):
@@ -317,11 +292,11 @@ def test_tokens_are_spelled_readably(own: Tokenizer, token: int, text: str) -> N
     assert spelled(token, own) == text
 
 
-def test_long_tokens_do_not_spread_the_columns(cli: Callable, folder: Path) -> None:
+def test_long_tokens_do_not_spread_the_columns(cli: Callable, folder: Path, own: Tokenizer) -> None:
     def favour(tensors: dict[str, Tensor]) -> None:
         # <|extra_101|> gets the weights of the capital's first token, made a little louder.
         head = tensors["lm_head.weight"]
-        head[2604] = 1.1 * head[Tokenizer.from_file(WEIGHTS / "qwen.tiktoken").encode(CAPITAL)[0]]
+        head[2604] = 1.1 * head[own.encode(CAPITAL)[0]]
 
     change_tensors(folder, favour)
     result = cli(PROMPT, "--model", folder, "--lens")
@@ -405,10 +380,7 @@ def test_a_prompt_beyond_the_trained_length_is_noted(cli: Callable) -> None:
 
 
 def test_what_is_not_finite_is_counted_and_said(cli: Callable, folder: Path) -> None:
-    def spoil(tensors: dict[str, Tensor]) -> None:
-        tensors["transformer.h.2.mlp.c_proj.weight"][5] = torch.nan
-
-    change_tensors(folder, spoil)
+    change_tensors(folder, lambda tensors: tensors["transformer.h.2.mlp.c_proj.weight"][5].fill_(torch.nan))
     result = cli(PROMPT, "--model", folder, "--lens")
     assert result.code == 0
     down, residual, logits = (
@@ -519,22 +491,3 @@ def test_a_closed_stdout_ends_it_quietly() -> None:
     assert done.returncode == 141
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
-
-
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; from qwen_ref.trace.__main__ import main; main(['--help'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for option in (
-        "--model",
-        "--file",
-        "--dtype",
-        "--layers",
-        "--lens",
-        "--top",
-        "--allow-special",
-        "--json",
-    ):
-        assert option in done.stdout
