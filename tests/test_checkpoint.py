@@ -23,7 +23,7 @@ from conftest import GOLDEN
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from qwen_ref import Qwen, QwenConfig, load_model
+from qwen_ref import Qwen, QwenConfig, checkpoint, load_model
 from qwen_ref.checkpoint import tensor_table
 from qwen_ref.config import InputError
 
@@ -567,6 +567,8 @@ def test_a_dtype_that_no_weight_has_is_named(dtype: torch.dtype, name: str, sing
         message = refusal(single, dtype=wanted)
         assert f"lm_head.weight is {name}" in message
         assert "BF16, F16, F32, F64" in message
+        with pytest.raises(InputError, match=r"not those of config\.json: lm_head\.weight$"):
+            checkpoint.load_model(single, wanted)
 
 
 def test_all_faults_of_tensors_are_in_one_message(sharded: Path):
