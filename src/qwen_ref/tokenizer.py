@@ -11,7 +11,7 @@ is a token. qwen_ref.Tokenizer is FastTokenizer of loading/tokenizer.py: this on
 
 from __future__ import annotations
 
-import binascii
+import base64
 import codecs
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -29,7 +29,7 @@ PATTERN = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-_SINGLE_BYTES = [bytes([value]) for value in range(256)]
+SINGLE_BYTES = [bytes([value]) for value in range(256)]
 
 
 class Tokenizer:
@@ -50,7 +50,7 @@ class Tokenizer:
         self._n_regular = len(tokens)
         self._bytes = tokens + [token.encode() for token in SPECIAL_TOKENS]
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
-        if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(_SINGLE_BYTES):
+        if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(SINGLE_BYTES):
             raise InputError("tokens must be distinct and hold each of the 256 single bytes")
         self._tiktoken = None
         if engine == "tiktoken":
@@ -213,9 +213,9 @@ def read_ranks(path: str | Path) -> list[bytes]:
         at = f"{path}, line {number}"
         try:
             encoded, digits = line.split()
-            token, rank = binascii.a2b_base64(encoded), int(digits)
-            if binascii.b2a_base64(token, newline=False) != encoded or not digits.isdigit():
-                raise ValueError  # a2b_base64 passes over what is no base64; int() takes more, such as 1_0
+            token, rank = base64.b64decode(encoded, validate=True), int(digits)
+            if not digits.isdigit():  # int() takes more, such as 1_0
+                raise ValueError
         except ValueError:
             raise InputError(f"{at}: not a token in base64, a space and its rank: {line[:60]!r}") from None
         if rank in tokens:
@@ -228,7 +228,7 @@ def read_ranks(path: str | Path) -> list[bytes]:
     if gaps := set(range(len(tokens))) - tokens.keys():
         ranks = f"{len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
         raise InputError(f"{path}: no token has rank {min(gaps)}; {ranks}")
-    if missing := [value for value, byte in enumerate(_SINGLE_BYTES) if byte not in line_of]:
+    if missing := [value for value, byte in enumerate(SINGLE_BYTES) if byte not in line_of]:
         named = ", ".join(f"0x{value:02x}" for value in missing[:8])
         problem = f"{len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
         raise InputError(f"{path}: {problem}")

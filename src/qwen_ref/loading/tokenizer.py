@@ -1,23 +1,27 @@
-"""The tokenizer, sooner: the ids of tokenizer.py's, by four ways round what costs it most.
+"""The tokenizer, sooner: the ids of tokenizer.py's, by five ways round what costs it most.
 
-The ids of a piece are remembered. Pieces are found by the standard library's regular expressions, which take
-half the time. Long pieces of Chinese are cut where no merge can cross, into parts that recur. Runs of
-combining marks, which Python normalises in quadratic time, take linear time.
+A file without fault is read in half the time. The ids of a piece are remembered. Pieces are found by the
+standard library's regular expressions, which take half the time. Long pieces of Chinese are cut where no
+merge can cross, into parts that recur. Runs of combining marks, which Python normalises in quadratic time,
+take linear time.
 """
 
 from __future__ import annotations
 
+import binascii
 import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import regex
 
-from qwen_ref.tokenizer import Tokenizer, merge_pairs, split
+from qwen_ref.config import LARGEST_VOCABULARY, read_bytes
+from qwen_ref.tokenizer import SINGLE_BYTES, Tokenizer, merge_pairs, read_ranks, split
 
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
 _LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would make the memory unbounded
@@ -35,6 +39,10 @@ class FastTokenizer(Tokenizer):
         super().__init__(tokens, engine)
         self._pieces = Memo(self._encode_piece)
         self._parts = Memo(self._merge)
+
+    @classmethod
+    def from_file(cls, path: str | Path, engine: str = "python") -> FastTokenizer:
+        return cls(_tokens_if_canonical(path) or read_ranks(path), engine)
 
     def _nfc(self, text: str) -> str:
         return nfc(text)
@@ -61,6 +69,21 @@ class FastTokenizer(Tokenizer):
     @cached_property
     def _seams(self) -> _Seams:  # made when the first text needs it: it takes a look at every token
         return _Seams(self._ranks)
+
+
+def _tokens_if_canonical(path: str | Path) -> list[bytes] | None:
+    """The tokens of a file without fault: it holds what they would be written as, in their order."""
+    content = read_bytes(path, LARGEST_VOCABULARY)
+    try:
+        tokens = list(map(binascii.a2b_base64, content.split()[::2]))
+    except ValueError:
+        return None
+    lines = (
+        b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens)
+    )
+    distinct = set(tokens)
+    complete = len(distinct) == len(tokens) and b"" not in distinct and distinct >= set(SINGLE_BYTES)
+    return tokens if complete and b"".join(lines) == content else None
 
 
 class Memo(dict[str, Any]):
