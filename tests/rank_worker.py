@@ -21,11 +21,11 @@ from torch import Tensor
 from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.chat.conversation import Conversation
 from qwen_ref.checkpoint import StoredTensor, TensorSpec
-from qwen_ref.commands.watch import launched
 from qwen_ref.config import InputError
 from qwen_ref.decoding.lookup import generate_lookup
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.generate import generate, generate_batch, generate_uncached
+from qwen_ref.loading.launch import launched
 from qwen_ref.parallel import Group
 
 SAMPLED = {"temperature": 1.3, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.2}

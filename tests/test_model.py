@@ -320,6 +320,18 @@ def test_a_prompt_no_longer_than_its_padding_is_refused() -> None:
         qwen(text("ntk_logn", 4), attention_mask=torch.tensor([[0, 0, 1, 1]]), cache=cache)
 
 
+@pytest.mark.parametrize("cache_type", [KVCache, Int8Cache])
+def test_a_cache_whose_max_length_was_raised_fails_where_its_tensors_end(cache_type: type[KVCache]) -> None:
+    """One new token is a slice of size 1, which an empty slice would take without a word."""
+    model = load_model(GOLDEN / "ntk_logn")
+    model.cache_type = cache_type
+    cache = model.new_cache(1, 4)
+    model(torch.tensor([[5, 6, 7, 8]]), cache=cache)
+    cache.max_length = 9
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        model(torch.tensor([[9]]), cache=cache)
+
+
 @pytest.mark.usefixtures("tolerance")
 @pytest.mark.parametrize(
     "sizes", [(0, 8), (1, 0), (-1, 8), (1, 8, 0), (1, 8, 9), (1, 8, 10**400), (10**400, 1), (1, 10**400)]

@@ -31,8 +31,10 @@ from torch import Tensor
 
 from qwen_ref import QwenConfig, load_model
 from qwen_ref.checkpoint import TensorSpec, tensor_table
-from qwen_ref.commands.watch import Launch, WatchedRanks
+from qwen_ref.commands.watch import WatchedRanks
+from qwen_ref.config import InputError
 from qwen_ref.generate import generate, generate_batch
+from qwen_ref.loading.launch import Launch
 from qwen_ref.parallel import Group, RankLost, start_process_group, unrounded_linear
 
 OVER_ALL_CASES, IN_ONE_CASE, THAN_ONE_RANK = 1.1, 1.3, 1.01
@@ -349,6 +351,26 @@ def test_an_uneven_cut_is_refused_before_any_other_rank_is_waited_for(monkeypatc
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"num_attention_heads=4 and .* over 3 ranks; use 1, 2 or 4$"):
+        load_model(GOLDEN / "ntk_logn", group="world")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "5"}, "rank=5, size=2"),
+        ({"RANK": "x"}, "RANK='x' in the environment must be a whole number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is at most 65535"),
+        ({"MASTER_ADDR": ""}, "without MASTER_ADDR: start the ranks with torchrun"),
+    ],
+)
+def test_wrong_variables_are_refused_before_any_other_rank_is_waited_for(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (right | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
         load_model(GOLDEN / "ntk_logn", group="world")
     assert not torch.distributed.is_initialized()
 

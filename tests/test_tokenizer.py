@@ -645,6 +645,14 @@ def damaged(line: bytes, number: int = 101) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
+@pytest.mark.parametrize("line", [b"YR== 97", b"YX== 97"])
+def test_base64_whose_unused_bits_are_set_is_read(line: bytes, tmp_path: Path) -> None:
+    """Decoders ignore those bits, the standard library's as well."""
+    path = tmp_path / "unused.tiktoken"
+    path.write_bytes(damaged(line, 98))
+    assert Tokenizer.from_file(path).encode("a") == [97]
+
+
 def test_a_good_small_vocabulary_file_loads(tmp_path: Path) -> None:
     path = tmp_path / "good.tiktoken"
     path.write_bytes(b"\n".join(vocabulary_lines([*BYTES, b"ab", b"abc"])) + b"\n")

@@ -227,11 +227,9 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
         from qwen_ref.quantize.gptq import with_packed
 
         found = with_packed(table, gptq, found)
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    wrong = [spec.published for spec in table if shapes.pop(spec.published, ()) != spec.shape] + sorted(
-        shapes
-    )
-    if wrong:
+    shapes = {name: tensor.dtype in STORED_DTYPES and tensor.shape for name, tensor in found.items()}
+    wrong = [spec.published for spec in table if shapes.pop(spec.published, ()) != spec.shape]
+    if wrong := wrong + sorted(shapes):
         raise InputError(f"{folder}: tensors are missing, or not those of config.json: {some(wrong)}")
     return config, found
 
@@ -240,8 +238,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder, by its index if it has one."""
     folder = Path(folder)
     if not os.path.lexists(folder / INDEX_NAME):
-        by_autogptq = sorted(folder.glob("gptq_model-*.safetensors"))[:1]  # AutoGPTQ's file name
-        return [folder / SINGLE_NAME] if os.path.lexists(folder / SINGLE_NAME) else by_autogptq
+        if os.path.lexists(folder / SINGLE_NAME):
+            return [folder / SINGLE_NAME]
+        by_autogptq = list(folder.glob("gptq_model-*.safetensors"))  # AutoGPTQ's file name
+        return by_autogptq if len(by_autogptq) == 1 else []
     weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')

@@ -334,8 +334,8 @@ def _check_room(cache: KVCache, lengths: list[int], max_new_tokens: int) -> None
     needed, wanted = longest + max_new_tokens - 1, [longest - length for length in lengths]
     padding = [0] * B if cache.padding is None else cache.padding.tolist()
     if needed > cache.max_length or cache.batch_size != B:
-        has = f"{cache.batch_size} × {cache.max_length}; make it with a larger max_length or batch_size"
-        raise InputError(f"{B} × {needed} positions are needed, the cache has {has}")
+        has = f"{B} × {needed} positions are needed, the cache has {cache.batch_size} × {cache.max_length}"
+        raise InputError(f"{has}; make it with a larger max_length or the right batch_size")
     if held >= longest:
         more = f"the longest prompt has {longest} tokens: a prompt must begin with these and go on"
         raise InputError(f"the cache holds {held} positions, {more}")

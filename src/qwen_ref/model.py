@@ -150,9 +150,9 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's T new positions (B, H, T, K); returns all S. hidden_states advances `length`."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
+        T, end = k.shape[2], self.length + k.shape[2]
+        self.keys[layer].narrow(2, self.length, T).copy_(k)  # a slice would not fail where no room is
+        self.values[layer].narrow(2, self.length, T).copy_(v)
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 

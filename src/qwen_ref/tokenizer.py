@@ -11,7 +11,7 @@ token. qwen_ref.Tokenizer is FastTokenizer of loading/tokenizer.py: it gives the
 
 from __future__ import annotations
 
-import binascii
+import base64
 import codecs
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -213,9 +213,9 @@ def read_ranks(path: str | Path) -> list[bytes]:
         at = f"{path}, line {number}"
         try:
             encoded, digits = line.split()
-            token, rank = binascii.a2b_base64(encoded), int(digits)
-            if binascii.b2a_base64(token, newline=False) != encoded or not digits.isdigit():
-                raise ValueError  # a2b_base64 skips characters that are not base64; int() also accepts 1_0
+            token, rank = base64.b64decode(encoded, validate=True), int(digits)
+            if not digits.isdigit():  # int() also accepts 1_0
+                raise ValueError
         except ValueError:
             raise InputError(f"{at}: not a token in base64, a space and its rank: {line[:60]!r}") from None
         if rank in tokens:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from conftest import GOLDEN, WEIGHTS, read_jsonl
+from torch import Tensor
 
 import qwen_ref
 from qwen_ref import Qwen, Tokenizer, load_model
@@ -301,6 +303,25 @@ def test_the_memory_of_a_chat_grows_with_its_tokens(with_cache: Qwen) -> None:
         per_token = held_bytes(with_cache.new_cache(1, 128)) / 128
         assert held_bytes(kept._cache) <= per_token * max(2 * (length + new), 128)
     assert list(kept.generate(range(8), 4)) == list(generate(with_cache, range(8), 4))
+
+
+def test_a_cache_that_lack_of_memory_left_half_widened_is_not_used_again(
+    with_cache: Qwen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, cat, calls = PrefixCache(with_cache), torch.cat, iter(range(2))
+    list(kept.generate(range(8), 4))
+
+    def short_of_memory(*arguments: Any, **settings: Any) -> Tensor:
+        if next(calls, None) is None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return cat(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "cat", short_of_memory)
+    with pytest.raises(RuntimeError, match="memory"):
+        kept.make_room(200)
+    monkeypatch.setattr(torch, "cat", cat)
+    assert list(kept.generate(range(8), 4)) == list(generate(with_cache, range(8), 4))
+    assert kept.kept == 0
 
 
 def test_a_conversation_makes_no_room_for_its_whole_window(tiny: Qwen, own: Tokenizer) -> None:

@@ -25,7 +25,8 @@ from forked_ranks import TORCHRUN, Forked, command, free_port, run_ranks, variab
 from qwen_ref import load_model
 from qwen_ref.commands.generate import main
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.watch import Launch, WatchedRanks, _Watch, launched
+from qwen_ref.commands.watch import WatchedRanks, _Watch
+from qwen_ref.loading.launch import Launch, launched
 
 QUESTION, ANSWER = "冰岛的首都是", "雷克雅未克（Reykjavik）"
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

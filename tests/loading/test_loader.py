@@ -16,7 +16,7 @@ from conftest import GOLDEN, change_json
 from golden_folders import INDEX, SHARDS, SINGLE, change, change_map, stored_tensors, tensors_of
 from safetensors.torch import save_file
 
-from qwen_ref import QwenConfig
+from qwen_ref import QwenConfig, checkpoint
 from qwen_ref.config import InputError
 from qwen_ref.loading.loader import load_model, own_device
 
@@ -246,6 +246,8 @@ def test_a_dtype_that_no_weight_has_is_named(dtype: torch.dtype, name: str, sing
         message = refusal(single, dtype=wanted)
         assert f"lm_head.weight is {name}" in message
         assert "BF16, F16, F32, F64" in message
+        with pytest.raises(InputError, match=r"not those of config\.json: lm_head\.weight$"):
+            checkpoint.load_model(single, wanted)
 
 
 def test_all_faults_of_tensors_are_in_one_message(sharded: Path):

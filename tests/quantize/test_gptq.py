@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 import qwen_ref
 from qwen_ref import Qwen, QwenConfig, load_model, parity
 from qwen_ref.chat.__main__ import main
+from qwen_ref.checkpoint import load_model as plain_load_model
 from qwen_ref.commands import inspect as checkpoint
 from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.fast.layers import fasten
@@ -591,3 +593,31 @@ def test_options_that_do_not_fit_are_refused(cli: Callable, made: Callable) -> N
     line = refused(cli("--once", "x", "--model", made()[0], "--quantize", "int8"))
     assert "is quantised already, to 4 bits; --fast, without --quantize, uses those" in line
     assert "not a GPTQ checkpoint; only those can be kept packed" in refused(cli("--once", "x", "--packed"))
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.double(), lambda x: x[:-1], lambda x: x.flatten()[:1].clone()]
+)
+def test_the_plain_loader_refuses_wrong_headers(
+    made: Callable[..., tuple[Path, Path]], part: str, change: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    packed, _ = made()
+    spoiled = shutil.copytree(packed, tmp_path / "spoiled")
+    tensors = load_file(spoiled / "model.safetensors")
+    name = f"transformer.h.0.mlp.w1.{part}"
+    save_file(tensors | {name: change(tensors[name])}, spoiled / "model.safetensors")
+    for dtype in ("auto", "float32"):
+        with pytest.raises(qwen_ref.InputError, match=r"transformer\.h\.0\.mlp\.w1\.weight$"):
+            plain_load_model(spoiled, dtype)
+
+
+def test_two_files_as_autogptq_names_them_are_not_chosen_from(
+    made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    packed, _ = made()
+    spoiled = shutil.copytree(packed, tmp_path / "spoiled")
+    (spoiled / "model.safetensors").rename(spoiled / "gptq_model-4bit-32g.safetensors")
+    shutil.copy(spoiled / "gptq_model-4bit-32g.safetensors", spoiled / "gptq_model-8bit-32g.safetensors")
+    with pytest.raises(qwen_ref.InputError, match=r"neither model\.safetensors nor .* is in the folder"):
+        load_model(spoiled)

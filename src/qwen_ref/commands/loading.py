@@ -50,7 +50,8 @@ def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
         return Ranks()
     # torch reads this variable when it is imported. By default it reports a lost connection with C++ stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from qwen_ref.commands.watch import WatchedRanks, launched
+    from qwen_ref.commands.watch import WatchedRanks
+    from qwen_ref.loading.launch import launched
     from qwen_ref.loading.loader import check_cut
 
     launch = launched()

@@ -96,6 +96,7 @@ class PrefixCache:
         cache = self._cache
         if cache is None or positions <= self._room:
             return
+        self._cache = None  # if memory does not suffice, some layers are widened, others not: it is dropped
         block = getattr(cache, "BLOCK", 1)  # a FastCache has whole blocks of positions
         room = max(positions, min(2 * self._room, cache.max_length))
         before, self._room = self._room, -(-room // block) * block
@@ -104,6 +105,7 @@ class PrefixCache:
                 for layer, x in enumerate(held):
                     more = x.shape[2] * self._room // before - x.shape[2]
                     held[layer] = torch.cat((x, x.new_empty(*x.shape[:2], more, *x.shape[3:])), dim=2)
+        self._cache = cache
 
     def _same_base(self, before: int, now: int) -> bool:
         config = self.model.config

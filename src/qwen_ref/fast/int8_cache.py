@@ -44,9 +44,9 @@ class Int8Cache(KVCache):
     def _append(self, numbers: Tensor, scales: Tensor, x: Tensor) -> Tensor:
         """Writes T new positions (B, H, T, K), returns all S, (B, H, S, K)."""
         end = self.length + x.shape[2]
-        new = slice(self.length, end)
+        new = self.length, x.shape[2]
         scale = x.abs().amax(dim=3, keepdim=True).to(scales.dtype) / 127
-        scales[:, :, new] = scale
+        scales.narrow(2, *new).copy_(scale)  # a slice would not fail where no room is
         # 0 / 0 would be NaN. A subnormal scale is rounded so much that x / scale can be 190.
-        numbers[:, :, new] = (x / torch.where(scale == 0, 1, scale)).round().clamp_(-127, 127)
+        numbers.narrow(2, *new).copy_((x / torch.where(scale == 0, 1, scale)).round().clamp_(-127, 127))
         return (numbers[:, :, :end] * scales[:, :, :end]).to(x.dtype)

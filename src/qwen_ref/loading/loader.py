@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from qwen_ref import checkpoint
 from qwen_ref.checkpoint import (
@@ -31,6 +32,7 @@ from qwen_ref.checkpoint import (
 )
 from qwen_ref.config import InputError, QwenConfig, file_problem, read_json_object, some
 from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.launch import launched
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import ONE_RANK, Group, group_size, join
 from qwen_ref.quantize import gptq as packed_tensors
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The dtypes of each kind of tensor. A GPTQ checkpoint has packed tensors and scales, too.
-KINDS = {"weights": tuple(STORED_DTYPES), "packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}
+KINDS = {"weights": tuple(STORED_DTYPES), **packed_tensors.KINDS}
 
 
 def load_model(
@@ -71,6 +73,8 @@ def load_model(
     ConnectionError, where a rank is gone.
     """
     size = group_size(group)
+    if size != 1 and group == "world" and not dist.is_initialized():
+        launched()  # a wrong variable would otherwise be waited for
     check_cut(folder, size)
     ranks = join(group, device)
     with ranks.together():
@@ -142,7 +146,8 @@ def own_device(device: str, size: int) -> str:
     if device != "cuda":
         raise InputError(f"device {device!r} is one for all ranks; give cuda: each rank then takes its own")
     count = torch.cuda.device_count()
-    index = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or torch.cuda.current_device())
+    launch = launched()
+    index = torch.cuda.current_device() if launch is None else launch.local_rank
     # SLURM and others show each process one device, its own. torchrun by itself shows all to all.
     if count == 1 and ("LOCAL_WORLD_SIZE" not in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ):
         index = 0

@@ -42,8 +42,7 @@ class FastTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path, engine: str = "python") -> FastTokenizer:
-        content = read_bytes(path, LARGEST_VOCABULARY)
-        return cls(_tokens_if_canonical(content) or read_ranks(path), engine)
+        return cls(_tokens_if_canonical(path) or read_ranks(path), engine)
 
     def _nfc(self, text: str) -> str:
         return nfc(text)
@@ -72,8 +71,9 @@ class FastTokenizer(Tokenizer):
         return _Seams(self._ranks)
 
 
-def _tokens_if_canonical(content: bytes) -> list[bytes] | None:
-    """The tokens of a file without fault, in half the time: it is what they would be written as, in order."""
+def _tokens_if_canonical(path: str | Path) -> list[bytes] | None:
+    """The tokens of a file without fault: it holds what they would be written as, in their order."""
+    content = read_bytes(path, LARGEST_VOCABULARY)
     try:
         tokens = list(map(binascii.a2b_base64, content.split()[::2]))
     except ValueError:
@@ -82,7 +82,7 @@ def _tokens_if_canonical(content: bytes) -> list[bytes] | None:
         b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens)
     )
     distinct = set(tokens)
-    complete = len(distinct) == len(tokens) and b"" not in distinct and distinct.issuperset(SINGLE_BYTES)
+    complete = len(distinct) == len(tokens) and b"" not in distinct and distinct >= set(SINGLE_BYTES)
     return tokens if complete and b"".join(lines) == content else None
 
 

@@ -24,6 +24,7 @@ from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.rounding import FewBits, check_groups, dequantize_gptq, unpack, zero_points
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+KINDS = {"packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}  # with the dtypes of each
 
 
 class TensorSpec(Protocol):
@@ -123,18 +124,22 @@ def contradiction(
 
 
 def with_packed(table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors by the table's names: four packed ones stand for a weight."""
+    """The tensors by the table's names. Four packed ones, if their headers are right, stand for a weight."""
     stored = {}
     for spec in table:
         if not is_packed(spec):
-            parts = [spec.published] if spec.published in found else []
-        else:
-            parts = [name for name in packed_shapes(spec, gptq) if name in found]
-        if is_packed(spec) and len(parts) == len(PARTS):
+            if spec.published in found:
+                stored[spec.published] = found[spec.published]
+            continue
+        wanted, _ = expected([spec], gptq)
+        parts = tuple(
+            found[name]
+            for name, shape in packed_shapes(spec, gptq).items()
+            if name in found and found[name].shape == shape and found[name].dtype in KINDS[wanted[name][1]]
+        )
+        if len(parts) == len(PARTS):
             bias = None if spec.cut == "heads" else found.get(f"{module_of(spec)}.bias")
-            stored[spec.published] = StoredPacked(tuple(found[name] for name in parts), bias, gptq)
-        elif parts and not is_packed(spec):
-            stored[spec.published] = found[spec.published]
+            stored[spec.published] = StoredPacked(parts, bias, gptq)
     return stored
 
 
@@ -142,18 +147,8 @@ def known_problems(
     table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[str, StoredTensor]
 ) -> list[str]:
     """What is wrong with the values of those weights whose headers are right, where other headers are not."""
-    kinds = {"scales": ("BF16", "F16", "F32"), "packed tensors": ("I32",)}
     matrices = [spec for spec in table if is_packed(spec)]
-    wanted, _ = expected(matrices, gptq)
-    sound = [
-        spec
-        for spec in matrices
-        if all(
-            name in found and found[name].shape == shape and found[name].dtype in kinds[wanted[name][1]]
-            for name, shape in packed_shapes(spec, gptq).items()
-        )
-    ]
-    return [line for packed in with_packed(sound, gptq, found).values() for line in packed.problems()]
+    return [line for packed in with_packed(matrices, gptq, found).values() for line in packed.problems()]
 
 
 class PackedWeight(NamedTuple):
