@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat.context import Turn, check_texts
 from qwen_ref.chat.conversation import Conversation, dropped_note
-from qwen_ref.commands.cli import (
-    Progress,
-    is_terminal,
-    not_utf8,
-    on_stdout,
-    say,
-    to_stderr,
-)
+from qwen_ref.commands.cli import Progress, is_terminal, not_utf8, on_stdout, say, to_stderr
 from qwen_ref.commands.clock import Clock
 from qwen_ref.commands.files import LARGEST_TEXT, from_stdin, output_path, write_whole
 from qwen_ref.commands.ranks import Ranks

@@ -87,7 +87,7 @@ def inspect(args: argparse.Namespace) -> int:
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)
         config = QwenConfig.from_json(path)
-    elif path.is_dir() and not _has_weights(path):
+    elif not _has_weights(path):
         config = QwenConfig.from_json(path / "config.json")
     else:
         config, stored = open_checkpoint(path)

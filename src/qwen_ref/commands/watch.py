@@ -20,23 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from qwen_ref.commands.cli import out_of_memory, say
 from qwen_ref.commands.ranks import TIMEOUT, Ranks
 from qwen_ref.config import InputError, lacks_memory
-from qwen_ref.parallel import (
-    RankLost,
-    is_lost,
-    lost_ranks_named,
-    require_distributed,
-    start_process_group,
-)
-
-if TYPE_CHECKING:  # some builds of torch have no torch.distributed, and this command says so
-    pass
+from qwen_ref.parallel import RankLost, is_lost, lost_ranks_named, require_distributed, start_process_group
 
 _RUNS = itertools.count()  # of Ranks in this process; all ranks count alike
 
@@ -144,13 +135,8 @@ class WatchedRanks(Ranks):
         A collective may wait for days, for example for the reader of `| less`: the watch finds lost ranks.
         """
         if not dist.is_initialized():
-            start_process_group(
-                device,
-                10 * 24 * 3600,
-                store=self._for_group,
-                rank=self.rank,
-                world_size=self.size,
-            )
+            days = 10 * 24 * 3600
+            start_process_group(device, days, store=self._for_group, rank=self.rank, world_size=self.size)
             self._started_group = True
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:

@@ -141,13 +141,12 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     defaults = read_defaults(folder, tokenizer)
     simple_evaluate, manager = _harness(args, files)
     tasks = _tasks(manager, args.tasks, files)
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
 
     from qwen_ref.evaluate.harness import MARK, HarnessModel
 
     adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
-    with contextlib.redirect_stdout(sys.stderr), _readable_errors("running", args.tasks):
+    with _of_harness("running", args.tasks):
         results = simple_evaluate(
             adapter,
             tasks=tasks,
@@ -233,10 +232,7 @@ def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tu
         if not path.is_dir():
             raise InputError(f"--include-path {path} is no folder")
     included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        _readable_errors("reading the tasks of", included or ["the harness"]),
-    ):
+    with _of_harness("reading the tasks of", included or ["the harness"]):
         return simple_evaluate, TaskManager(include_path=included or None)
 
 
@@ -257,7 +253,7 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
         known += matches
     # The harness finds the parts of a group by the group's name, not by its file.
     known += [declared[1] for declared in files.values() if declared and declared[0] == "group"]
-    with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
+    with _of_harness("loading", names):
         by_name = manager.load(list(dict.fromkeys(known)))
         rest = [
             str(file)
@@ -274,12 +270,15 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 
 
 @contextlib.contextmanager
-def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
-    """Errors of many kinds, from task files, data sets and metrics, as a ValueError of one line."""
+def _of_harness(doing: str, tasks: Sequence[object]) -> Iterator[None]:
+    """The harness's code: what it prints goes to stderr. Its errors, which are of many kinds (of task files,
+    data sets and metrics), become a ValueError of one line.
+    """
     from qwen_ref.parallel import RankLost
 
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     except RankLost:
         raise
     except Exception as error:

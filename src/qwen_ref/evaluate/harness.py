@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -157,27 +157,20 @@ class HarnessModel(TemplateLM):
                     done += len(numbers)
                     progress.update(done, len(requests))
                 before = ids
-            summed = self._scored_pairs([pairs[number] for number in alone], progress, done)
-            for number, result in zip(alone, summed, strict=True):
-                found[number] = result
+            alone.sort(key=lambda number: sum(map(len, pairs[number])))  # batches of similar lengths
+            for first in range(0, len(alone), self.batch_size):
+                numbers = alone[first : first + self.batch_size]
+                batch = [pairs[number] for number in numbers]
+                texts = [[*context, *continuation] for context, continuation in batch]
+                starts = [len(context) for context, _ in batch]
+                scores = score_texts(self.model, texts, starts, self.batch_size)
+                for number, score in zip(numbers, scores, strict=True):
+                    found[number] = _summed(score)
+                done += len(numbers)
+                progress.update(done, len(requests))
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], result)
         return found
-
-    def _scored_pairs(
-        self, pairs: list[tuple[tuple[int, ...], list[int]]], progress: Progress, done: int
-    ) -> Iterator[tuple[float, bool]]:
-        """Contexts and continuations with little in common, in batches of similar lengths."""
-        order = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
-        found: dict[int, tuple[float, bool]] = {}
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            texts = [[*pairs[n][0], *pairs[n][1]] for n in batch]
-            scores = score_texts(self.model, texts, [len(pairs[n][0]) for n in batch], self.batch_size)
-            for n, score in zip(batch, scores, strict=True):
-                found[n] = _summed(score)
-            progress.update(done + len(found), done + len(pairs))
-        return (found[n] for n in range(len(pairs)))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text behind <|endoftext|>, in windows of at most max_length."""

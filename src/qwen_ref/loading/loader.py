@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# The dtypes of each kind of tensor. A GPTQ checkpoint has packed tensors and scales, too.
-KINDS = {"weights": tuple(STORED_DTYPES), "packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}
+KINDS = {"weights": tuple(STORED_DTYPES), **packed_tensors.KINDS}  # of tensors, each with its dtypes
 
 
 def load_model(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_ref.checkpoint import DTYPES
 from qwen_ref.config import QwenConfig
 from qwen_ref.parity.stages import Port
 
@@ -50,9 +51,9 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("keys rotated one position ahead of queries", _rotated_ahead(1)),
         Mistake("RoPE in bfloat16: positions, frequencies and angles", _bfloat16_angles),
         Mistake("RoPE in bfloat16: the inverse frequencies", _bfloat16_frequencies),
-        Mistake("RoPE in bfloat16: cosines and sines", _bfloat16_tables, usual_in_half=True),
-        Mistake("RoPE in float16: cosines and sines", _float16_tables, usual_in_half=True),
-        Mistake("no RoPE", _no_rope),
+        Mistake("RoPE in bfloat16: cosines and sines", _narrow_tables(torch.bfloat16), usual_in_half=True),
+        Mistake("RoPE in float16: cosines and sines", _narrow_tables(torch.float16), usual_in_half=True),
+        Mistake("no RoPE", _with(rotate=lambda x, cos, sin: x)),
         Mistake("gate and up swapped", _renamed({"gate": "up", "up": "gate"})),
         Mistake("bias of q, k and v missing", _no_bias),
         *(
@@ -65,11 +66,13 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
             Mistake(f"layer_norm_epsilon {eps:g} for {config.layer_norm_epsilon:g}", norm_epsilon(eps))
             for eps in epsilons
         ),
-        Mistake("norm weight applied before the cast to the model's dtype", _weight_before_cast),
-        Mistake("norm computed in the model's dtype", _narrow_norm),
+        Mistake(
+            "norm weight applied before the cast to the model's dtype", _with(normalise=_weight_before_cast)
+        ),
+        Mistake("norm computed in the model's dtype", _with(normalise=_narrow_norm)),
         Mistake("no final norm", _no_final_norm),
         Mistake("ln_1 and ln_2 swapped", _renamed({"attn_norm": "mlp_norm", "mlp_norm": "attn_norm"})),
-        Mistake("no LogN", _no_logn),
+        Mistake("no LogN", _configured(use_logn_attn=False)),
         Mistake("LogN on keys instead of queries", _logn_on_keys(queries=False)),
         Mistake("LogN on keys and queries", _logn_on_keys(queries=True)),
         Mistake("LogN: log10 of the position over the natural logarithm of the length", _logn_ratio(_LOG10)),
@@ -77,15 +80,15 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("LogN off by one: log(p) for 0-based positions p", _logn_shifted(-1)),
         Mistake("LogN off by one: log(p + 2) for 0-based positions p", _logn_shifted(1)),
         Mistake("positions counted from 1, in RoPE and in LogN", _positions_from_1(logn=True)),
-        Mistake("NTK off: α stays 1", _ntk_off),
-        Mistake("NTK with floor for ceil", _ntk_floor),
+        Mistake("NTK off: α stays 1", _configured(use_dynamic_ntk=False)),
+        Mistake("NTK with floor for ceil", _with(ntk_alpha=_floor_alpha)),
         Mistake("NTK's α recomputed at every decode step, older keys as they were", _alpha_every_step),
         Mistake("NTK's α recomputed at every decode step, all keys with it", _uncached),
         Mistake("no 1/√K in the scores", _score_scale(lambda config: 1.0)),
         Mistake("scores scaled by 1/√D, not 1/√K", _score_scale(lambda config: config.hidden_size**-0.5)),
         Mistake("attention not causal", _not_causal),
         Mistake("padding not masked", _padding_seen),
-        Mistake("attention_mask ignored: padding seen and counted", _mask_ignored),
+        Mistake("attention_mask ignored: padding seen and counted", _with(mask=None)),
         Mistake("padding counted in positions", _padding_counted(positions=True, ntk=False)),
         Mistake("padding counted in NTK's α", _padding_counted(positions=False, ntk=True)),
         Mistake("padding counted in positions and in NTK's α", _padding_counted(positions=True, ntk=True)),
@@ -94,18 +97,38 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("c_attn transposed: each of its three squares", _transposed("qkv", 3)),
         Mistake("c_attn transposed: its buffer read as (D, 3D)", _conv1d),
         Mistake("attention's c_proj transposed", _transposed("out", 1)),
-        Mistake("GELU for SiLU", _activation(F.gelu)),
-        Mistake("GELU (tanh) for SiLU", _activation(lambda x: F.gelu(x, approximate="tanh"))),
-        Mistake("ReLU for SiLU", _activation(F.relu)),
+        Mistake("GELU for SiLU", _with(silu=F.gelu)),
+        Mistake("GELU (tanh) for SiLU", _with(silu=lambda x: F.gelu(x, approximate="tanh"))),
+        Mistake("ReLU for SiLU", _with(silu=F.relu)),
         Mistake("last layer dropped", _layer_dropped(last=True)),
         Mistake("first layer dropped", _layer_dropped(last=False)),
-        Mistake("computed in bfloat16", _computed_in(torch.bfloat16), dtype="bfloat16"),
-        Mistake("computed in float16", _computed_in(torch.float16), dtype="float16"),
-        Mistake("computed in float32", _computed_in(torch.float32), dtype="float32"),
-        Mistake(CLAMPED, _computed_in(torch.float16, saturates=True)),
+        *(
+            Mistake(f"computed in {dtype}", _with(dtype=DTYPES[dtype]), dtype=dtype)
+            for dtype in ("bfloat16", "float16", "float32")
+        ),
+        Mistake(CLAMPED, _with(dtype=torch.float16, saturates=True)),
     ]
     needs = {"LogN": config.use_logn_attn, "NTK": config.use_dynamic_ntk}
     return [mistake for mistake in known if all(used for name, used in needs.items() if name in mistake.text)]
+
+
+def _with(**values: Any) -> Make:
+    """The port with other functions or settings of its own."""
+
+    def make(port: Port) -> None:
+        for name, value in values.items():
+            setattr(port, name, value)
+
+    return make
+
+
+def _configured(**values: Any) -> Make:
+    """The port with other values in its configuration."""
+
+    def make(port: Port) -> None:
+        port.config = replace(port.config, **values)
+
+    return make
 
 
 # Rotation
@@ -122,17 +145,9 @@ def _interleaved(port: Port) -> None:
     port.rotate = rotate
 
 
-def _no_rope(port: Port) -> None:
-    port.rotate = lambda x, cos, sin: x
-
-
 def rope_base(base: float) -> Make:
     """The mistake of another rotary_emb_base."""
-
-    def make(port: Port) -> None:
-        port.config = replace(port.config, rotary_emb_base=base)
-
-    return make
+    return _configured(rotary_emb_base=base)
 
 
 def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> None:
@@ -201,22 +216,17 @@ def _bfloat16_frequencies(port: Port) -> None:
     )
 
 
-def _narrow_tables(port: Port, dtype: torch.dtype) -> None:
-    tables = port.rotation_tables
+def _narrow_tables(dtype: torch.dtype) -> Make:
+    def make(port: Port) -> None:
+        tables = port.rotation_tables
 
-    def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = tables(positions, frequencies)
-        return cos.to(dtype).to(cos.dtype), sin.to(dtype).to(sin.dtype)
+        def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = tables(positions, frequencies)
+            return cos.to(dtype).to(cos.dtype), sin.to(dtype).to(sin.dtype)
 
-    port.rotation_tables = narrow
+        port.rotation_tables = narrow
 
-
-def _bfloat16_tables(port: Port) -> None:
-    _narrow_tables(port, torch.bfloat16)
-
-
-def _float16_tables(port: Port) -> None:
-    _narrow_tables(port, torch.float16)
+    return make
 
 
 # Weights
@@ -310,27 +320,17 @@ def _layer_dropped(last: bool) -> Make:
 
 def norm_epsilon(eps: float) -> Make:
     """The mistake of another layer_norm_epsilon."""
-
-    def make(port: Port) -> None:
-        port.config = replace(port.config, layer_norm_epsilon=eps)
-
-    return make
+    return _configured(layer_norm_epsilon=eps)
 
 
-def _weight_before_cast(port: Port) -> None:
-    def normalise(norm: Any, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-        return (normed * norm.weight.to(wide.dtype)).to(x.dtype)
-
-    port.normalise = normalise
+def _weight_before_cast(norm: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return (normed * norm.weight.to(wide.dtype)).to(x.dtype)
 
 
-def _narrow_norm(port: Port) -> None:
-    def normalise(norm: Any, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
-
-    port.normalise = normalise
+def _narrow_norm(norm: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
 def _no_final_norm(port: Port) -> None:
@@ -345,10 +345,6 @@ def _no_final_norm(port: Port) -> None:
 # LogN and NTK
 
 _LOG10 = 1 / math.log(10)
-
-
-def _no_logn(port: Port) -> None:
-    port.config = replace(port.config, use_logn_attn=False)
 
 
 def _logn_on_keys(queries: bool) -> Make:
@@ -391,14 +387,8 @@ def _logn_shifted(by: int) -> Make:
     return make
 
 
-def _ntk_off(port: Port) -> None:
-    port.config = replace(port.config, use_dynamic_ntk=False)
-
-
-def _ntk_floor(port: Port) -> None:
-    port.ntk_alpha = lambda length, seq_length: max(
-        2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1
-    )
+def _floor_alpha(length: int, seq_length: int) -> int:
+    return max(2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1)
 
 
 def _alpha_every_step(port: Port) -> None:
@@ -422,23 +412,19 @@ def _uncached(port: Port) -> None:
 # Attention, activation
 
 
-def _score_scale(scale: Callable[[QwenConfig], float]) -> Make:
-    def make(port: Port) -> None:
-        attend = port.scaled_dot_product_attention
-        wanted = scale(port.config)
-        port.scaled_dot_product_attention = lambda *args, **options: attend(
-            *args, **options | {"scale": wanted}
-        )
+def _attended(port: Port, **changed: Any) -> None:
+    """Calls scaled_dot_product_attention with other options."""
+    attend = port.scaled_dot_product_attention
+    port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | changed)
 
-    return make
+
+def _score_scale(scale: Callable[[QwenConfig], float]) -> Make:
+    return lambda port: _attended(port, scale=scale(port.config))
 
 
 def _not_causal(port: Port) -> None:
     port.stepwise = True  # in a step the new token sees all keys anyway
-    attend = port.scaled_dot_product_attention
-    port.scaled_dot_product_attention = lambda *args, **options: attend(
-        *args, **options | {"is_causal": False}
-    )
+    _attended(port, is_causal=False)
 
     def all_seen(T: int, S: int, padding: Tensor | None, device: torch.device) -> Tensor:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool)
@@ -452,36 +438,16 @@ def _padding_seen(port: Port) -> None:
     port.causal_mask = lambda T, S, padding, device: mask(T, S, None, device)
 
 
-def _mask_ignored(port: Port) -> None:
-    port.mask = None
-
-
 def _padding_counted(positions: bool, ntk: bool) -> Make:
     """Counts padding in positions, as batches of the published code do, or in the prompt's length: in α."""
 
     def make(port: Port) -> None:
-        padding, prompt, frequencies = port.padding, port.prefill_length, port.rotary_frequencies
+        padding = port.padding
         if not padding.any():
             return
         if positions:
             _moved(port, lambda found: found + padding[:, None])
         if ntk:
-            port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
-                config, [prompt] * len(lengths), dtype
-            )
-
-    return make
-
-
-def _activation(function: Callable[[Tensor], Tensor]) -> Make:
-    def make(port: Port) -> None:
-        port.silu = function
-
-    return make
-
-
-def _computed_in(dtype: torch.dtype, saturates: bool = False) -> Make:
-    def make(port: Port) -> None:
-        port.dtype, port.saturates = dtype, saturates
+            port.fix_alpha(port.prefill_length)
 
     return make

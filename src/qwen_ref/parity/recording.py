@@ -167,18 +167,17 @@ def held_against(port: Port, truth: Bundle, names: Iterable[str], text: bool = T
     return measure
 
 
-def reference(checkpoint: Checkpoint, dtype: str, bundle: Bundle) -> Port:
+def reference(checkpoint: Checkpoint, dtype: str, bundle: Bundle, work: Work) -> Port:
     """This implementation on a bundle's input."""
-    return Port(checkpoint, dtype, bundle.input_ids, bundle.attention_mask, bundle.prefill_length)
+    port = Port(checkpoint, dtype, bundle.input_ids, bundle.attention_mask, bundle.prefill_length)
+    port.progress = work.did
+    return port
 
 
 def _measure(
     checkpoint: Checkpoint, truth: Bundle, dtype: str, names: Sequence[str], work: Work
 ) -> dict[str, Rounding]:
-    port = reference(checkpoint, dtype, truth)
-    port.progress = work.did
-    measure = held_against(port, truth, names, text=False)
-    return {stage: measure.rounding(stage) for stage in measure.stages}
+    return held_against(reference(checkpoint, dtype, truth, work), truth, names, text=False).all_rounding()
 
 
 def _finite(measured: dict[str, dict[str, Rounding]]) -> dict[str, dict[str, list[float]]]:
@@ -203,7 +202,7 @@ def measured_rounding(checkpoint: Checkpoint, bundle: Bundle, dtypes: Iterable[s
     if missing:
         calls = 1 + bundle.input_ids.shape[1] - bundle.prefill_length
         work.expect(checkpoint.bytes * calls * (1 + len(missing)))
-        with temporary_record(reference(checkpoint, "float64", bundle), bundle.stages, work) as truth:
+        with temporary_record(reference(checkpoint, "float64", bundle, work), bundle.stages, work) as truth:
             for dtype in missing:
                 measured[dtype] = _measure(checkpoint, truth, dtype, bundle.stages, work)
     return measured
@@ -234,13 +233,9 @@ def check(
     truth.require_finite()
     measured = measured_rounding(checkpoint, truth, (truth.dtype, dtype), work)
     work.expect(checkpoint.bytes * (1 + truth.input_ids.shape[1] - truth.prefill_length))
-    port = reference(checkpoint, dtype, truth)
-    port.progress = work.did
-    measure = held_against(port, truth, truth.stages)
-    tolerances = Tolerances(measured, truth.dtype, dtype)
     return Comparison.of(
-        measure,
-        tolerances,
+        held_against(reference(checkpoint, dtype, truth, work), truth, truth.stages),
+        Tolerances(measured, truth.dtype, dtype),
         names=(truth.path, f"{folder} in {dtype}"),
         stored={stage: (truth.stored_dtype(stage),) for stage in truth.stages},
         notes=_config_notes(truth, checkpoint),

@@ -24,6 +24,8 @@ from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.rounding import FewBits, check_groups, dequantize_gptq, unpack, zero_points
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# The dtypes of the tensors that a plain checkpoint does not have.
+KINDS = {"packed tensors": ("I32",), "scales": ("BF16", "F16", "F32")}
 
 
 class TensorSpec(Protocol):
@@ -126,14 +128,11 @@ def with_packed(table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[st
     """The tensors by the table's names: four packed ones stand for a weight."""
     stored = {}
     for spec in table:
-        if not is_packed(spec):
-            parts = [spec.published] if spec.published in found else []
-        else:
-            parts = [name for name in packed_shapes(spec, gptq) if name in found]
-        if is_packed(spec) and len(parts) == len(PARTS):
+        parts = [f"{module_of(spec)}.{part}" for part in PARTS]
+        if is_packed(spec) and all(name in found for name in parts):
             bias = None if spec.cut == "heads" else found.get(f"{module_of(spec)}.bias")
             stored[spec.published] = StoredPacked(tuple(found[name] for name in parts), bias, gptq)
-        elif parts and not is_packed(spec):
+        elif not is_packed(spec) and spec.published in found:
             stored[spec.published] = found[spec.published]
     return stored
 
@@ -142,14 +141,13 @@ def known_problems(
     table: Iterable[TensorSpec], gptq: GPTQConfig, found: Mapping[str, StoredTensor]
 ) -> list[str]:
     """What is wrong with the values of those weights whose headers are right, where other headers are not."""
-    kinds = {"scales": ("BF16", "F16", "F32"), "packed tensors": ("I32",)}
     matrices = [spec for spec in table if is_packed(spec)]
     wanted, _ = expected(matrices, gptq)
     sound = [
         spec
         for spec in matrices
         if all(
-            name in found and found[name].shape == shape and found[name].dtype in kinds[wanted[name][1]]
+            name in found and found[name].shape == shape and found[name].dtype in KINDS[wanted[name][1]]
             for name, shape in packed_shapes(spec, gptq).items()
         )
     ]
