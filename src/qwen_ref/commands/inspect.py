@@ -138,10 +138,7 @@ def _parser() -> Parser:
     )
     inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
     inspect.add_argument(
-        "--context",
-        type=int,
-        metavar="T",
-        help="with a cache of T positions (default: the trained length)",
+        "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"
     )
     return parser
 

@@ -45,7 +45,11 @@ def _parser() -> Parser:
         epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote "
         "is run unless --run-unsafe-code is.",
     )
-    add = parser.add_argument
+
+    def add(option: str, **how: Any) -> None:  # the harness's own command spells options with _
+        spellings = dict.fromkeys((option, f"--{option[2:].replace('-', '_')}"))
+        parser.add_argument(*spellings, **how)
+
     add_model_option(parser)
     add(
         "--tasks",
@@ -56,43 +60,22 @@ def _parser() -> Parser:
     )
     add(
         "--include-path",
-        "--include_path",
         type=Path,
         action="append",
         metavar="FOLDER",
         help="where the harness finds more tasks by name",
     )
-    add(
-        "--num-fewshot",
-        "--num_fewshot",
-        type=int,
-        metavar="N",
-        help="examples before each question (default: the task's)",
-    )
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     add(
         "--limit",
         type=float,
         metavar="N",
         help="only the first N questions of each task; below 1: this share of them",
     )
-    add(
-        "--apply-chat-template",
-        "--apply_chat_template",
-        action="store_true",
-        help="ask in ChatML, for chat checkpoints",
-    )
+    add("--apply-chat-template", action="store_true", help="ask in ChatML, for chat checkpoints")
     add("--system", type=utf8, metavar="TEXT", help="the system message, or a text before every question")
-    add(
-        "--gen-kwargs", "--gen_kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks"
-    )
-    add(
-        "--batch-size",
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="texts at a time (default: %(default)s)",
-    )
+    add("--gen-kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks")
+    add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: %(default)s)")
     add(
         "--max-length",
         type=int,

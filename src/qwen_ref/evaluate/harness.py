@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qwen_ref.chat.context import DEFAULT_SYSTEM, STOP_TOKENS
 from qwen_ref.commands.cli import Progress, say
-from qwen_ref.config import InputError, shown
+from qwen_ref.config import InputError, shown, whole
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.decoding.streaming import TextStream
 from qwen_ref.generate import checked_stop_ids, generate_batch
@@ -59,12 +59,10 @@ class HarnessModel(TemplateLM):
         seed: for tasks that sample.
         """
         super().__init__()
-        self.model, self.qwen_tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.max_length = model.config.seq_length if max_length is None else max_length
-        if batch_size < 1:
-            raise InputError(f"{batch_size=} must be at least 1")
-        if self.max_length < 2:
-            raise InputError(f"max_length={max_length} must be at least 2 tokens")
+        self.model, self.qwen_tokenizer = model, tokenizer
+        self.batch_size = whole("batch_size", batch_size)
+        max_length = model.config.seq_length if max_length is None else max_length
+        self.max_length = whole("max_length", max_length, least=2)
         self.stop_ids = checked_stop_ids([self.eot_token_id] if stop_ids is None else stop_ids)
         self.seed = seed
         self.truncated = 0  # requests whose context lost its beginning

@@ -79,9 +79,7 @@ def _parser() -> Parser:
     check.set_defaults(run=_check)
 
     diff = commands.add_parser(
-        "diff",
-        help="compare one bundle with another",
-        description="Compare two bundles, stage by stage.",
+        "diff", help="compare one bundle with another", description="Compare two bundles, stage by stage."
     )
     diff.add_argument("truth", type=Path, metavar="A", help="the bundle that is taken as the truth")
     diff.add_argument("judged", type=Path, metavar="B", help="the bundle that is compared with it")

@@ -246,8 +246,8 @@ def _renamed(names: dict[str, str]) -> Make:
     return make
 
 
-def _changed(port: Port, ending: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Changes the weights whose names have this ending."""
+def _changed(port: Port, ending: str | tuple[str, ...], change: Callable[[Tensor], Tensor]) -> None:
+    """Changes the weights whose names have this ending, or one of these."""
     weight = port.weight
     port.weight = lambda name: change(weight(name)) if name.endswith(ending) else weight(name)
 
@@ -261,19 +261,14 @@ def _qkv_order(order: str) -> Make:
         thirds = dict(zip("qkv", weight.chunk(3), strict=True))
         return torch.cat([thirds[part] for part in order])
 
-    def make(port: Port) -> None:
-        _changed(port, "qkv.weight", reorder)
-        _changed(port, "qkv.bias", reorder)
-
-    return make
+    return lambda port: _changed(port, ("qkv.weight", "qkv.bias"), reorder)
 
 
 def _rows_regrouped(port: Port, shape: Sequence[int]) -> None:
     def regroup(weight: Tensor) -> Tensor:
         return weight.unflatten(0, shape).transpose(0, 1).reshape(weight.shape)
 
-    _changed(port, "qkv.weight", regroup)
-    _changed(port, "qkv.bias", regroup)
+    _changed(port, ("qkv.weight", "qkv.bias"), regroup)
 
 
 def _qkv_by_head(port: Port) -> None:
