@@ -122,9 +122,9 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        parts = {name: value for name, value in vars(self).items() if name not in ("ranking", "comparison")}
         comparison = self.comparison and self.comparison.to_json()
-        return finite({**parts, "ranking": [asdict(h) for h in self.ranking], "comparison": comparison})
+        ranking = [asdict(hypothesis) for hypothesis in self.ranking]
+        return finite({**vars(self), "ranking": ranking, "comparison": comparison})
 
 
 def diagnose(folder: str | Path, path: str | Path, progress: Progress | None = None) -> Diagnosis:

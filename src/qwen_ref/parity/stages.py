@@ -177,19 +177,14 @@ class Port:
     def _in_place(self) -> Iterator[None]:
         """Puts this port's functions into model.py while it runs."""
         functions = {name: getattr(self, name) for name in _FUNCTIONS}
-        functions["F"] = _Functional(self.silu, self.scaled_dot_product_attention)
+        functions["F"] = _functional(self.silu, self.scaled_dot_product_attention)
         with _replaced(qwen_ref.model, functions), _replaced(RMSNorm, {"forward": self.normalise}):
             yield
 
 
-class _Functional(SimpleNamespace):
-    """torch.nn.functional with the two functions that model.py calls replaced."""
-
-    def __init__(self, silu: Callable, scaled_dot_product_attention: Callable) -> None:
-        super().__init__(silu=silu, scaled_dot_product_attention=scaled_dot_product_attention)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
+def _functional(silu: Callable, scaled_dot_product_attention: Callable) -> SimpleNamespace:
+    """What model.py calls of torch.nn.functional."""
+    return SimpleNamespace(silu=silu, scaled_dot_product_attention=scaled_dot_product_attention)
 
 
 @contextmanager
@@ -315,7 +310,7 @@ def _captured(model: Qwen, keep: Keep, only: Sequence[str] | None, start: int) -
             block.mlp.down.register_forward_hook(gives(f"{ours}.mlp.down")),
             block.register_forward_hook(gives(f"{ours}.residual")),
         ]
-    watched = _Functional(functional.silu, keep_query)
+    watched = _functional(functional.silu, keep_query)
     try:
         with _replaced(qwen_ref.model, {"rotate": keep_rotated, "F": watched}):
             yield
