@@ -255,10 +255,7 @@ def _config_notes(truth: Bundle, checkpoint: Checkpoint) -> list[str]:
 
 
 def diff(
-    truth: str | Path,
-    judged: str | Path,
-    folder: str | Path | None = None,
-    progress: Progress | None = None,
+    truth: str | Path, judged: str | Path, folder: str | Path | None = None, progress: Progress | None = None
 ) -> Comparison:
     """Compares one bundle with another.
 
