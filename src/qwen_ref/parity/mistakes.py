@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from qwen_ref.config import QwenConfig
 from qwen_ref.parity.stages import Port
 
 Make = Callable[[Port], None]
+P = ParamSpec("P")
 
 CLAMPED = "float16 overflow, clamped to 65504"
 
@@ -112,23 +113,26 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
     return [mistake for mistake in known if all(used for name, used in needs.items() if name in mistake.text)]
 
 
-def _with(**values: Any) -> Make:
+def _with_settings(change: Callable[Concatenate[Port, P], None]) -> Callable[P, Make]:
+    """A change that needs more than the port: called with the rest, it gives the mistake."""
+
+    def given(*settings: P.args, **named: P.kwargs) -> Make:
+        return lambda port: change(port, *settings, **named)
+
+    return given
+
+
+@_with_settings
+def _with(port: Port, **values: Any) -> None:
     """The port with other functions or settings of its own."""
-
-    def make(port: Port) -> None:
-        for name, value in values.items():
-            setattr(port, name, value)
-
-    return make
+    for name, value in values.items():
+        setattr(port, name, value)
 
 
-def _configured(**values: Any) -> Make:
+@_with_settings
+def _configured(port: Port, **values: Any) -> None:
     """The port with other values in its configuration."""
-
-    def make(port: Port) -> None:
-        port.config = replace(port.config, **values)
-
-    return make
+    port.config = replace(port.config, **values)
 
 
 # Rotation
@@ -158,16 +162,15 @@ def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> N
         port.logn_scale = lambda positions, *args: scale(move(positions), *args)
 
 
-def _positions_from_1(logn: bool) -> Make:
-    return lambda port: _moved(port, lambda positions: positions + 1, logn)
+@_with_settings
+def _positions_from_1(port: Port, logn: bool) -> None:
+    _moved(port, lambda positions: positions + 1, logn)
 
 
-def _decoded_position(by: int) -> Make:
-    def make(port: Port) -> None:
-        port.stepwise = True  # a call that does not begin at the first token is a step
-        _moved(port, lambda positions: positions + by * (positions[:, :1] > 0), logn=False)
-
-    return make
+@_with_settings
+def _decoded_position(port: Port, by: int) -> None:
+    port.stepwise = True  # a call that does not begin at the first token is a step
+    _moved(port, lambda positions: positions + by * (positions[:, :1] > 0), logn=False)
 
 
 def _decoded_at_0(port: Port) -> None:
@@ -175,27 +178,24 @@ def _decoded_at_0(port: Port) -> None:
     _moved(port, lambda positions: positions - positions[:, :1], logn=False)
 
 
-def _rotated_ahead(which: int) -> Make:
+@_with_settings
+def _rotated_ahead(port: Port, which: int) -> None:
     """Rotates queries (0) or keys (1) as if they were one position later."""
+    tables, rotate = port.rotation_tables, port.rotate
+    ahead: Sequence[Tensor] = ()
+    calls = 0
 
-    def make(port: Port) -> None:
-        tables, rotate = port.rotation_tables, port.rotate
-        ahead: Sequence[Tensor] = ()
-        calls = 0
+    def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal ahead, calls
+        ahead, calls = tuple(tables(positions + 1, frequencies)), 0
+        return tables(positions, frequencies)
 
-        def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal ahead, calls
-            ahead, calls = tuple(tables(positions + 1, frequencies)), 0
-            return tables(positions, frequencies)
+    def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1  # of each layer the query comes first, then the key
+        return rotate(x, *(ahead if (calls - 1) % 2 == which else (cos, sin)))
 
-        def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1  # of each layer the query comes first, then the key
-            return rotate(x, *(ahead if (calls - 1) % 2 == which else (cos, sin)))
-
-        port.rotation_tables, port.rotate = both, rotate_one
-
-    return make
+    port.rotation_tables, port.rotate = both, rotate_one
 
 
 def _bfloat16_angles(port: Port) -> None:
@@ -216,34 +216,29 @@ def _bfloat16_frequencies(port: Port) -> None:
     )
 
 
-def _narrow_tables(dtype: torch.dtype) -> Make:
-    def make(port: Port) -> None:
-        tables = port.rotation_tables
+@_with_settings
+def _narrow_tables(port: Port, dtype: torch.dtype) -> None:
+    tables = port.rotation_tables
 
-        def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = tables(positions, frequencies)
-            return cos.to(dtype).to(cos.dtype), sin.to(dtype).to(sin.dtype)
+    def narrow(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = tables(positions, frequencies)
+        return cos.to(dtype).to(cos.dtype), sin.to(dtype).to(sin.dtype)
 
-        port.rotation_tables = narrow
-
-    return make
+    port.rotation_tables = narrow
 
 
 # Weights
 
 
-def _renamed(names: dict[str, str]) -> Make:
+@_with_settings
+def _renamed(port: Port, names: dict[str, str]) -> None:
     """Reads a weight in place of another. names: part of a name → the part that replaces it."""
+    weight = port.weight
 
-    def make(port: Port) -> None:
-        weight = port.weight
+    def read(name: str) -> Tensor:
+        return weight(".".join(names.get(part, part) for part in name.split(".")))
 
-        def read(name: str) -> Tensor:
-            return weight(".".join(names.get(part, part) for part in name.split(".")))
-
-        port.weight = read
-
-    return make
+    port.weight = read
 
 
 def _changed(port: Port, ending: str | tuple[str, ...], change: Callable[[Tensor], Tensor]) -> None:
@@ -256,12 +251,13 @@ def _no_bias(port: Port) -> None:
     _changed(port, "qkv.bias", torch.zeros_like)
 
 
-def _qkv_order(order: str) -> Make:
+@_with_settings
+def _qkv_order(port: Port, order: str) -> None:
     def reorder(weight: Tensor) -> Tensor:
         thirds = dict(zip("qkv", weight.chunk(3), strict=True))
         return torch.cat([thirds[part] for part in order])
 
-    return lambda port: _changed(port, ("qkv.weight", "qkv.bias"), reorder)
+    _changed(port, ("qkv.weight", "qkv.bias"), reorder)
 
 
 def _rows_regrouped(port: Port, shape: Sequence[int]) -> None:
@@ -279,35 +275,34 @@ def _qkv_to_heads(port: Port) -> None:
     _rows_regrouped(port, (3, port.config.num_attention_heads, port.config.kv_channels))
 
 
-def _transposed(matrix: str, squares: int) -> Make:
+@_with_settings
+def _transposed(port: Port, matrix: str, squares: int) -> None:
     def transpose(weight: Tensor) -> Tensor:
         return torch.cat([square.t() for square in weight.chunk(squares)])
 
-    return lambda port: _changed(port, f"{matrix}.weight", transpose)
+    _changed(port, f"{matrix}.weight", transpose)
 
 
 def _conv1d(port: Port) -> None:
     _changed(port, "qkv.weight", lambda weight: weight.reshape(weight.shape[1], -1).t())
 
 
-def _layer_dropped(last: bool) -> Make:
-    def make(port: Port) -> None:
-        layers = port.config.num_hidden_layers
-        if layers == 1:
-            return
-        port.config = replace(port.config, num_hidden_layers=layers - 1)
-        weight = port.weight
+@_with_settings
+def _layer_dropped(port: Port, last: bool) -> None:
+    layers = port.config.num_hidden_layers
+    if layers == 1:
+        return
+    port.config = replace(port.config, num_hidden_layers=layers - 1)
+    weight = port.weight
 
-        def read(name: str) -> Tensor:
-            head, _, rest = name.partition(".")
-            if head == "blocks" and not last:
-                number, _, rest = rest.partition(".")
-                name = f"blocks.{int(number) + 1}.{rest}"
-            return weight(name)
+    def read(name: str) -> Tensor:
+        head, _, rest = name.partition(".")
+        if head == "blocks" and not last:
+            number, _, rest = rest.partition(".")
+            name = f"blocks.{int(number) + 1}.{rest}"
+        return weight(name)
 
-        port.weight = read
-
-    return make
+    port.weight = read
 
 
 # Norms
@@ -342,44 +337,37 @@ def _no_final_norm(port: Port) -> None:
 _LOG10 = 1 / math.log(10)
 
 
-def _logn_on_keys(queries: bool) -> Make:
-    def make(port: Port) -> None:
-        scale, attend = port.logn_scale, port.scaled_dot_product_attention
+@_with_settings
+def _logn_on_keys(port: Port, queries: bool) -> None:
+    scale, attend = port.logn_scale, port.scaled_dot_product_attention
 
-        def attend_scaled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            if port.config.use_logn_attn:
-                positions = (torch.arange(k.shape[2]) - port.padding[:, None]).clamp(min=0)  # (B, S)
-                k = k * scale(positions, port.config.seq_length, k.dtype)[:, None, :, None]
-            return attend(q, k, v, **options)
+    def attend_scaled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if port.config.use_logn_attn:
+            positions = (torch.arange(k.shape[2]) - port.padding[:, None]).clamp(min=0)  # (B, S)
+            k = k * scale(positions, port.config.seq_length, k.dtype)[:, None, :, None]
+        return attend(q, k, v, **options)
 
-        port.scaled_dot_product_attention = attend_scaled
-        if not queries:
-            port.logn_scale = lambda positions, seq_length, dtype: torch.ones_like(positions, dtype=dtype)
-
-    return make
+    port.scaled_dot_product_attention = attend_scaled
+    if not queries:
+        port.logn_scale = lambda positions, seq_length, dtype: torch.ones_like(positions, dtype=dtype)
 
 
-def _logn_ratio(factor: float) -> Make:
+@_with_settings
+def _logn_ratio(port: Port, factor: float) -> None:
     """Two kinds of logarithm in one ratio: LogN's factor is wrong by the ratio of the two."""
+    scale = port.logn_scale
 
-    def make(port: Port) -> None:
-        scale = port.logn_scale
+    def mixed(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
+        right = scale(positions, seq_length, torch.float64)
+        return torch.where(positions + 1 > seq_length, right * factor, 1.0).to(dtype)
 
-        def mixed(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
-            right = scale(positions, seq_length, torch.float64)
-            return torch.where(positions + 1 > seq_length, right * factor, 1.0).to(dtype)
-
-        port.logn_scale = mixed
-
-    return make
+    port.logn_scale = mixed
 
 
-def _logn_shifted(by: int) -> Make:
-    def make(port: Port) -> None:
-        scale = port.logn_scale
-        port.logn_scale = lambda positions, *args: scale(positions + by, *args)
-
-    return make
+@_with_settings
+def _logn_shifted(port: Port, by: int) -> None:
+    scale = port.logn_scale
+    port.logn_scale = lambda positions, *args: scale(positions + by, *args)
 
 
 def _floor_alpha(length: int, seq_length: int) -> int:
@@ -413,8 +401,9 @@ def _attended(port: Port, **changed: Any) -> None:
     port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | changed)
 
 
-def _score_scale(scale: Callable[[QwenConfig], float]) -> Make:
-    return lambda port: _attended(port, scale=scale(port.config))
+@_with_settings
+def _score_scale(port: Port, scale: Callable[[QwenConfig], float]) -> None:
+    _attended(port, scale=scale(port.config))
 
 
 def _not_causal(port: Port) -> None:
@@ -433,16 +422,13 @@ def _padding_seen(port: Port) -> None:
     port.causal_mask = lambda T, S, padding, device: mask(T, S, None, device)
 
 
-def _padding_counted(positions: bool, ntk: bool) -> Make:
+@_with_settings
+def _padding_counted(port: Port, positions: bool, ntk: bool) -> None:
     """Counts padding in positions, as batches of the published code do, or in the prompt's length: in α."""
-
-    def make(port: Port) -> None:
-        padding = port.padding
-        if not padding.any():
-            return
-        if positions:
-            _moved(port, lambda found: found + padding[:, None])
-        if ntk:
-            port.fix_alpha(port.prefill_length)
-
-    return make
+    padding = port.padding
+    if not padding.any():
+        return
+    if positions:
+        _moved(port, lambda found: found + padding[:, None])
+    if ntk:
+        port.fix_alpha(port.prefill_length)
