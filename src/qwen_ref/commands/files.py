@@ -85,7 +85,7 @@ def read_stream(path: Path) -> bytes:
     return content
 
 
-def from_stdin(most: int = -1, line: bool = False) -> bytes:
+def from_stdin(most: int, line: bool = False) -> bytes:
     """The next line of stdin, or the rest of it, at most `most` bytes. stdin may be a StringIO."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     found = stream.readline(most) if line else stream.read(most)

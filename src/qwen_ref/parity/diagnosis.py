@@ -236,7 +236,7 @@ class _Search:
         self.tried += 1
         port = self._port(texts)
         port.stepwise |= stepwise
-        measure = held_against(port, self.theirs, self.theirs.stages, text=False)
+        measure = held_against(port, self.theirs, text=False)
         for index, stage in enumerate(self.theirs.stages):
             if stage not in measure.stages:  # they have a layer that this port lacks
                 return Hypothesis(texts, math.inf, stage, math.inf, (), index)
@@ -294,9 +294,7 @@ class _Search:
             if truth.stages != stages:
                 return []  # a layer is missing
             theirs = measure_bundles(truth, self.theirs, stages)
-            ours = {
-                t: held_against(self._port(texts, d), truth, stages, text=False) for t, d in wider.items()
-            }
+            ours = {t: held_against(self._port(texts, d), truth, text=False) for t, d in wider.items()}
         error = theirs.rounding(last).all
         costs = {text: measure.rounding(last).all for text, measure in ours.items()}
         costs = {text: cost for text, cost in costs.items() if not self._has_finer_numbers(wider[text])}
@@ -344,7 +342,7 @@ class _Search:
         with temporary_record(
             self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
         ) as truth:
-            measure = held_against(port, truth, truth.stages, text=False)
+            measure = held_against(port, truth, text=False)
             measured = {dtype: measure.all_rounding()}
             judged = measure_bundles(truth, self.theirs, truth.stages)
         tolerances = Tolerances(measured, "float64", dtype)
