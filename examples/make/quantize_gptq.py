@@ -244,7 +244,7 @@ def command(args: argparse.Namespace) -> int:
             raise InputError(f"--{name} {getattr(args, name)} must be from 1 to {most}")
     if args.act_order and args.round_to_nearest:
         raise InputError("--act-order is the order of GPTQ: --round-to-nearest has none")
-    if GPTQConfig.from_folder(args.source) is not None:
+    if GPTQConfig.from_json(args.source / "config.json") is not None:
         raise InputError(f"{args.source} is quantised already; quantise the release that it was made of")
     config = GPTQConfig(args.bits, args.group_size, desc_act=args.act_order, sym=not args.asymmetric)
     model = load_model(args.source, "float32")

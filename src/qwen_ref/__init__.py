@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_ref import chat, perplexity, quantize, sampling
     from qwen_ref.config import InputError, QwenConfig
-    from qwen_ref.loading import load_model
+    from qwen_ref.loading.loader import load_model
     from qwen_ref.loading.tokenizer import FastTokenizer as Tokenizer
     from qwen_ref.model import KVCache, Qwen
     from qwen_ref.tokenizer import StreamDecoder
@@ -42,7 +42,7 @@ _HOME = {
     "Qwen": "model",
     "QwenConfig": "config",
     "StreamDecoder": "tokenizer",
-    "load_model": "loading",
+    "load_model": "loading.loader",
 }
 
 

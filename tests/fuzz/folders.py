@@ -279,7 +279,7 @@ def _library(case: Case, folder: Path) -> None:
     elif what == "QwenConfig":
         case.library(lambda: QwenConfig.from_json(folder / "config.json"))
     elif what == "GPTQConfig":
-        case.library(lambda: GPTQConfig.from_folder(folder))
+        case.library(lambda: GPTQConfig.from_json(folder / "config.json"))
     else:
         case.library(lambda: read_defaults(folder, Tokenizer([bytes([value]) for value in range(256)])))
 

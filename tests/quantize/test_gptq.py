@@ -241,7 +241,7 @@ def test_however_it_was_written(made: Callable, settings: dict) -> None:
 
 def test_a_setting_that_is_null_means_what_a_missing_one_does(spoiled: Path) -> None:
     change_settings(spoiled, checkpoint_format=None, quant_method=None, is_marlin_format=False)
-    assert GPTQConfig.from_folder(spoiled) == GPTQConfig(4, 32, desc_act=False, sym=True)
+    assert GPTQConfig.from_json(spoiled / "config.json") == GPTQConfig(4, 32, desc_act=False, sym=True)
 
 
 def test_the_file_may_have_autogptqs_name(spoiled: Path) -> None:

@@ -21,12 +21,11 @@ from typing import Any
 
 from qwen_ref.bench.report import table
 from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
-from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.files import checkpoint_folder
 from qwen_ref.commands.loading import load_as_asked, ranks_of_command
 from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
-from qwen_ref.commands.settings import add_speed_options, speed_options
+from qwen_ref.commands.settings import add_dtype_option, add_model_option, add_speed_options, speed_options
 from qwen_ref.config import InputError
-from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig
 
 _MOST = 10_000_000  # of anything that is counted: more is a mistake
@@ -41,12 +40,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint folder (default: the tiny trained one that comes with the project)",
-    )
+    add_model_option(source)
     source.add_argument(
         "--synthetic",
         choices=_SIZES,
@@ -61,7 +55,7 @@ def _parser() -> Parser:
         metavar="BITS",
         help="with --synthetic: as a GPTQ release, in groups of 128, of 4 or 8 bits",
     )
-    add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
+    add_dtype_option(parser)
     add("--device", default="cpu", help="cpu, cuda, …")
     add_speed_options(parser)
     add(
@@ -153,9 +147,7 @@ def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]
 
         gptq = None if args.gptq is None else GPTQConfig(args.gptq, 128, desc_act=False, sym=True)
         return synthetic(args.synthetic, args.layers, gptq)
-    folder = args.model or bundled_checkpoint()
-    require_folder(folder)
-    return contextlib.nullcontext(folder)
+    return contextlib.nullcontext(checkpoint_folder(args.model))
 
 
 def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:

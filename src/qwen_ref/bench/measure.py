@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import os
 import platform
 import threading
@@ -48,6 +49,8 @@ class Memory(threading.Thread):
         super().__init__(daemon=True)
         self.before = self.peak = resident_memory()
         self.over = threading.Event()
+        self.anonymous: int | None = None  # bytes, when the block has ended; None where they cannot be known
+        self.mapped: int | None = None
 
     def look(self) -> None:
         now = resident_memory()
@@ -66,15 +69,8 @@ class Memory(threading.Thread):
         self.over.set()
         self.join()
         self.look()
-
-    @property
-    def anonymous(self) -> int | None:
-        """Bytes; None where they cannot be known."""
-        return None if self.peak is None or self.before is None else self.peak[0] - self.before[0]
-
-    @property
-    def mapped(self) -> int | None:
-        return None if self.peak is None or self.before is None else self.peak[1] - self.before[1]
+        if self.peak is not None and self.before is not None:
+            self.anonymous, self.mapped = map(operator.sub, self.peak, self.before)
 
 
 class ReadRate:
@@ -162,21 +158,20 @@ def measure(
     batch: int,
     repeats: int,
     device: str = "cpu",
-    warm_up: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, int], Timing]:
     """Every subject's timings at every length, by (name, length).
 
     Subjects take turns within each repeat. A repeat prefills `length` tokens of every row and decodes
     `tokens` more, and after each of them the memory's rate is measured. Rates count the tokens of all rows.
-    warm_up: one more repeat before the others, not counted: it allocates what is allocated once.
+    One more repeat comes before the others and does not count: it allocates what is allocated once.
     """
     sync, rate = _sync(device), ReadRate(device)
     generator = torch.Generator().manual_seed(0)
     found = {(s.name, length): Timing([], [], [], []) for s in subjects for length in lengths}
-    turns = itertools.product(range(-warm_up, repeats), lengths, subjects)
+    turns = itertools.product(range(-1, repeats), lengths, subjects)
     for done, (repeat, length, subject) in enumerate(turns):
-        progress(done, (repeats + warm_up) * len(lengths) * len(subjects))
+        progress(done, (repeats + 1) * len(lengths) * len(subjects))
         vocab_size = subject.model.config.vocab_size
         ids = torch.randint(vocab_size, (batch, length), generator=generator).to(device)
         with torch.inference_mode():

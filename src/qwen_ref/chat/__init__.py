@@ -8,15 +8,7 @@ if TYPE_CHECKING:
     from qwen_ref.chat.context import DEFAULT_SYSTEM, Context, Turn, build_context, chat_stop_ids
     from qwen_ref.chat.conversation import Conversation, reply
 
-__all__ = [
-    "DEFAULT_SYSTEM",
-    "Context",
-    "Conversation",
-    "Turn",
-    "build_context",
-    "chat_stop_ids",
-    "reply",
-]
+__all__ = ["DEFAULT_SYSTEM", "Context", "Conversation", "Turn", "build_context", "chat_stop_ids", "reply"]
 
 __getattr__, __dir__ = lazy(
     __name__,

@@ -11,13 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_ref.chat.context import DEFAULT_SYSTEM, MAX_WINDOW_SIZE, chat_stop_ids
-from qwen_ref.commands.cli import (
-    Parser,
-    is_terminal,
-    run,
-    say,
-    utf8,
-)
+from qwen_ref.commands.cli import Parser, is_terminal, run, say, utf8
 from qwen_ref.commands.clock import Clock
 from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import read_prompt
@@ -57,7 +51,6 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     from qwen_ref.decoding.prefix import PrefixCache
 
     ranks.share(None)  # rank 0 is ready
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
     prefix = PrefixCache(model)
     while request := model.group.texts("")[0]:
@@ -83,7 +76,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if query is not None and not query.strip():
         raise InputError("the query is empty; give it behind --once or on stdin")
     ranks.share("")
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
     say(describe(settings, stop_ids, defaults.stop_texts))
     conversation = Conversation(

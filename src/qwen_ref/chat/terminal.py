@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat.context import Turn, check_texts
 from qwen_ref.chat.conversation import Conversation, dropped_note
-from qwen_ref.commands.cli import (
-    Progress,
-    is_terminal,
-    not_utf8,
-    on_stdout,
-    say,
-    to_stderr,
-)
+from qwen_ref.commands.cli import Progress, is_terminal, not_utf8, on_stdout, say, to_stderr
 from qwen_ref.commands.clock import Clock
 from qwen_ref.commands.files import LARGEST_TEXT, from_stdin, output_path, write_whole
 from qwen_ref.commands.ranks import Ranks
@@ -191,8 +184,12 @@ def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     """Writes a conversation as JSON, whole or not at all; ValueError if a file of another kind is there."""
     content = {"format": SAVED_AS, "system": system, "history": history}
     target = output_path(path)
-    if target.exists() and not _is_saved(target):
-        raise InputError(f"{path} is there already and is no saved chat; give another name")
+    if target.exists():
+        try:
+            read_saved(target)
+        except InputError:
+            problem = f"{path} is there already and is no saved chat; give another name"
+            raise InputError(problem) from None
     write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -202,14 +199,6 @@ def _at_home(argument: str) -> Path:
         return Path(argument).expanduser()
     except RuntimeError:
         raise InputError(f"{argument}: there is no such user; ./{argument} is a file of this name") from None
-
-
-def _is_saved(path: Path) -> bool:
-    try:
-        read_saved(path)
-    except InputError:
-        return False
-    return True
 
 
 def read_saved(path: Path) -> tuple[str, list[Turn]]:

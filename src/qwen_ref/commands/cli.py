@@ -129,11 +129,7 @@ def _streams() -> Iterator[None]:
     A caller may have replaced them, as notebooks do. The streams of a notebook may have no encoding.
     """
     before = [(name, getattr(sys, name)) for name in ("stdin", "stdout", "stderr")]
-    codings = [
-        (stream, {"encoding": stream.encoding, "errors": stream.errors})
-        for _, stream in before
-        if hasattr(stream, "reconfigure")
-    ]
+    codings = [(s, s.encoding, s.errors) for _, s in before if hasattr(s, "reconfigure")]
     for name, stream in before[1:]:
         if stream is None:  # closed before the start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -153,10 +149,10 @@ def _streams() -> Iterator[None]:
                     stream.flush()
             except (OSError, ValueError, AttributeError):
                 _drop_pending(stream)
-        for stream, coding in codings:
+        for stream, encoding, errors in codings:
             with contextlib.suppress(OSError, ValueError):
-                if (stream.encoding, stream.errors) != tuple(coding.values()):
-                    stream.reconfigure(**coding)
+                if (stream.encoding, stream.errors) != (encoding, errors):
+                    stream.reconfigure(encoding=encoding, errors=errors)
 
 
 def _drop_pending(stream: TextIO) -> None:

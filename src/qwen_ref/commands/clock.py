@@ -30,10 +30,8 @@ class Clock:
 
     def report(self, prompt_tokens: int) -> str:
         prefill, decode = self.prefill_rate(prompt_tokens), self.decode_rate()
-        parts = [
-            f"prefill {prompt_tokens} tokens"
-            + (f", {prefill:,.1f} tokens/s" if prefill else ", not finished")
-        ]
+        report = f"prefill {prompt_tokens} tokens, "
+        report += f"{prefill:,.1f} tokens/s" if prefill else "not finished"
         if decode:
-            parts.append(f"decode {len(self.times) - 1} tokens, {decode:,.1f} tokens/s")
-        return "; ".join(parts)
+            report += f"; decode {len(self.times) - 1} tokens, {decode:,.1f} tokens/s"
+        return report

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from qwen_ref.commands.cli import is_terminal, not_utf8, out_of_memory, say
 from qwen_ref.config import InputError, read_bytes
+from qwen_ref.loading.folder import require_folder
 
 LARGEST_TEXT = 2**28  # 256 MiB. A prompt as long as the longest context, 32,768 tokens, has 0.2 MB
 
@@ -26,6 +27,13 @@ def bundled_checkpoint() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "weights"
     return installed if installed.is_dir() else package.parents[1] / "weights"
+
+
+def checkpoint_folder(model: Path | None) -> Path:
+    """The folder that --model names, by default the bundled one; ValueError where it is none."""
+    folder = bundled_checkpoint() if model is None else model
+    require_folder(folder)
+    return folder
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
@@ -77,7 +85,7 @@ def read_stream(path: Path) -> bytes:
     return content
 
 
-def from_stdin(most: int = -1, line: bool = False) -> bytes:
+def from_stdin(most: int, line: bool = False) -> bytes:
     """The next line of stdin, or the rest of it, at most `most` bytes. stdin may be a StringIO."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     found = stream.readline(most) if line else stream.read(most)

@@ -83,7 +83,6 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     from qwen_ref.decoding.lookup import Passes
 
     request = json.loads(ranks.share(None))
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
     for _ in _loop(model, request, Passes(), None):
         pass
@@ -105,7 +104,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         _check_lookup(args, folder, settings)
         request["lookup"] = args.lookup
     ranks.share(json.dumps(request))
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
     say(describe(settings, defaults.stop_ids, stop_texts))
     if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
@@ -144,7 +142,11 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             more = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
             report["lookup"] = {**dataclasses.asdict(passes), **more}
         print(on_stdout(json.dumps(report, ensure_ascii=False)), flush=True)
-    say(clock.report(len(prompt_ids)) + ("" if args.lookup is None else f"; {_passes_report(passes)}"))
+    speed = clock.report(len(prompt_ids))
+    if args.lookup is not None:
+        each = f"{passes.tokens_per_pass:.1f} tokens per pass"
+        speed += f"; lookup: {passes.tokens} tokens in {passes.passes} passes, {each}"
+    say(speed)
     return code
 
 
@@ -187,11 +189,6 @@ def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, An
     fast = args.fast or args.quantize is not None
     cache_type = Int8Cache if args.kv_cache is not None else FastCache if fast else KVCache
     check_model(compute_dtype(args.dtype, open_checkpoint(folder)[1]), cache_type)
-
-
-def _passes_report(passes: Passes) -> str:
-    each = f"{passes.tokens_per_pass:.1f} tokens per pass"
-    return f"lookup: {passes.tokens} tokens in {passes.passes} passes, {each}"
 
 
 def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:

@@ -87,7 +87,7 @@ def inspect(args: argparse.Namespace) -> int:
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)
         config = QwenConfig.from_json(path)
-    elif path.is_dir() and not _has_weights(path):
+    elif not _has_weights(path):
         config = QwenConfig.from_json(path / "config.json")
     else:
         config, stored = open_checkpoint(path)
@@ -138,10 +138,7 @@ def _parser() -> Parser:
     )
     inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
     inspect.add_argument(
-        "--context",
-        type=int,
-        metavar="T",
-        help="with a cache of T positions (default: the trained length)",
+        "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"
     )
     return parser
 

@@ -20,7 +20,7 @@ from qwen_ref.commands.ranks import Ranks, started_by_torchrun
 from qwen_ref.commands.settings import speed_options
 from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.loading.tokenizer import FastTokenizer
-from qwen_ref.quantize.config import INT4_GROUP, GPTQConfig
+from qwen_ref.quantize.config import INT4_GROUP
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,16 +74,20 @@ def open_folder(folder: Path) -> tuple[QwenConfig, Tokenizer]:
 
 
 def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
-    """The model, or this rank's part of it, as the options ask; rank 0 prints a line about it."""
-    from qwen_ref.checkpoint import dtype_name, tensor_table
+    """The model, or this rank's part of it, as the options ask, once the ranks have met.
+
+    Rank 0 prints a line about it.
+    """
+    from qwen_ref.checkpoint import dtype_name, packing, tensor_table
     from qwen_ref.commands.sizes import resident_bytes
 
+    ranks.meet(args.device)
     start = time.perf_counter()
     model = load_as_asked(args, folder, ranks)
     if ranks.rank == 0:
         name = args.model or "the tiny checkpoint that comes with the project"
         count = sum(math.prod(spec.shape) for spec in tensor_table(model.config))
-        gptq = GPTQConfig.from_folder(folder)
+        gptq = packing(folder)
         dtype = dtype_name(model.embed.weight.dtype)
         form = args.quantize or dtype
         if gptq is not None:
@@ -101,11 +105,12 @@ def load(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
 
 def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
     """load_model with the options of add_load_options, and with the layouts that they ask for."""
+    from qwen_ref.checkpoint import packing
     from qwen_ref.loading.loader import load_model
 
     gptq = None
     with contextlib.suppress(InputError):  # load_model reports it, with all else that is wrong
-        gptq = GPTQConfig.from_folder(folder)
+        gptq = packing(folder)
     if gptq is not None and args.quantize is not None:
         raise InputError(
             f"{folder} is quantised already, to {gptq.bits} bits; --fast, without --quantize, uses those"

@@ -61,11 +61,12 @@ def speed_options(args: argparse.Namespace) -> list[str]:
     return given
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(parser: argparse._ActionsContainer) -> None:
     """--model."""
     parser.add_argument(
         "--model",
         type=Path,
+        metavar="DIR",
         help="checkpoint folder (default: the tiny trained one that comes with the project)",
     )
 

@@ -103,13 +103,8 @@ class WatchedRanks(Ranks):
         A collective may wait for days, for example for the reader of `| less`: the watch finds lost ranks.
         """
         if not dist.is_initialized():
-            start_process_group(
-                device,
-                10 * 24 * 3600,
-                store=self._for_group,
-                rank=self.rank,
-                world_size=self.size,
-            )
+            days = 10 * 24 * 3600
+            start_process_group(device, days, store=self._for_group, rank=self.rank, world_size=self.size)
             self._started_group = True
 
     def until_interrupted(self, steps: Iterator[Any]) -> Iterator[Any]:

@@ -4,8 +4,4 @@ from qwen_ref.decoding.lookup import generate_lookup
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.decoding.streaming import TextStream
 
-__all__ = [
-    "PrefixCache",
-    "TextStream",
-    "generate_lookup",
-]
+__all__ = ["PrefixCache", "TextStream", "generate_lookup"]

@@ -45,7 +45,11 @@ def _parser() -> Parser:
         epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote "
         "is run unless --run-unsafe-code is.",
     )
-    add = parser.add_argument
+
+    def add(option: str, **how: Any) -> None:  # the harness's own command spells options with _
+        spellings = dict.fromkeys((option, f"--{option[2:].replace('-', '_')}"))
+        parser.add_argument(*spellings, **how)
+
     add_model_option(parser)
     add(
         "--tasks",
@@ -56,43 +60,22 @@ def _parser() -> Parser:
     )
     add(
         "--include-path",
-        "--include_path",
         type=Path,
         action="append",
         metavar="FOLDER",
         help="where the harness finds more tasks by name",
     )
-    add(
-        "--num-fewshot",
-        "--num_fewshot",
-        type=int,
-        metavar="N",
-        help="examples before each question (default: the task's)",
-    )
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     add(
         "--limit",
         type=float,
         metavar="N",
         help="only the first N questions of each task; below 1: this share of them",
     )
-    add(
-        "--apply-chat-template",
-        "--apply_chat_template",
-        action="store_true",
-        help="ask in ChatML, for chat checkpoints",
-    )
+    add("--apply-chat-template", action="store_true", help="ask in ChatML, for chat checkpoints")
     add("--system", type=utf8, metavar="TEXT", help="the system message, or a text before every question")
-    add(
-        "--gen-kwargs", "--gen_kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks"
-    )
-    add(
-        "--batch-size",
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="texts at a time (default: %(default)s)",
-    )
+    add("--gen-kwargs", metavar="NAME=VALUE,…", help="change the generation settings of tasks")
+    add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: %(default)s)")
     add(
         "--max-length",
         type=int,
@@ -141,13 +124,12 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     defaults = read_defaults(folder, tokenizer)
     simple_evaluate, manager = _harness(args, files)
     tasks = _tasks(manager, args.tasks, files)
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
 
     from qwen_ref.evaluate.harness import MARK, HarnessModel
 
     adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
-    with contextlib.redirect_stdout(sys.stderr), _readable_errors("running", args.tasks):
+    with _of_harness("running", args.tasks):
         results = simple_evaluate(
             adapter,
             tasks=tasks,
@@ -233,10 +215,7 @@ def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tu
         if not path.is_dir():
             raise InputError(f"--include-path {path} is no folder")
     included += {file.parent for file, declared in files.items() if declared and declared[0] == "group"}
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        _readable_errors("reading the tasks of", included or ["the harness"]),
-    ):
+    with _of_harness("reading the tasks of", included or ["the harness"]):
         return simple_evaluate, TaskManager(include_path=included or None)
 
 
@@ -257,7 +236,7 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
         known += matches
     # The harness finds the parts of a group by the group's name, not by its file.
     known += [declared[1] for declared in files.values() if declared and declared[0] == "group"]
-    with contextlib.redirect_stdout(sys.stderr), _readable_errors("loading", names):
+    with _of_harness("loading", names):
         by_name = manager.load(list(dict.fromkeys(known)))
         rest = [
             str(file)
@@ -274,12 +253,15 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
 
 
 @contextlib.contextmanager
-def _readable_errors(doing: str, tasks: Sequence[object]) -> Iterator[None]:
-    """Errors of many kinds, from task files, data sets and metrics, as a ValueError of one line."""
+def _of_harness(doing: str, tasks: Sequence[object]) -> Iterator[None]:
+    """The harness's code: what it prints goes to stderr. Its errors, which are of many kinds (of task files,
+    data sets and metrics), become a ValueError of one line.
+    """
     from qwen_ref.parallel import RankLost
 
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     except RankLost:
         raise
     except Exception as error:

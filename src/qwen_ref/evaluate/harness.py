@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qwen_ref.chat.context import DEFAULT_SYSTEM, STOP_TOKENS
 from qwen_ref.commands.cli import Progress, say
-from qwen_ref.config import InputError, shown
+from qwen_ref.config import InputError, shown, whole
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.decoding.streaming import TextStream
 from qwen_ref.generate import checked_stop_ids, generate_batch
@@ -59,12 +59,10 @@ class HarnessModel(TemplateLM):
         seed: for tasks that sample.
         """
         super().__init__()
-        self.model, self.qwen_tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.max_length = model.config.seq_length if max_length is None else max_length
-        if batch_size < 1:
-            raise InputError(f"{batch_size=} must be at least 1")
-        if self.max_length < 2:
-            raise InputError(f"max_length={max_length} must be at least 2 tokens")
+        self.model, self.qwen_tokenizer = model, tokenizer
+        self.batch_size = whole("batch_size", batch_size)
+        max_length = model.config.seq_length if max_length is None else max_length
+        self.max_length = whole("max_length", max_length, least=2)
         self.stop_ids = checked_stop_ids([self.eot_token_id] if stop_ids is None else stop_ids)
         self.seed = seed
         self.truncated = 0  # requests whose context lost its beginning
@@ -157,27 +155,20 @@ class HarnessModel(TemplateLM):
                     done += len(numbers)
                     progress.update(done, len(requests))
                 before = ids
-            summed = self._scored_pairs([pairs[number] for number in alone], progress, done)
-            for number, result in zip(alone, summed, strict=True):
-                found[number] = result
+            alone.sort(key=lambda number: sum(map(len, pairs[number])))  # batches of similar lengths
+            for first in range(0, len(alone), self.batch_size):
+                numbers = alone[first : first + self.batch_size]
+                batch = [pairs[number] for number in numbers]
+                texts = [[*context, *continuation] for context, continuation in batch]
+                starts = [len(context) for context, _ in batch]
+                scores = score_texts(self.model, texts, starts, self.batch_size)
+                for number, score in zip(numbers, scores, strict=True):
+                    found[number] = _summed(score)
+                done += len(numbers)
+                progress.update(done, len(requests))
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], result)
         return found
-
-    def _scored_pairs(
-        self, pairs: list[tuple[tuple[int, ...], list[int]]], progress: Progress, done: int
-    ) -> Iterator[tuple[float, bool]]:
-        """Contexts and continuations with little in common, in batches of similar lengths."""
-        order = sorted(range(len(pairs)), key=lambda n: len(pairs[n][0]) + len(pairs[n][1]))
-        found: dict[int, tuple[float, bool]] = {}
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
-            texts = [[*pairs[n][0], *pairs[n][1]] for n in batch]
-            scores = score_texts(self.model, texts, [len(pairs[n][0]) for n in batch], self.batch_size)
-            for n, score in zip(batch, scores, strict=True):
-                found[n] = _summed(score)
-            progress.update(done + len(found), done + len(pairs))
-        return (found[n] for n in range(len(pairs)))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text behind <|endoftext|>, in windows of at most max_length."""

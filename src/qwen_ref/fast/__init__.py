@@ -3,7 +3,4 @@
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
 
-__all__ = [
-    "Int8Cache",
-    "fasten",
-]
+__all__ = ["Int8Cache", "fasten"]

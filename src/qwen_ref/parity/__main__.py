@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_ref.commands.cli import Parser, Progress, on_stdout, run, say, utf8
 from qwen_ref.commands.figures import check_plot
-from qwen_ref.commands.files import bundled_checkpoint, output_path, read_prompt
-from qwen_ref.commands.settings import encoded_prompt
+from qwen_ref.commands.files import checkpoint_folder, output_path, read_prompt
+from qwen_ref.commands.settings import add_model_option, encoded_prompt
 from qwen_ref.config import InputError
-from qwen_ref.loading.folder import require_folder
 
 if TYPE_CHECKING:
     import torch
 
     from qwen_ref.parity.compare import Comparison
+    from qwen_ref.parity.diagnosis import Diagnosis
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -37,7 +37,7 @@ def _parser() -> Parser:
         help="write what a checkpoint computes, stage by stage, to a bundle",
         description="Record what a checkpoint computes for a prompt: by default the truth, in float64.",
     )
-    _model(record)
+    add_model_option(record)
     source = record.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=utf8, metavar="TEXT", help='the prompt; "-" reads stdin')
     source.add_argument(
@@ -53,12 +53,7 @@ def _parser() -> Parser:
         default="all",
         help="all stages or the logits only (default: all)",
     )
-    record.add_argument(
-        "--dtype",
-        choices=("auto", *_DTYPES),
-        default="float64",
-        help="the dtype to compute in (default: float64)",
-    )
+    _dtype(record, "float64", "float64")
     record.add_argument(
         "--decode", type=int, default=0, metavar="N", help="then N greedy tokens, one by one with the cache"
     )
@@ -76,26 +71,24 @@ def _parser() -> Parser:
         help="compare this implementation with a bundle",
         description="Run this implementation on a bundle's ids and compare every stage that it holds.",
     )
-    _model(check)
+    add_model_option(check)
     check.add_argument("--golden", type=Path, required=True, metavar="FILE", help="the bundle")
-    check.add_argument(
-        "--dtype",
-        choices=("auto", *_DTYPES),
-        default="auto",
-        help="the dtype to compute in (default: auto, as the weights are stored)",
-    )
+    _dtype(check, "auto", "auto, as the weights are stored")
     _shown(check)
     _plotted(check)
     check.set_defaults(run=_check)
 
     diff = commands.add_parser(
-        "diff",
-        help="compare one bundle with another",
-        description="Compare two bundles, stage by stage.",
+        "diff", help="compare one bundle with another", description="Compare two bundles, stage by stage."
     )
     diff.add_argument("truth", type=Path, metavar="A", help="the bundle that is taken as the truth")
     diff.add_argument("judged", type=Path, metavar="B", help="the bundle that is compared with it")
-    _model(diff, "the checkpoint of both: with it, rounding that neither bundle holds is measured")
+    diff.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="the checkpoint of both: with it, rounding that neither bundle holds is measured",
+    )
     _shown(diff)
     _plotted(diff)
     diff.set_defaults(run=_diff)
@@ -105,16 +98,16 @@ def _parser() -> Parser:
         help="find which mistake a port has made",
         description="Run the reference with each known mistake and name the one that gives a port's numbers.",
     )
-    _model(diagnose)
+    add_model_option(diagnose)
     diagnose.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="what the port computed")
     _shown(diagnose)
     diagnose.set_defaults(run=_diagnose)
     return parser
 
 
-def _model(parser: argparse.ArgumentParser, what: str | None = None) -> None:
-    text = what or "a checkpoint folder (default: the tiny one that comes with the project)"
-    parser.add_argument("--model", type=Path, metavar="DIR", help=text)
+def _dtype(parser: argparse.ArgumentParser, default: str, named: str) -> None:
+    text = f"the dtype to compute in (default: {named})"
+    parser.add_argument("--dtype", choices=("auto", *_DTYPES), default=default, help=text)
 
 
 def _shown(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +126,7 @@ def _record(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import record
 
     output_path(args.out, "--out", args)
-    folder = _folder(args)
+    folder = checkpoint_folder(args.model)
     rounding = [] if args.rounding == "none" else args.rounding.split(",")
     for name in rounding:
         if name not in _DTYPES[1:]:
@@ -175,7 +168,7 @@ def _check(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import check
 
     check_plot(args)
-    folder = _folder(args)
+    folder = checkpoint_folder(args.model)
     with Progress("checking") as progress:
         comparison = check(folder, args.golden, args.dtype, progress.update)
     return _show_comparison(comparison, args, folder)
@@ -195,11 +188,7 @@ def _show_comparison(comparison: Comparison, args: argparse.Namespace, folder: P
 
     if args.plot is not None:
         plot(comparison, args.plot)
-    if args.json:
-        text = json.dumps(comparison.to_json(), ensure_ascii=False)
-    else:
-        text = "\n".join(comparison_lines(comparison, _decoder(folder), args.full))
-    print(on_stdout(text), flush=True)
+    _print(args, comparison, lambda: comparison_lines(comparison, _decoder(folder), args.full))
     return 0 if comparison.within else 1
 
 
@@ -208,19 +197,16 @@ def _diagnose(args: argparse.Namespace) -> int:
     from qwen_ref.parity.report import diagnosis_lines
 
     with Progress("trying mistakes") as progress:
-        diagnosis = diagnose(_folder(args), args.bundle, progress.update)
-    if args.json:
-        text = json.dumps(diagnosis.to_json(), ensure_ascii=False)
-    else:
-        text = "\n".join(diagnosis_lines(diagnosis, args.full))
-    print(on_stdout(text), flush=True)
+        diagnosis = diagnose(checkpoint_folder(args.model), args.bundle, progress.update)
+    _print(args, diagnosis, lambda: diagnosis_lines(diagnosis, args.full))
     return 0 if diagnosis.verdict == "rounding only" else 1
 
 
-def _folder(args: argparse.Namespace) -> Path:
-    folder = bundled_checkpoint() if args.model is None else args.model
-    require_folder(folder)
-    return folder
+def _print(
+    args: argparse.Namespace, result: Comparison | Diagnosis, lines: Callable[[], Iterator[str]]
+) -> None:
+    text = json.dumps(result.to_json(), ensure_ascii=False) if args.json else "\n".join(lines())
+    print(on_stdout(text), flush=True)
 
 
 def _decoder(folder: Path | None) -> Callable[[int], str] | None:

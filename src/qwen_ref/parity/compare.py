@@ -38,6 +38,11 @@ class Rounding(NamedTuple):
 Measured = Mapping[str, Mapping[str, tuple[float, float]]]  # dtype → stage → Rounding
 
 
+def _relative_rms(delta: float, truth: float) -> float:
+    """Of sums of squares."""
+    return 0.0 if delta == 0 else math.sqrt(delta / truth) if truth > 0 else math.inf
+
+
 class Measure:
     """Adds up the differences between the truth and what is judged, position by position."""
 
@@ -112,8 +117,10 @@ class Measure:
 
     def rounding(self, stage: str) -> Rounding:
         delta, truth = (float(x[self.real].sum()) for x in self._sums[stage][:2])
-        error = math.sqrt(delta / truth) if truth > 0 else math.inf
-        return Rounding(0.0 if delta == 0 else error, float(self.positions(stage).max()))
+        return Rounding(_relative_rms(delta, truth), float(self.positions(stage).max()))
+
+    def all_rounding(self) -> dict[str, Rounding]:
+        return {stage: self.rounding(stage) for stage in self.stages}
 
     def result(self, stage: str, tolerance: Rounding) -> StageResult:
         delta, truth, value, product = self._sums[stage][:4, self.real].sum(dim=-1).tolist()
@@ -124,7 +131,7 @@ class Measure:
         return StageResult(
             stage=stage,
             max_abs=float(self._sums[stage][4, self.real].max()),
-            relative_rms=0.0 if delta == 0 else math.sqrt(delta / truth) if truth > 0 else math.inf,
+            relative_rms=_relative_rms(delta, truth),
             cosine=product / both if both > 0 else 1.0 if truth == value else 0.0,
             worst=float(positions[row, position]),
             worst_row=row,
@@ -261,17 +268,9 @@ class Comparison:
             dtype: {stage: pair[0] for stage, pair in found.items()}
             for dtype, found in tolerances.measured.items()
         }
-        return cls(
-            names[0],
-            tolerances.dtypes[0],
-            names[1],
-            tolerances.dtypes[1],
-            results,
-            logits,
-            tolerances.source,
-            notes,
-            rounding,
-        )
+        (truth, judged), (truth_dtype, judged_dtype) = names, tolerances.dtypes
+        source = tolerances.source
+        return cls(truth, truth_dtype, judged, judged_dtype, results, logits, source, notes, rounding)
 
     @property
     def first_beyond(self) -> StageResult | None:

@@ -23,6 +23,7 @@ from qwen_ref.parity.compare import (
     FACTOR,
     Comparison,
     Measure,
+    StageResult,
     Tolerances,
     compare_bundles,
     measure_bundles,
@@ -91,6 +92,14 @@ class Hypothesis:
     dtype: str = ""
     ratios: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, mistakes: tuple[str, ...], results: Sequence[StageResult], **more: Any) -> Hypothesis:
+        """By the results of every stage."""
+        worst = max(results, key=lambda result: result.excess)
+        agrees = next((i for i, result in enumerate(results) if not result.within), len(results))
+        residuals = tuple(result.relative_rms for result in results)
+        return cls(mistakes, worst.relative_rms, worst.stage, worst.excess, residuals, agrees, **more)
+
     @property
     def text(self) -> str:
         return " + ".join(self.mistakes) if self.mistakes else "no mistake"
@@ -113,9 +122,9 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        parts = {name: value for name, value in vars(self).items() if name not in ("ranking", "comparison")}
         comparison = self.comparison and self.comparison.to_json()
-        return finite({**parts, "ranking": [asdict(h) for h in self.ranking], "comparison": comparison})
+        ranking = [asdict(hypothesis) for hypothesis in self.ranking]
+        return finite({**vars(self), "ranking": ranking, "comparison": comparison})
 
 
 def diagnose(folder: str | Path, path: str | Path, progress: Progress | None = None) -> Diagnosis:
@@ -215,8 +224,7 @@ class _Search:
 
     def _port(self, texts: Sequence[str], dtype: str | None = None) -> Port:
         """The reference with these mistakes; dtype: other than theirs."""
-        port = reference(self.checkpoint, self.theirs.dtype, self.theirs)
-        port.progress = self.work.did
+        port = reference(self.checkpoint, self.theirs.dtype, self.theirs, self.work)
         port.stepwise = False  # one pass computes the same as the steps do, sooner
         for text in texts:
             self.known[text].make(port)
@@ -228,15 +236,16 @@ class _Search:
         self.tried += 1
         port = self._port(texts)
         port.stepwise |= stepwise
-        measure = held_against(port, self.theirs, self.theirs.stages, text=False)
+        measure = held_against(port, self.theirs, text=False)
         for index, stage in enumerate(self.theirs.stages):
             if stage not in measure.stages:  # they have a layer that this port lacks
                 return Hypothesis(texts, math.inf, stage, math.inf, (), index)
-        results = [measure.result(s, self.tolerances.of(s, self.stored[s])) for s in self.theirs.stages]
-        worst = max(results, key=lambda result: result.excess)
-        agrees = next((i for i, result in enumerate(results) if not result.within), len(results))
-        residuals = tuple(result.relative_rms for result in results)
-        return Hypothesis(texts, worst.relative_rms, worst.stage, worst.excess, residuals, agrees)
+        return Hypothesis.of(texts, self._results(measure, self.tolerances))
+
+    def _results(self, measure: Measure, tolerances: Tolerances) -> list[StageResult]:
+        """Of the port's stages that were measured, in the order in which data flows."""
+        stages = [stage for stage in self.theirs.stages if stage in measure.stages]
+        return [measure.result(stage, tolerances.of(stage, self.stored[stage])) for stage in stages]
 
     def _named_for_its_rounding(self, hypothesis: Hypothesis, none: Hypothesis) -> bool:
         half = self.theirs.dtype in _HALVES
@@ -255,16 +264,13 @@ class _Search:
         better = self._better(ranking, none)
         return [h for h in better if h.excess <= 1 or self._within_its_own_rounding(h)]
 
-    def _own_error(self, dtype: str, stage: str) -> float:
-        return self.tolerances.rounding(dtype, stage).all
-
     def _finer(self, comparison: Comparison) -> bool:
         """Whether the port is clearly nearer to float64 than its dtype's rounding, which is no mistake."""
         stage, dtype = comparison.stages[-1], self.theirs.dtype
         if dtype == "float64":
             return False
         least = _FINER if dtype in _HALVES else 1 / FACTOR  # float32's error varies more with the order
-        costs = {name: self._own_error(name, stage.stage) for name in DTYPES}
+        costs = {name: self.tolerances.rounding(name, stage.stage).all for name in DTYPES}
         if not stage.relative_rms < least * costs[dtype]:
             return False
         note = f"nearer to float64 than this implementation in {dtype}"
@@ -288,9 +294,7 @@ class _Search:
             if truth.stages != stages:
                 return []  # a layer is missing
             theirs = measure_bundles(truth, self.theirs, stages)
-            ours = {
-                t: held_against(self._port(texts, d), truth, stages, text=False) for t, d in wider.items()
-            }
+            ours = {t: held_against(self._port(texts, d), truth, text=False) for t, d in wider.items()}
         error = theirs.rounding(last).all
         costs = {text: measure.rounding(last).all for text, measure in ours.items()}
         costs = {text: cost for text, cost in costs.items() if not self._has_finer_numbers(wider[text])}
@@ -298,32 +302,28 @@ class _Search:
         if not ratios:
             return []
         text = min(ratios, key=lambda text: abs(math.log(ratios[text])))
-        measured = {wider[text]: {stage: ours[text].rounding(stage) for stage in stages}}
-        tolerances = Tolerances(measured, "float64", wider[text])
-        results = [theirs.result(s, tolerances.of(s, self.stored[s])) for s in stages]
+        tolerances = Tolerances({wider[text]: ours[text].all_rounding()}, "float64", wider[text])
+        results = self._results(theirs, tolerances)
         worst = max(results, key=lambda result: result.excess)
         everywhere = theirs.positions(last) >= _FAINT * ours[text].positions(last)
         if not worst.within or worst.tolerance > _NOISE or ratios[text] < 1 / FACTOR or not everywhere.all():
             return []
-        found = (*texts, text)
-        residuals = tuple(result.relative_rms for result in results)
-        named = Hypothesis(found, worst.relative_rms, worst.stage, worst.excess, residuals, len(results))
-        return [replace(named, dtype=wider[text], ratios=ratios)]
+        return [Hypothesis.of((*texts, text), results, dtype=wider[text], ratios=ratios)]
 
     def _numbers_of(self, dtype: str) -> bool:
         """Whether the last stage, kept in a finer dtype, has this dtype's numbers only."""
-        some = self.theirs.stage(self.theirs.stages[-1])[:, :_SAMPLE]
-        kept = torch.finfo(some.dtype).eps < _eps(dtype)
-        return kept and torch.equal(some.to(DTYPES[dtype]).to(some.dtype), some)
+        return torch.finfo(self._sample.dtype).eps < _eps(dtype) and self._on_grid(dtype)
 
     def _has_finer_numbers(self, dtype: str) -> bool:
         """Whether the last stage was rounded to the other half-precision dtype, whose numbers it has."""
-        some = self.theirs.stage(self.theirs.stages[-1])[:, :_SAMPLE]
+        return dtype in _HALVES and not self._on_grid(dtype) and any(map(self._on_grid, _HALVES))
 
-        def on_grid(name: str) -> bool:
-            return torch.equal(some.to(DTYPES[name]).to(some.dtype), some)
+    @property
+    def _sample(self) -> Tensor:
+        return self.theirs.stage(self.theirs.stages[-1])[:, :_SAMPLE]
 
-        return dtype in _HALVES and not on_grid(dtype) and any(map(on_grid, _HALVES))
+    def _on_grid(self, dtype: str) -> bool:
+        return torch.equal(self._sample.to(DTYPES[dtype]).to(self._sample.dtype), self._sample)
 
     def _explain(self, found: Hypothesis) -> None:
         stage = self.theirs.stages[-1]
@@ -342,12 +342,12 @@ class _Search:
         with temporary_record(
             self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
         ) as truth:
-            measure = held_against(port, truth, truth.stages, text=False)
-            measured = {dtype: {stage: measure.rounding(stage) for stage in measure.stages}}
+            measure = held_against(port, truth, text=False)
+            measured = {dtype: measure.all_rounding()}
             judged = measure_bundles(truth, self.theirs, truth.stages)
         tolerances = Tolerances(measured, "float64", dtype)
-        results = [judged.result(s, tolerances.of(s, self.stored[s])) for s in judged.stages]
         # A model that is nothing but noise would fit everything.
+        results = self._results(judged, tolerances)
         return all(result.within and result.tolerance < _NOISE for result in results)
 
     def _fitted_base(self) -> Hypothesis:
@@ -392,11 +392,7 @@ class _Search:
         )
         port.stepwise, port.progress = False, self.work.did
         self.work.expect(self.checkpoint.bytes)
-        frequencies = port.rotary_frequencies
-        # α belongs to the whole prompt.
-        port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
-            config, [prompt] * len(lengths), dtype
-        )
+        port.fix_alpha(prompt)  # the whole one's
         make(port)
         theirs = self.theirs.stage(stage)[rows, columns]
         measure = Measure(port.ids, torch.ones_like(port.ids, dtype=torch.bool), text=False)
@@ -473,8 +469,8 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
             beyond[stage] = max(largest, beyond.get(stage, 0.0))
 
     work.expect(2 * checkpoint.bytes)
-    port = reference(checkpoint, "float64", theirs)
-    port.stepwise, port.progress = False, work.did
+    port = reference(checkpoint, "float64", theirs, work)
+    port.stepwise = False
     port.run(keep_beyond, order)
     not_finite = theirs.first_not_finite()
     assert not_finite is not None
@@ -497,15 +493,14 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
         both = ours.isfinite() & judged.isfinite()
         measure.add(name, ours.where(both, math.nan), judged.where(both, math.nan), start)
 
-    port = reference(checkpoint, "float16", theirs)
-    port.stepwise, port.progress = False, work.did
+    port = reference(checkpoint, "float16", theirs, work)
+    port.stepwise = False
     port.run(keep_finite, theirs.stages)
     if agreeing < _OVERFLOW_AGREES * count:
         theirs.require_finite()
     tolerances = Tolerances({}, "float16", "float16")
     results = [measure.result(s, tolerances.of(s)) for s in measure.stages]
-    worst = max(results, key=lambda result: result.excess)
-    overflow = Hypothesis(("float16 overflow",), worst.relative_rms, worst.stage, worst.excess, (), 0)
+    overflow = replace(Hypothesis.of(("float16 overflow",), results), residuals=(), agrees=0)
     return Diagnosis(
         bundle=theirs.path,
         dtype=theirs.dtype,

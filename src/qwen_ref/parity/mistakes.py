@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_ref.checkpoint import DTYPES
 from qwen_ref.config import QwenConfig
 from qwen_ref.parity.stages import Port
 
 Make = Callable[[Port], None]
+P = ParamSpec("P")
 
 CLAMPED = "float16 overflow, clamped to 65504"
 
@@ -50,9 +52,9 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("keys rotated one position ahead of queries", _rotated_ahead(1)),
         Mistake("RoPE in bfloat16: positions, frequencies and angles", _bfloat16_angles),
         Mistake("RoPE in bfloat16: the inverse frequencies", _bfloat16_frequencies),
-        Mistake("RoPE in bfloat16: cosines and sines", _bfloat16_tables, usual_in_half=True),
-        Mistake("RoPE in float16: cosines and sines", _float16_tables, usual_in_half=True),
-        Mistake("no RoPE", _no_rope),
+        Mistake("RoPE in bfloat16: cosines and sines", _narrow_tables(torch.bfloat16), usual_in_half=True),
+        Mistake("RoPE in float16: cosines and sines", _narrow_tables(torch.float16), usual_in_half=True),
+        Mistake("no RoPE", _with(rotate=lambda x, cos, sin: x)),
         Mistake("gate and up swapped", _renamed({"gate": "up", "up": "gate"})),
         Mistake("bias of q, k and v missing", _no_bias),
         *(
@@ -65,11 +67,13 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
             Mistake(f"layer_norm_epsilon {eps:g} for {config.layer_norm_epsilon:g}", norm_epsilon(eps))
             for eps in epsilons
         ),
-        Mistake("norm weight applied before the cast to the model's dtype", _weight_before_cast),
-        Mistake("norm computed in the model's dtype", _narrow_norm),
+        Mistake(
+            "norm weight applied before the cast to the model's dtype", _with(normalise=_weight_before_cast)
+        ),
+        Mistake("norm computed in the model's dtype", _with(normalise=_narrow_norm)),
         Mistake("no final norm", _no_final_norm),
         Mistake("ln_1 and ln_2 swapped", _renamed({"attn_norm": "mlp_norm", "mlp_norm": "attn_norm"})),
-        Mistake("no LogN", _no_logn),
+        Mistake("no LogN", _configured(use_logn_attn=False)),
         Mistake("LogN on keys instead of queries", _logn_on_keys(queries=False)),
         Mistake("LogN on keys and queries", _logn_on_keys(queries=True)),
         Mistake("LogN: log10 of the position over the natural logarithm of the length", _logn_ratio(_LOG10)),
@@ -77,15 +81,15 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("LogN off by one: log(p) for 0-based positions p", _logn_shifted(-1)),
         Mistake("LogN off by one: log(p + 2) for 0-based positions p", _logn_shifted(1)),
         Mistake("positions counted from 1, in RoPE and in LogN", _positions_from_1(logn=True)),
-        Mistake("NTK off: α stays 1", _ntk_off),
-        Mistake("NTK with floor for ceil", _ntk_floor),
+        Mistake("NTK off: α stays 1", _configured(use_dynamic_ntk=False)),
+        Mistake("NTK with floor for ceil", _with(ntk_alpha=_floor_alpha)),
         Mistake("NTK's α recomputed at every decode step, older keys as they were", _alpha_every_step),
         Mistake("NTK's α recomputed at every decode step, all keys with it", _uncached),
         Mistake("no 1/√K in the scores", _score_scale(lambda config: 1.0)),
         Mistake("scores scaled by 1/√D, not 1/√K", _score_scale(lambda config: config.hidden_size**-0.5)),
         Mistake("attention not causal", _not_causal),
         Mistake("padding not masked", _padding_seen),
-        Mistake("attention_mask ignored: padding seen and counted", _mask_ignored),
+        Mistake("attention_mask ignored: padding seen and counted", _with(mask=None)),
         Mistake("padding counted in positions", _padding_counted(positions=True, ntk=False)),
         Mistake("padding counted in NTK's α", _padding_counted(positions=False, ntk=True)),
         Mistake("padding counted in positions and in NTK's α", _padding_counted(positions=True, ntk=True)),
@@ -94,18 +98,41 @@ def mistakes(config: QwenConfig) -> list[Mistake]:
         Mistake("c_attn transposed: each of its three squares", _transposed("qkv", 3)),
         Mistake("c_attn transposed: its buffer read as (D, 3D)", _conv1d),
         Mistake("attention's c_proj transposed", _transposed("out", 1)),
-        Mistake("GELU for SiLU", _activation(F.gelu)),
-        Mistake("GELU (tanh) for SiLU", _activation(lambda x: F.gelu(x, approximate="tanh"))),
-        Mistake("ReLU for SiLU", _activation(F.relu)),
+        Mistake("GELU for SiLU", _with(silu=F.gelu)),
+        Mistake("GELU (tanh) for SiLU", _with(silu=lambda x: F.gelu(x, approximate="tanh"))),
+        Mistake("ReLU for SiLU", _with(silu=F.relu)),
         Mistake("last layer dropped", _layer_dropped(last=True)),
         Mistake("first layer dropped", _layer_dropped(last=False)),
-        Mistake("computed in bfloat16", _computed_in(torch.bfloat16), dtype="bfloat16"),
-        Mistake("computed in float16", _computed_in(torch.float16), dtype="float16"),
-        Mistake("computed in float32", _computed_in(torch.float32), dtype="float32"),
-        Mistake(CLAMPED, _computed_in(torch.float16, saturates=True)),
+        *(
+            Mistake(f"computed in {dtype}", _with(dtype=DTYPES[dtype]), dtype=dtype)
+            for dtype in ("bfloat16", "float16", "float32")
+        ),
+        Mistake(CLAMPED, _with(dtype=torch.float16, saturates=True)),
     ]
     needs = {"LogN": config.use_logn_attn, "NTK": config.use_dynamic_ntk}
     return [mistake for mistake in known if all(used for name, used in needs.items() if name in mistake.text)]
+
+
+def _with_settings(change: Callable[Concatenate[Port, P], None]) -> Callable[P, Make]:
+    """A change that needs more than the port: called with the rest, it gives the mistake."""
+
+    def given(*settings: P.args, **named: P.kwargs) -> Make:
+        return lambda port: change(port, *settings, **named)
+
+    return given
+
+
+@_with_settings
+def _with(port: Port, **values: Any) -> None:
+    """The port with other functions or settings of its own."""
+    for name, value in values.items():
+        setattr(port, name, value)
+
+
+@_with_settings
+def _configured(port: Port, **values: Any) -> None:
+    """The port with other values in its configuration."""
+    port.config = replace(port.config, **values)
 
 
 # Rotation
@@ -122,17 +149,9 @@ def _interleaved(port: Port) -> None:
     port.rotate = rotate
 
 
-def _no_rope(port: Port) -> None:
-    port.rotate = lambda x, cos, sin: x
-
-
 def rope_base(base: float) -> Make:
     """The mistake of another rotary_emb_base."""
-
-    def make(port: Port) -> None:
-        port.config = replace(port.config, rotary_emb_base=base)
-
-    return make
+    return _configured(rotary_emb_base=base)
 
 
 def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> None:
@@ -143,16 +162,15 @@ def _moved(port: Port, move: Callable[[Tensor], Tensor], logn: bool = True) -> N
         port.logn_scale = lambda positions, *args: scale(move(positions), *args)
 
 
-def _positions_from_1(logn: bool) -> Make:
-    return lambda port: _moved(port, lambda positions: positions + 1, logn)
+@_with_settings
+def _positions_from_1(port: Port, logn: bool) -> None:
+    _moved(port, lambda positions: positions + 1, logn)
 
 
-def _decoded_position(by: int) -> Make:
-    def make(port: Port) -> None:
-        port.stepwise = True  # a call that does not begin at the first token is a step
-        _moved(port, lambda positions: positions + by * (positions[:, :1] > 0), logn=False)
-
-    return make
+@_with_settings
+def _decoded_position(port: Port, by: int) -> None:
+    port.stepwise = True  # a call that does not begin at the first token is a step
+    _moved(port, lambda positions: positions + by * (positions[:, :1] > 0), logn=False)
 
 
 def _decoded_at_0(port: Port) -> None:
@@ -160,27 +178,24 @@ def _decoded_at_0(port: Port) -> None:
     _moved(port, lambda positions: positions - positions[:, :1], logn=False)
 
 
-def _rotated_ahead(which: int) -> Make:
+@_with_settings
+def _rotated_ahead(port: Port, which: int) -> None:
     """Rotates queries (0) or keys (1) as if they were one position later."""
+    tables, rotate = port.rotation_tables, port.rotate
+    ahead: Sequence[Tensor] = ()
+    calls = 0
 
-    def make(port: Port) -> None:
-        tables, rotate = port.rotation_tables, port.rotate
-        ahead: Sequence[Tensor] = ()
-        calls = 0
+    def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal ahead, calls
+        ahead, calls = tuple(tables(positions + 1, frequencies)), 0
+        return tables(positions, frequencies)
 
-        def both(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal ahead, calls
-            ahead, calls = tuple(tables(positions + 1, frequencies)), 0
-            return tables(positions, frequencies)
+    def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1  # of each layer the query comes first, then the key
+        return rotate(x, *(ahead if (calls - 1) % 2 == which else (cos, sin)))
 
-        def rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1  # of each layer the query comes first, then the key
-            return rotate(x, *(ahead if (calls - 1) % 2 == which else (cos, sin)))
-
-        port.rotation_tables, port.rotate = both, rotate_one
-
-    return make
+    port.rotation_tables, port.rotate = both, rotate_one
 
 
 def _bfloat16_angles(port: Port) -> None:
@@ -201,6 +216,7 @@ def _bfloat16_frequencies(port: Port) -> None:
     )
 
 
+@_with_settings
 def _narrow_tables(port: Port, dtype: torch.dtype) -> None:
     tables = port.rotation_tables
 
@@ -211,33 +227,22 @@ def _narrow_tables(port: Port, dtype: torch.dtype) -> None:
     port.rotation_tables = narrow
 
 
-def _bfloat16_tables(port: Port) -> None:
-    _narrow_tables(port, torch.bfloat16)
-
-
-def _float16_tables(port: Port) -> None:
-    _narrow_tables(port, torch.float16)
-
-
 # Weights
 
 
-def _renamed(names: dict[str, str]) -> Make:
+@_with_settings
+def _renamed(port: Port, names: dict[str, str]) -> None:
     """Reads a weight in place of another. names: part of a name → the part that replaces it."""
+    weight = port.weight
 
-    def make(port: Port) -> None:
-        weight = port.weight
+    def read(name: str) -> Tensor:
+        return weight(".".join(names.get(part, part) for part in name.split(".")))
 
-        def read(name: str) -> Tensor:
-            return weight(".".join(names.get(part, part) for part in name.split(".")))
-
-        port.weight = read
-
-    return make
+    port.weight = read
 
 
-def _changed(port: Port, ending: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Changes the weights whose names have this ending."""
+def _changed(port: Port, ending: str | tuple[str, ...], change: Callable[[Tensor], Tensor]) -> None:
+    """Changes the weights whose names have this ending, or one of these."""
     weight = port.weight
     port.weight = lambda name: change(weight(name)) if name.endswith(ending) else weight(name)
 
@@ -246,24 +251,20 @@ def _no_bias(port: Port) -> None:
     _changed(port, "qkv.bias", torch.zeros_like)
 
 
-def _qkv_order(order: str) -> Make:
+@_with_settings
+def _qkv_order(port: Port, order: str) -> None:
     def reorder(weight: Tensor) -> Tensor:
         thirds = dict(zip("qkv", weight.chunk(3), strict=True))
         return torch.cat([thirds[part] for part in order])
 
-    def make(port: Port) -> None:
-        _changed(port, "qkv.weight", reorder)
-        _changed(port, "qkv.bias", reorder)
-
-    return make
+    _changed(port, ("qkv.weight", "qkv.bias"), reorder)
 
 
 def _rows_regrouped(port: Port, shape: Sequence[int]) -> None:
     def regroup(weight: Tensor) -> Tensor:
         return weight.unflatten(0, shape).transpose(0, 1).reshape(weight.shape)
 
-    _changed(port, "qkv.weight", regroup)
-    _changed(port, "qkv.bias", regroup)
+    _changed(port, ("qkv.weight", "qkv.bias"), regroup)
 
 
 def _qkv_by_head(port: Port) -> None:
@@ -274,35 +275,34 @@ def _qkv_to_heads(port: Port) -> None:
     _rows_regrouped(port, (3, port.config.num_attention_heads, port.config.kv_channels))
 
 
-def _transposed(matrix: str, squares: int) -> Make:
+@_with_settings
+def _transposed(port: Port, matrix: str, squares: int) -> None:
     def transpose(weight: Tensor) -> Tensor:
         return torch.cat([square.t() for square in weight.chunk(squares)])
 
-    return lambda port: _changed(port, f"{matrix}.weight", transpose)
+    _changed(port, f"{matrix}.weight", transpose)
 
 
 def _conv1d(port: Port) -> None:
     _changed(port, "qkv.weight", lambda weight: weight.reshape(weight.shape[1], -1).t())
 
 
-def _layer_dropped(last: bool) -> Make:
-    def make(port: Port) -> None:
-        layers = port.config.num_hidden_layers
-        if layers == 1:
-            return
-        port.config = replace(port.config, num_hidden_layers=layers - 1)
-        weight = port.weight
+@_with_settings
+def _layer_dropped(port: Port, last: bool) -> None:
+    layers = port.config.num_hidden_layers
+    if layers == 1:
+        return
+    port.config = replace(port.config, num_hidden_layers=layers - 1)
+    weight = port.weight
 
-        def read(name: str) -> Tensor:
-            head, _, rest = name.partition(".")
-            if head == "blocks" and not last:
-                number, _, rest = rest.partition(".")
-                name = f"blocks.{int(number) + 1}.{rest}"
-            return weight(name)
+    def read(name: str) -> Tensor:
+        head, _, rest = name.partition(".")
+        if head == "blocks" and not last:
+            number, _, rest = rest.partition(".")
+            name = f"blocks.{int(number) + 1}.{rest}"
+        return weight(name)
 
-        port.weight = read
-
-    return make
+    port.weight = read
 
 
 # Norms
@@ -310,27 +310,17 @@ def _layer_dropped(last: bool) -> Make:
 
 def norm_epsilon(eps: float) -> Make:
     """The mistake of another layer_norm_epsilon."""
-
-    def make(port: Port) -> None:
-        port.config = replace(port.config, layer_norm_epsilon=eps)
-
-    return make
+    return _configured(layer_norm_epsilon=eps)
 
 
-def _weight_before_cast(port: Port) -> None:
-    def normalise(norm: Any, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-        return (normed * norm.weight.to(wide.dtype)).to(x.dtype)
-
-    port.normalise = normalise
+def _weight_before_cast(norm: Any, x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return (normed * norm.weight.to(wide.dtype)).to(x.dtype)
 
 
-def _narrow_norm(port: Port) -> None:
-    def normalise(norm: Any, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
-
-    port.normalise = normalise
+def _narrow_norm(norm: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
 def _no_final_norm(port: Port) -> None:
@@ -347,58 +337,41 @@ def _no_final_norm(port: Port) -> None:
 _LOG10 = 1 / math.log(10)
 
 
-def _no_logn(port: Port) -> None:
-    port.config = replace(port.config, use_logn_attn=False)
+@_with_settings
+def _logn_on_keys(port: Port, queries: bool) -> None:
+    scale, attend = port.logn_scale, port.scaled_dot_product_attention
+
+    def attend_scaled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if port.config.use_logn_attn:
+            positions = (torch.arange(k.shape[2]) - port.padding[:, None]).clamp(min=0)  # (B, S)
+            k = k * scale(positions, port.config.seq_length, k.dtype)[:, None, :, None]
+        return attend(q, k, v, **options)
+
+    port.scaled_dot_product_attention = attend_scaled
+    if not queries:
+        port.logn_scale = lambda positions, seq_length, dtype: torch.ones_like(positions, dtype=dtype)
 
 
-def _logn_on_keys(queries: bool) -> Make:
-    def make(port: Port) -> None:
-        scale, attend = port.logn_scale, port.scaled_dot_product_attention
-
-        def attend_scaled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            if port.config.use_logn_attn:
-                positions = (torch.arange(k.shape[2]) - port.padding[:, None]).clamp(min=0)  # (B, S)
-                k = k * scale(positions, port.config.seq_length, k.dtype)[:, None, :, None]
-            return attend(q, k, v, **options)
-
-        port.scaled_dot_product_attention = attend_scaled
-        if not queries:
-            port.logn_scale = lambda positions, seq_length, dtype: torch.ones_like(positions, dtype=dtype)
-
-    return make
-
-
-def _logn_ratio(factor: float) -> Make:
+@_with_settings
+def _logn_ratio(port: Port, factor: float) -> None:
     """Two kinds of logarithm in one ratio: LogN's factor is wrong by the ratio of the two."""
+    scale = port.logn_scale
 
-    def make(port: Port) -> None:
-        scale = port.logn_scale
+    def mixed(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
+        right = scale(positions, seq_length, torch.float64)
+        return torch.where(positions + 1 > seq_length, right * factor, 1.0).to(dtype)
 
-        def mixed(positions: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
-            right = scale(positions, seq_length, torch.float64)
-            return torch.where(positions + 1 > seq_length, right * factor, 1.0).to(dtype)
-
-        port.logn_scale = mixed
-
-    return make
+    port.logn_scale = mixed
 
 
-def _logn_shifted(by: int) -> Make:
-    def make(port: Port) -> None:
-        scale = port.logn_scale
-        port.logn_scale = lambda positions, *args: scale(positions + by, *args)
-
-    return make
+@_with_settings
+def _logn_shifted(port: Port, by: int) -> None:
+    scale = port.logn_scale
+    port.logn_scale = lambda positions, *args: scale(positions + by, *args)
 
 
-def _ntk_off(port: Port) -> None:
-    port.config = replace(port.config, use_dynamic_ntk=False)
-
-
-def _ntk_floor(port: Port) -> None:
-    port.ntk_alpha = lambda length, seq_length: max(
-        2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1
-    )
+def _floor_alpha(length: int, seq_length: int) -> int:
+    return max(2 ** math.floor(math.log2(length / seq_length) + 1) - 1, 1)
 
 
 def _alpha_every_step(port: Port) -> None:
@@ -422,23 +395,20 @@ def _uncached(port: Port) -> None:
 # Attention, activation
 
 
-def _score_scale(scale: Callable[[QwenConfig], float]) -> Make:
-    def make(port: Port) -> None:
-        attend = port.scaled_dot_product_attention
-        wanted = scale(port.config)
-        port.scaled_dot_product_attention = lambda *args, **options: attend(
-            *args, **options | {"scale": wanted}
-        )
+def _attended(port: Port, **changed: Any) -> None:
+    """Calls scaled_dot_product_attention with other options."""
+    attend = port.scaled_dot_product_attention
+    port.scaled_dot_product_attention = lambda *args, **options: attend(*args, **options | changed)
 
-    return make
+
+@_with_settings
+def _score_scale(port: Port, scale: Callable[[QwenConfig], float]) -> None:
+    _attended(port, scale=scale(port.config))
 
 
 def _not_causal(port: Port) -> None:
     port.stepwise = True  # in a step the new token sees all keys anyway
-    attend = port.scaled_dot_product_attention
-    port.scaled_dot_product_attention = lambda *args, **options: attend(
-        *args, **options | {"is_causal": False}
-    )
+    _attended(port, is_causal=False)
 
     def all_seen(T: int, S: int, padding: Tensor | None, device: torch.device) -> Tensor:
         mask = torch.ones(1, 1, T, S, dtype=torch.bool)
@@ -452,36 +422,13 @@ def _padding_seen(port: Port) -> None:
     port.causal_mask = lambda T, S, padding, device: mask(T, S, None, device)
 
 
-def _mask_ignored(port: Port) -> None:
-    port.mask = None
-
-
-def _padding_counted(positions: bool, ntk: bool) -> Make:
+@_with_settings
+def _padding_counted(port: Port, positions: bool, ntk: bool) -> None:
     """Counts padding in positions, as batches of the published code do, or in the prompt's length: in α."""
-
-    def make(port: Port) -> None:
-        padding, prompt, frequencies = port.padding, port.prefill_length, port.rotary_frequencies
-        if not padding.any():
-            return
-        if positions:
-            _moved(port, lambda found: found + padding[:, None])
-        if ntk:
-            port.rotary_frequencies = lambda config, lengths, dtype: frequencies(
-                config, [prompt] * len(lengths), dtype
-            )
-
-    return make
-
-
-def _activation(function: Callable[[Tensor], Tensor]) -> Make:
-    def make(port: Port) -> None:
-        port.silu = function
-
-    return make
-
-
-def _computed_in(dtype: torch.dtype, saturates: bool = False) -> Make:
-    def make(port: Port) -> None:
-        port.dtype, port.saturates = dtype, saturates
-
-    return make
+    padding = port.padding
+    if not padding.any():
+        return
+    if positions:
+        _moved(port, lambda found: found + padding[:, None])
+    if ntk:
+        port.fix_alpha(port.prefill_length)

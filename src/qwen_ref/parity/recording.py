@@ -108,7 +108,7 @@ def record(
     with _recorded(port, out, names, decode, checksum, len(rounding), work) as writer:
         if rounding:
             truth = read_bundle(writer.partial)
-            measured = {name: _measure(checkpoint, truth, name, names, work) for name in rounding}
+            measured = {name: _measure(checkpoint, truth, name, work) for name in rounding}
             writer.describe({"rounding": json.dumps(_finite(measured))})
             del truth  # Windows does not rename a file that is mapped
     return read_bundle(out)
@@ -156,29 +156,26 @@ def temporary_record(port: Port, names: Sequence[str], work: Work) -> Iterator[B
         yield read_bundle(out)
 
 
-def held_against(port: Port, truth: Bundle, names: Iterable[str], text: bool = True) -> Measure:
-    """How far a port is from a bundle at each of these stages, if the port has it; text: see Measure."""
+def held_against(port: Port, truth: Bundle, text: bool = True) -> Measure:
+    """How far a port is from a bundle at each of its stages that the port has; text: see Measure."""
     measure = Measure(truth.input_ids, truth.real, text)
 
     def keep(stage: str, value: Tensor, start: int) -> None:
         measure.add(stage, truth.stage(stage)[:, start : start + value.shape[1]], value, start)
 
-    port.run(keep, list(names))
+    port.run(keep, truth.stages)
     return measure
 
 
-def reference(checkpoint: Checkpoint, dtype: str, bundle: Bundle) -> Port:
+def reference(checkpoint: Checkpoint, dtype: str, bundle: Bundle, work: Work) -> Port:
     """This implementation on a bundle's input."""
-    return Port(checkpoint, dtype, bundle.input_ids, bundle.attention_mask, bundle.prefill_length)
-
-
-def _measure(
-    checkpoint: Checkpoint, truth: Bundle, dtype: str, names: Sequence[str], work: Work
-) -> dict[str, Rounding]:
-    port = reference(checkpoint, dtype, truth)
+    port = Port(checkpoint, dtype, bundle.input_ids, bundle.attention_mask, bundle.prefill_length)
     port.progress = work.did
-    measure = held_against(port, truth, names, text=False)
-    return {stage: measure.rounding(stage) for stage in measure.stages}
+    return port
+
+
+def _measure(checkpoint: Checkpoint, truth: Bundle, dtype: str, work: Work) -> dict[str, Rounding]:
+    return held_against(reference(checkpoint, dtype, truth, work), truth, text=False).all_rounding()
 
 
 def _finite(measured: dict[str, dict[str, Rounding]]) -> dict[str, dict[str, list[float]]]:
@@ -203,9 +200,9 @@ def measured_rounding(checkpoint: Checkpoint, bundle: Bundle, dtypes: Iterable[s
     if missing:
         calls = 1 + bundle.input_ids.shape[1] - bundle.prefill_length
         work.expect(checkpoint.bytes * calls * (1 + len(missing)))
-        with temporary_record(reference(checkpoint, "float64", bundle), bundle.stages, work) as truth:
+        with temporary_record(reference(checkpoint, "float64", bundle, work), bundle.stages, work) as truth:
             for dtype in missing:
-                measured[dtype] = _measure(checkpoint, truth, dtype, bundle.stages, work)
+                measured[dtype] = _measure(checkpoint, truth, dtype, work)
     return measured
 
 
@@ -234,13 +231,9 @@ def check(
     truth.require_finite()
     measured = measured_rounding(checkpoint, truth, (truth.dtype, dtype), work)
     work.expect(checkpoint.bytes * (1 + truth.input_ids.shape[1] - truth.prefill_length))
-    port = reference(checkpoint, dtype, truth)
-    port.progress = work.did
-    measure = held_against(port, truth, truth.stages)
-    tolerances = Tolerances(measured, truth.dtype, dtype)
     return Comparison.of(
-        measure,
-        tolerances,
+        held_against(reference(checkpoint, dtype, truth, work), truth),
+        Tolerances(measured, truth.dtype, dtype),
         names=(truth.path, f"{folder} in {dtype}"),
         stored={stage: (truth.stored_dtype(stage),) for stage in truth.stages},
         notes=_config_notes(truth, checkpoint),
@@ -260,10 +253,7 @@ def _config_notes(truth: Bundle, checkpoint: Checkpoint) -> list[str]:
 
 
 def diff(
-    truth: str | Path,
-    judged: str | Path,
-    folder: str | Path | None = None,
-    progress: Progress | None = None,
+    truth: str | Path, judged: str | Path, folder: str | Path | None = None, progress: Progress | None = None
 ) -> Comparison:
     """Compares one bundle with another.
 

@@ -31,6 +31,10 @@ Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the 
 _HEAD_BYTES = 2**30
 
 
+# The functions of model.py that a mistake may change.
+_FUNCTIONS = ("rotate", "rotation_tables", "rotary_frequencies", "ntk_alpha", "logn_scale", "causal_mask")
+
+
 class Checkpoint:
     """An opened checkpoint folder: its configuration, and its weights by our names, as they are stored."""
 
@@ -92,6 +96,13 @@ class Port:
         """How many columns of each row are padding → (B,)."""
         return self.ids.new_zeros(len(self.ids)) if self.mask is None else (self.mask == 0).sum(dim=-1)
 
+    def fix_alpha(self, length: int) -> None:
+        """Dynamic NTK's α is that of a prompt of this length, for every row."""
+        frequencies = self.rotary_frequencies
+        self.rotary_frequencies = lambda config, lengths, dtype: frequencies(
+            config, [length] * len(lengths), dtype
+        )
+
     def read(self, name: str) -> Tensor:
         """A weight; progress hears of it."""
         weight = self.weight(name)
@@ -112,7 +123,8 @@ class Port:
         While it runs, functions of qwen_ref.model are replaced in the whole process: no other port and no
         other model may run beside it.
         """
-        model = _streamed(self)
+        model, head = _empty_model(self.config, self.dtype)
+        head.port = self
         B, T = self.ids.shape
         with self._in_place(), torch.inference_mode(), torch.device("cpu"):
             if not self.cached:
@@ -164,29 +176,15 @@ class Port:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Puts this port's functions into model.py while it runs."""
-        module = qwen_ref.model
-        names = (
-            "rotate",
-            "rotation_tables",
-            "rotary_frequencies",
-            "ntk_alpha",
-            "logn_scale",
-            "causal_mask",
-        )
-        with _replaced(module, {name: getattr(self, name) for name in names}):
-            functional = _Functional(self.silu, self.scaled_dot_product_attention)
-            with _replaced(module, {"F": functional}), _replaced(RMSNorm, {"forward": self.normalise}):
-                yield
+        functions = {name: getattr(self, name) for name in _FUNCTIONS}
+        functions["F"] = _functional(self.silu, self.scaled_dot_product_attention)
+        with _replaced(qwen_ref.model, functions), _replaced(RMSNorm, {"forward": self.normalise}):
+            yield
 
 
-class _Functional(SimpleNamespace):
-    """torch.nn.functional with the two functions that model.py calls replaced."""
-
-    def __init__(self, silu: Callable, scaled_dot_product_attention: Callable) -> None:
-        super().__init__(silu=silu, scaled_dot_product_attention=scaled_dot_product_attention)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
+def _functional(silu: Callable, scaled_dot_product_attention: Callable) -> SimpleNamespace:
+    """What model.py calls of torch.nn.functional."""
+    return SimpleNamespace(silu=silu, scaled_dot_product_attention=scaled_dot_product_attention)
 
 
 @contextmanager
@@ -201,16 +199,10 @@ def _replaced(owner: Any, values: dict[str, Any]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _streamed(port: Port) -> Qwen:
-    """The model without weights: each module reads its own before it runs and drops them after."""
-    model, head = _empty_model(port.config, port.dtype)
-    head.port = port
-    return model
-
-
 @lru_cache(maxsize=4)
 def _empty_model(config: QwenConfig, dtype: torch.dtype) -> tuple[Qwen, _Head]:
-    """A model and its head. They are reused: only one port runs at a time, and building the modules takes as
+    """A model without weights, and its head: each module reads its own weights before it runs and drops them
+    after. They are reused: only one port runs at a time, and building the modules takes as
     long as running a small model.
     """
     with torch.device("meta"), NoInitialisation():
@@ -318,7 +310,7 @@ def _captured(model: Qwen, keep: Keep, only: Sequence[str] | None, start: int) -
             block.mlp.down.register_forward_hook(gives(f"{ours}.mlp.down")),
             block.register_forward_hook(gives(f"{ours}.residual")),
         ]
-    watched = _Functional(functional.silu, keep_query)
+    watched = _functional(functional.silu, keep_query)
     try:
         with _replaced(qwen_ref.model, {"rotate": keep_rotated, "F": watched}):
             yield

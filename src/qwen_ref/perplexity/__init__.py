@@ -7,11 +7,6 @@ from qwen_ref.commands.lazy import lazy
 if TYPE_CHECKING:
     from qwen_ref.perplexity.scoring import score
 
-__all__ = [
-    "score",
-]
+__all__ = ["score"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    scoring=["score"],
-)
+__getattr__, __dir__ = lazy(__name__, scoring=["score"])

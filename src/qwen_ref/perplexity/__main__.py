@@ -84,7 +84,6 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """Every rank but 0: it only computes. Rank 0 has the texts, and sends each batch."""
     from qwen_ref.perplexity.scoring import score_texts
 
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
     model.config = _switched(model.config, args)
     while request := json.loads(model.group.texts("")[0]):
@@ -107,7 +106,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     asked = _windows(args, texts)
     state = State(args.state, _run(args, folder, texts))
     _say_notes(args, config, asked)
-    ranks.meet(args.device)
     model = load(args, folder, ranks)
     model.config = _switched(model.config, args)
     to_do = {

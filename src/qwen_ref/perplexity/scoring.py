@@ -116,7 +116,7 @@ def score_texts(
 def _batch(
     model: Qwen, texts: list[list[int]], starts: list[int], advance: Callable[[int], None] | None
 ) -> list[Scores]:
-    B, longest, device = len(texts), max(map(len, texts)), model.embed.weight.device
+    B, longest = len(texts), max(map(len, texts))
     padding = [longest - len(text) for text in texts]
     # Padding is the text's own first token. Any other could have values that are not finite, which would
     # make the row NaN.
@@ -127,18 +127,7 @@ def _batch(
         cache = model.new_cache(B, longest, prompt_length=longest)  # the last token is scored, not fed
     # Position t scores the token of position t + 1. The first columns may score nothing that is asked for.
     skipped = min(pad + start for pad, start in zip(padding, starts, strict=True)) - 1
-    parts = []
-    done = 0
-    for states in in_chunks(model, ids[:, :-1], cache, mask[:, :-1]):
-        t = states.shape[1]
-        wanted = slice(max(skipped - done, 0), t)
-        if wanted.start < t:
-            targets = ids[:, done + 1 : done + 1 + t]
-            parts.append(_judged(model, states[:, wanted], targets[:, wanted].to(device)))
-        done += t
-        if advance is not None:
-            advance(B * t)
-    logprobs, likeliest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))  # (B, columns) each
+    logprobs, likeliest = _columns(model, ids, cache, mask[:, :-1], skipped, advance)
     return [
         Scores(logprobs[row], likeliest[row]).part(padding[row] + starts[row] - 1 - skipped)
         for row in range(B)
@@ -205,15 +194,10 @@ def _behind(
         ids = torch.tensor(
             [continuations[n] + [0] * (room - len(continuations[n])) for n in batch], device="cpu"
         )
-        parts, done = [], 0
         try:
-            for states in in_chunks(model, ids[:, :-1], rows):
-                done += states.shape[1]
-                targets = ids[:, done + 1 - states.shape[1] : done + 1].to(device)
-                parts.append(_judged(model, states, targets))
+            logprobs, likeliest = _columns(model, ids, rows)
         finally:  # for the next prompt, whatever happened
             cache.length = P
-        logprobs, likeliest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         for row, number in enumerate(batch):
             rest = Scores(logprobs[row], likeliest[row]).part(0, len(continuations[number]) - 1)
             found[number] = Scores(*map(torch.cat, zip(found[number], rest, strict=True)))
@@ -241,6 +225,31 @@ def _repeated(model: Qwen, cache: KVCache, rows: int, room: int) -> KVCache:
         wide.append(layer, k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
     wide.length, wide.frequencies = cache.length, cache.frequencies
     return wide
+
+
+def _columns(
+    model: Qwen,
+    ids: Tensor,
+    cache: KVCache,
+    mask: Tensor | None = None,
+    skipped: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) go through the model, all but the last column → log-probabilities (B, T − 1 − skipped) of
+    the columns after the first, and if likeliest. The first `skipped` of them are not wanted.
+    """
+    parts, done = [], 0
+    for states in in_chunks(model, ids[:, :-1], cache, mask):
+        t = states.shape[1]
+        wanted = slice(max(skipped - done, 0), t)
+        if wanted.start < t:
+            targets = ids[:, done + 1 : done + 1 + t]
+            parts.append(_judged(model, states[:, wanted], targets[:, wanted].to(states.device)))
+        done += t
+        if advance is not None:
+            advance(len(ids) * t)
+    logprobs, likeliest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return logprobs, likeliest
 
 
 def _judged(model: Qwen, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,7 @@ from qwen_ref.quantize.config import GPTQConfig
 if TYPE_CHECKING:
     from qwen_ref.quantize.rounding import dequantize_gptq, dequantize_int4, quantize_int4, quantize_int8
 
-__all__ = [
-    "GPTQConfig",
-    "dequantize_gptq",
-    "dequantize_int4",
-    "quantize_int4",
-    "quantize_int8",
-]
+__all__ = ["GPTQConfig", "dequantize_gptq", "dequantize_int4", "quantize_int4", "quantize_int8"]
 
 
 def __getattr__(name: str) -> Any:

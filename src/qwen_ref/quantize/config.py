@@ -38,11 +38,6 @@ class GPTQConfig:
     sym: bool  # every zero point is the middle of the range
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> GPTQConfig | None:
-        """Of a checkpoint folder: see from_json."""
-        return cls.from_json(Path(folder) / "config.json")
-
-    @classmethod
     def from_json(cls, config: Path) -> GPTQConfig | None:
         """A config.json's quantization_config, or the quantize_config.json beside it; None: not quantised.
 

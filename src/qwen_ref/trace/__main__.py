@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, say
-from qwen_ref.commands.files import bundled_checkpoint, read_prompt
+from qwen_ref.commands.files import checkpoint_folder, read_prompt
 from qwen_ref.commands.loading import open_folder
 from qwen_ref.commands.settings import (
     add_dtype_option,
@@ -20,7 +20,6 @@ from qwen_ref.commands.settings import (
     length_note,
 )
 from qwen_ref.config import InputError, QwenConfig
-from qwen_ref.loading.folder import require_folder
 from qwen_ref.tokenizer import Tokenizer
 from qwen_ref.trace.report import axis_sizes, spelled, trace_lines
 from qwen_ref.trace.tracing import TOP, Trace, layer_number, trace
@@ -87,8 +86,7 @@ def _chosen(config: QwenConfig, ranges: Sequence[tuple[int, int]] | None) -> lis
 def _command(args: argparse.Namespace) -> int:
     if args.top is not None and not args.lens:
         raise InputError("--top is for --lens")
-    folder = args.model or bundled_checkpoint()
-    require_folder(folder)
+    folder = checkpoint_folder(args.model)
     prompt = read_prompt(args.prompt, args.file)
     config, tokenizer = open_folder(folder)
     ids = encoded_prompt(tokenizer, prompt, args.allow_special)
