@@ -348,6 +348,11 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(cli: Callable, tmp_path:
 
 
 @pytest.mark.usefixtures("never_hangs")
+@pytest.mark.parametrize("name", ["no\0file", "no \ud800 file", "x" * 5000], ids=["NUL", "surrogate", "long"])
+def test_a_name_that_no_file_can_have_is_refused(cli: Callable, name: str) -> None:
+    assert ": cannot be read: " in refused(cli("--file", name))
+
+
 def test_a_text_is_read_up_to_a_bound(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/dev/zero: larger than 256 MiB" in refused(cli("--file", "/dev/zero"))
     monkeypatch.setattr(files, "LARGEST_TEXT", 2**20)

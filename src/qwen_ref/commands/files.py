@@ -68,7 +68,7 @@ def read_text(path: Path) -> str:
 def read_stream(path: Path) -> bytes:
     """The bytes of a text's file. It may be a pipe, as `<(command)` is, or a device."""
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        kind = stat.S_IFMT(os.stat(path).st_mode) if os.path.exists(path) else 0  # 0: read_bytes says why
         if kind not in (stat.S_IFIFO, stat.S_IFCHR):
             return read_bytes(path, LARGEST_TEXT)
         no_wait = getattr(os, "O_NONBLOCK", 0)  # otherwise to open a pipe waits for one who writes
