@@ -201,6 +201,14 @@ def test_a_cache_without_padding_refuses_prompts_of_other_lengths() -> None:
         generate_batch(qwen, [prompt(5), prompt(5)], 4, cache=cache)
 
 
+@pytest.mark.parametrize(("rows", "room"), [(1, 20), (2, 7)])
+def test_a_cache_of_another_size_is_refused_by_both_sizes(rows: int, room: int) -> None:
+    qwen = model("extended_base", "float32")
+    said = rf"2 × 8 positions are needed, the cache has {rows} × {room}; make it with a larger max_length or"
+    with pytest.raises(ValueError, match=f"{said} the right batch_size"):
+        generate_batch(qwen, [prompt(3), prompt(5)], 4, cache=qwen.new_cache(rows, room))
+
+
 def test_a_cache_whose_row_ended_earlier_is_gone_on_with_from_there_alone() -> None:
     """What stands behind a row's end is none of its text."""
     qwen, prompts = model("ntk_logn", "float64"), [[5, 6, 7], [9, 8, 7, 4, 5]]

@@ -726,6 +726,21 @@ def test_a_file_that_is_written_otherwise_but_right_holds_the_same_tokens(tmp_pa
         assert read_ranks(path) == tokens
 
 
+def test_only_a_file_that_is_written_otherwise_is_read_line_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        "qwen_ref.loading.tokenizer.read_ranks", lambda path: read.append(path) or read_ranks(path)
+    )
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(BYTES)]
+    usual, other = tmp_path / "usual.tiktoken", tmp_path / "other.tiktoken"
+    usual.write_bytes(b"".join(lines))
+    other.write_bytes(b"".join(reversed(lines)))
+    assert Tokenizer.from_file(usual)._ranks == Tokenizer.from_file(other)._ranks
+    assert read == [other]
+
+
 def test_a_missing_vocabulary_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.tiktoken"):
         Tokenizer.from_file(tmp_path / "nothing.tiktoken")

@@ -210,13 +210,15 @@ def in_chunks(
         yield states
 
 
-def prefill(model: Qwen, input_ids: Tensor, cache: KVCache, *mask: Tensor | None, **progress: Any) -> Tensor:
+def prefill(
+    model: Qwen, ids: Tensor, cache: KVCache, mask: Tensor | None = None, progress: Progress | None = None
+) -> Tensor:
     """Puts tokens (B, T) into the cache, in chunks; returns the hidden states of the last position, (B, D).
 
-    >>> last = prefill(model, input_ids, model.new_cache(1, 32768))
+    >>> last = prefill(model, ids, model.new_cache(1, 32768))
     >>> model.lm_head(last)  # (B, V): the logits of the next token
     """
-    for states in in_chunks(model, input_ids, cache, *mask, **progress):
+    for states in in_chunks(model, ids, cache, mask, progress=progress):
         last = states[:, -1]
     return last
 
@@ -277,7 +279,7 @@ def _generators(model: Qwen, rows: int, how: Sampling) -> list[torch.Generator]:
     """One generator for each row, so that a row draws the same as it would alone; none if greedy."""
     made = [torch.Generator(model.embed.weight.device) for _ in range(rows if how.temperature > 0 else 0)]
     for row, generator in enumerate(made):
-        generator.seed() if how.seed is None else generator.manual_seed((how.seed + row) % 2**63)
+        generator.manual_seed(generator.seed() if how.seed is None else (how.seed + row) % 2**63)
     return made
 
 

@@ -151,7 +151,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's T new positions (B, H, T, K); returns all S. hidden_states advances `length`."""
         T, end = k.shape[2], self.length + k.shape[2]
-        self.keys[layer].narrow(2, self.length, T).copy_(k)  # a slice would not fail where no room is
+        self.keys[layer].narrow(2, self.length, T).copy_(k)  # fails if there is no room; a slice does not
         self.values[layer].narrow(2, self.length, T).copy_(v)
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
@@ -291,8 +291,9 @@ class Qwen(nn.Module):
 
     def _positions(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Positions:
         T, past = x.shape[1], cache.length if cache is not None else 0
-        if cache is not None and past > 0 and cache.frequencies is not None:
+        if cache is not None and past > 0:
             padding, frequencies = cache.padding, cache.frequencies
+            assert frequencies is not None  # the call that filled the first position has set it
         else:
             padding = None if attention_mask is None else left_padding(attention_mask.cpu())
             length = T if attention_mask is None else attention_mask.shape[1]
@@ -354,7 +355,5 @@ def left_padding(attention_mask: Tensor) -> Tensor | None:
     padding = (attention_mask == 0).sum(dim=1)
     real = torch.arange(T, device="cpu") >= padding[:, None]  # (B, T)
     if not (attention_mask == real).all() or (padding == T).any():
-        raise InputError(
-            "attention_mask must be 0 … 0 1 … 1 in every row: padding on the left, at least one token"
-        )
+        raise InputError("attention_mask rows must be 0 … 0 1 … 1: padding on the left, at least one token")
     return padding if padding.any() else None

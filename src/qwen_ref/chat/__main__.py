@@ -54,7 +54,7 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     model = load(args, folder, ranks)
     prefix = PrefixCache(model)
     while request := model.group.texts("")[0]:
-        with contextlib.suppress(InputError):  # rank 0 has it as well, and says so
+        with contextlib.suppress(InputError):  # rank 0 raises the same error and prints it
             for _ in prefix.generate(**json.loads(request)):
                 pass
     return 0

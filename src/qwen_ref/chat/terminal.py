@@ -57,7 +57,7 @@ class Chat:
         self._noted = False
 
     def message(self, text: str) -> bool:
-        """Does what one message asks for; False if that is the end. Errors are printed, not raised."""
+        """Answers a message or runs its command; False ends the chat. Errors are printed, not raised."""
         try:
             if text.startswith("/") and not text.startswith("//") and "\n" not in text:
                 return self._command(*text.split(maxsplit=1))

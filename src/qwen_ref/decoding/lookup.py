@@ -1,4 +1,4 @@
-"""Several tokens a pass without a second model: what followed the last tokens before may follow them again.
+"""Several tokens in one pass, without a second model: what once followed the last tokens is guessed again.
 
 In decoding, a pass of the model waits for its weights, which it reads once however many tokens it computes.
 So n tokens are guessed, and one pass over 1 + n tokens checks them all: position t scores the token after t,
@@ -109,7 +109,7 @@ def generate_lookup(
     with group.together():
         cache = model.new_cache(1, full - 1)  # as the plain loop's: the last token is never fed back
     text, count = Text(prompt_ids, longest_match), Passes() if passes is None else passes
-    exact = 0  # so many positions of the cache have the bits of the plain loop's
+    exact = 0  # the first `exact` positions of the cache have the plain loop's bits
     fast = isinstance(cache, FastCache)
     if fast:
         draft_tokens = min(draft_tokens, FEW_ROWS - 1)
@@ -133,7 +133,7 @@ def generate_lookup(
         return choose(model, logits, torch.tensor([ids], device="cpu"), [0], Sampling(), [])
 
     def judged(draft: list[int]) -> list[Step]:
-        """The right ones of draft and the model's next token, as far as no choice among them is close."""
+        """The right guesses and the model's next token, up to the first close choice."""
         nonlocal exact
         logits = model.lm_head(states_of([text.ids[-1], *draft])[0], only_rank_0=True)  # (1 + n, V)
         steps = _sure_steps(model, logits, 1 + len(draft), fast)
@@ -187,7 +187,7 @@ def check_model(dtype: torch.dtype, cache_type: type[KVCache]) -> None:
 
 
 def _sure_steps(model: Qwen, logits: Tensor | None, T: int, fast: bool) -> list[Step]:
-    """What each of T positions chooses, by rank 0's logits (T, V), on every rank; token −1 where it is close.
+    """The choice at each of T positions, from rank 0's logits (T, V), on every rank; token −1 if it is close.
 
     fast: the logits have the bits of the plain loop's, and only those that are not finite count as close.
 

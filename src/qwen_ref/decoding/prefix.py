@@ -19,7 +19,7 @@ from qwen_ref.model import KVCache, Qwen, ntk_alpha
 
 
 class PrefixCache:
-    """`generate`, time after time, with what the last text left in the cache.
+    """`generate`, called again and again; each call reuses the keys and values of the text before.
 
     The tokens are those of `generate` without it, except for rounding: positions computed in other passes
     round differently. Dynamic NTK chooses its base by the length of the whole prompt: if a longer prompt has
@@ -28,7 +28,7 @@ class PrefixCache:
 
     def __init__(self, model: Qwen) -> None:
         self.model = model
-        self.kept = 0  # positions of the last prompt that were there already
+        self.kept = 0  # positions of the last prompt that were in the cache before
         self._cache: KVCache | None = None
         self._room = 0  # positions that its tensors take
         self._ids: list[int] = []  # the first cache.length of them are in the cache
@@ -37,14 +37,13 @@ class PrefixCache:
     def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
     ) -> Generator[Step]:
-        """As qwen_ref.generate.generate, which has the settings, all but cache.
+        """Takes the arguments of qwen_ref.generate.generate, except `cache`.
 
         There is one text at a time: an iterator that is still running ends with the next call.
         """
         prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
         cache = self.rewind(prompt_ids, len(prompt_ids) + whole("max_new_tokens", max_new_tokens) - 1)
         steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
-        assert isinstance(steps, Generator)  # what `closing` needs
 
         def watched() -> Generator[Step | None]:
             try:
@@ -54,7 +53,7 @@ class PrefixCache:
                         self._ids.append(step.token)
                         yield step
                         self.make_room(min(cache.length + 1, cache.max_length))
-            except ValueError:  # logits that are not finite: so may be what is cached
+            except ValueError:  # logits that are not finite; the keys and values may not be finite either
                 self._cache = None
                 raise
 
@@ -62,13 +61,13 @@ class PrefixCache:
         return self._steps
 
     def rewind(self, prompt_ids: list[int], length: int, prompt_length: int | None = None) -> KVCache:
-        """A cache that takes up to so many positions, and holds as much of the prompt as can be kept.
+        """A cache for up to `length` positions that already holds the common beginning of the prompt.
 
-        The caller puts the rest of the prompt behind it, the last token at least. prompt_length: what fixes
-        dynamic NTK's base, where that is not the prompt alone.
+        The caller appends the rest of the prompt, at least its last token. prompt_length: the length that
+        fixes dynamic NTK's base, if it is not the prompt's.
         """
         if self._steps is not None:
-            self._steps.close()  # it would go on with what is in the cache now
+            self._steps.close()  # it would continue on the changed cache
         prompt_length = prompt_length or len(prompt_ids)
         before, self._ids, self.kept = self._ids, list(prompt_ids), 0
         cache = self._cache
@@ -76,7 +75,7 @@ class PrefixCache:
             cache = self._cache = None  # its memory is needed for the next one
             with self.model.group.together():
                 cache = self.model.new_cache(1, len(prompt_ids))
-            self._room = -(-len(prompt_ids) // getattr(cache, "BLOCK", 1)) * getattr(cache, "BLOCK", 1)
+            self._room = _allocated(cache, len(prompt_ids))
             self._cache = cache
         else:
             held = min(cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
@@ -97,9 +96,8 @@ class PrefixCache:
         if cache is None or positions <= self._room:
             return
         self._cache = None  # if memory does not suffice, some layers are widened, others not: it is dropped
-        block = getattr(cache, "BLOCK", 1)  # a FastCache has whole blocks of positions
         room = max(positions, min(2 * self._room, cache.max_length))
-        before, self._room = self._room, -(-room // block) * block
+        before, self._room = self._room, _allocated(cache, room)
         for held in vars(cache).values():
             if isinstance(held, list) and isinstance(held[0], Tensor):  # of each layer (B, H, positions, …)
                 for layer, x in enumerate(held):
@@ -112,3 +110,9 @@ class PrefixCache:
         if not config.use_dynamic_ntk:
             return True
         return ntk_alpha(before, config.seq_length) == ntk_alpha(now, config.seq_length)
+
+
+def _allocated(cache: KVCache, positions: int) -> int:
+    """The positions that a cache's tensors have if it was made for so many: a FastCache has whole blocks."""
+    block = getattr(cache, "BLOCK", 1)
+    return -(-positions // block) * block

@@ -71,13 +71,14 @@ class TextStream:
         return text
 
     def _decoded(self, token: int) -> str:
-        # The model has more rows than the tokenizer has ids: noise at a high temperature may draw one.
+        # The output head has more rows than the tokenizer has ids. At a high temperature sampling may choose
+        # such a row.
         return (
             self._decoder.push(token) if token < self._tokenizer.n_vocab else self._decoder.flush() + "\ufffd"
         )
 
     def flush(self) -> str:
-        """What is still held back; for an iteration that is given up before its end."""
+        """Returns the text that is still held back. Call it if you stop iterating before the end."""
         return self._until.push(self._decoder.flush()) + self._until.flush()
 
 
@@ -107,5 +108,5 @@ class _UntilStop:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of text that stop begins with, short of the whole stop."""
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))

@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The ChatML text of messages; without add_generation_prompt the last one is left open."""
+        """The ChatML text of messages; without add_generation_prompt the last one has no <|im_end|>."""
         if not chat_history or chat_history[0]["role"] != "system":
             chat_history = [{"role": "system", "content": DEFAULT_SYSTEM}, *chat_history]
         messages = []

@@ -1,8 +1,8 @@
-"""The loader that looks first: everything that is wrong with a checkpoint folder is said at once.
+"""The loader that checks a checkpoint folder first and reports everything that is wrong with it at once.
 
-checkpoint.py's load_model believes a folder that has the right tensors. This one finds damaged, doubled and
-misplaced files, pickles, Git LFS pointers and packed weights that cannot be, before any weight is read. It
-also sees to it that several ranks load the same checkpoint, each on a device of its own.
+checkpoint.py's load_model checks only that the right tensors are there. Before any weight is read, this one
+finds damaged, doubled and misplaced files, pickles, Git LFS pointers and packed weights with impossible
+values. With several ranks it checks that all load the same checkpoint, and gives each its own device.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def check_values(folder: str | Path, stored: Mapping[str, Stored], ranks: Group 
 
 
 def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: Mapping[str, Stored]) -> dict[str, object]:
-    """What tells models apart: the configuration, the dtype, and each tensor's first row, as a hash.
+    """What models differ in: the configuration, the dtype, and a hash of each tensor's first row.
 
-    Two fine-tunings of one model differ in nothing but their weights, and there in all that was trained.
+    Two fine-tunings of one model differ only in the weights that were trained.
     """
     marks: dict[str, object] = {**vars(config), "dtype": dtype}
     for name, tensor in stored.items():
@@ -161,7 +161,7 @@ def own_device(device: str, size: int) -> str:
 
 
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
-    """checkpoint.open_checkpoint's; ValueError with everything that is wrong with a folder."""
+    """As checkpoint.open_checkpoint; its ValueError names everything that is wrong with the folder."""
     require_folder(folder)
     folder = Path(folder)
     if not os.access(folder, os.R_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""The tokenizer, sooner: the ids of tokenizer.py's, by five ways round what costs it most.
+"""A faster tokenizer, with the ids of tokenizer.py. Five things make it faster.
 
 A vocabulary file in the usual form is read in half the time. The ids of a piece are remembered. Pieces are
 found by the standard library's regular expressions, which take half the time. Long pieces of Chinese are cut

@@ -172,7 +172,7 @@ def _run(args: argparse.Namespace, folder: Path, texts: list[list[int]]) -> dict
     config, stored = open_checkpoint(folder)
     model = fingerprint(config, compute_dtype(args.dtype, stored), stored)
     return {
-        "--dtype": args.dtype,  # first: the model's digest depends on it, and says less
+        "--dtype": args.dtype,  # compared first: the model's digest changes with it, but names no cause
         "the model": _digest(model),
         "the text": [_digest(text) for text in texts],
         "options": speed_options(args),

@@ -66,7 +66,7 @@ def score(
         several = isinstance(continuations, Iterable) and not isinstance(continuations, str | bytes)
         if not several or not all(map(_is_list, continuations := list(continuations))):
             raise InputError(f"continuations must be lists of token ids; they are {shown(continuations)}")
-        # A copy is what gradients can flow through; what was made in inference mode is not.
+        # Tensors made in inference mode cannot carry gradients; a copy can.
         scores = score_continuations(model, texts[0], continuations, batch_size)
         return [each.logprobs.clone() for each in scores]
     found = [each.logprobs.clone() for each in score_texts(model, texts, batch_size=batch_size)]
