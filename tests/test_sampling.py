@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
+from torch import Tensor
 
-from qwen_ref.sampling import probabilities
+from qwen_ref.sampling import distribution, probabilities
 
 CASES = json.loads((GOLDEN / "sampling" / "sampling.json").read_text())
 TENSORS = load_file(GOLDEN / "sampling" / "sampling.safetensors")
@@ -71,6 +73,39 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
         (1.0, 4),
     ]:
         assert (probabilities(logits, NOTHING_BEFORE, top_p=top_p) > 0).sum() == kept, top_p
+
+
+def sorted_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """The obvious way: sort the ids with their logits, stably; add up from the least likely; put back."""
+    ascending, order = (x.flip(-1) for x in logits.sort(dim=-1, descending=True, stable=True))
+    cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+    cut[:, -1] = False
+    return logits.masked_fill(cut.scatter(1, order, cut), -torch.inf).softmax(dim=-1)
+
+
+TOP_PS = (1e-12, 1e-4, 0.25, 0.5, 0.8, 0.95, 1 - 1e-6, 1 - 2**-53)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("step", [0, 2.0, 0.125], ids=["distinct", "many equal", "some equal"])
+def test_top_p_keeps_what_a_stable_sort_of_the_tokens_keeps(dtype: torch.dtype, step: float) -> None:
+    """The same numbers are added in the same order: so the same bits, on every processor."""
+    rng, generator = random.Random(step), torch.Generator().manual_seed(7)
+    cases: list[tuple[int, int, float]] = [
+        (rng.randint(1, 4), rng.randint(1, 300), 4 * rng.random()) for _ in range(150)
+    ]
+    for B, V, spread in [*cases, (2, 151936, 2.0)]:
+        scales = spread * torch.rand(B, 1, generator=generator, dtype=dtype)  # rows keep different numbers
+        logits = scales * torch.randn(B, V, generator=generator, dtype=dtype)
+        logits = (logits / step).round() * step if step else logits
+        for top_k in (0, 2, 40):
+            left = logits
+            if 0 < top_k < V:
+                kth = logits.sort(dim=-1, descending=True).values[:, top_k - 1 : top_k]
+                left = logits.masked_fill(logits < kth, -torch.inf)
+            for top_p in TOP_PS:
+                expected = sorted_top_p(left, top_p)
+                assert torch.equal(distribution(logits, 1.0, top_k, top_p), expected), (B, V, top_k, top_p)
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numbers import Real
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -67,15 +68,17 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
     if temperature == 0 or top_k == 1:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), V).to(logits.dtype)
     if 0 < top_k < V:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p < 1.0:
-        # The flip puts equal logits in reverse order. So the first of them, which greedy takes, is cut last.
-        ascending, order = (x.flip(-1) for x in logits.sort(dim=-1, descending=True, stable=True))
-        reached = ascending.softmax(dim=-1).cumsum(dim=-1)  # sum over a token and all less likely ones
-        cut = reached <= 1.0 - top_p
-        cut[:, -1] = False
-        logits = logits.masked_fill(cut.scatter(1, order, cut), -torch.inf)
+        # Values are sorted without their ids. On a CPU numpy does it: 0.4 ms for V = 151,936, torch takes 9.
+        values = torch.from_numpy(numpy.sort(logits.numpy(force=True))) if logits.is_cpu else logits.sort()[0]
+        reached = values.softmax(dim=-1).cumsum(dim=-1)  # sum over a token and all less likely ones
+        count = (reached > 1.0 - top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # (B, 1): of tokens to keep
+        least = values.gather(1, V - count)
+        # Of logits that equal the least one kept, the first are kept. So what greedy takes is always kept.
+        above, equal = logits > least, logits == least
+        first = equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)
+        logits = logits.where(above | (equal & first), -torch.inf)
     return logits.softmax(dim=-1)
 
 
@@ -91,8 +94,7 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
     if not 0 < top_p <= 1:
         raise InputError(f"top_p={shown(top_p)} must be above 0 and at most 1 (no limit)")
     if not 1e-5 <= repetition_penalty <= 1e30:
-        given_value = shown(repetition_penalty)
-        raise InputError(f"repetition_penalty={given_value} must be from 1e-5 to 1e30; 1 changes nothing")
+        raise InputError(f"repetition_penalty={shown(repetition_penalty)} must be from 1e-5 to 1e30 (1: off)")
 
 
 def check_finite(logits: Tensor, whose: str = "") -> None:
@@ -108,5 +110,4 @@ def check_finite(logits: Tensor, whose: str = "") -> None:
 
 def overflow(temperature: float, repetition_penalty: float) -> InputError:
     """The error for finite logits that `scaled` has made infinite or NaN."""
-    given = f"{repetition_penalty=} and {temperature=}"
-    return InputError(f"logits overflow with {given}; bring them nearer to 1")
+    return InputError(f"logits overflow with {repetition_penalty=} and {temperature=}; move them nearer to 1")
