@@ -208,7 +208,7 @@ def unfinished(output: Path) -> Iterator[Path]:
 
 def calibration(source: Path, text: Path | None, rows: int, length: int) -> Tensor:
     """(rows, length) ids of a text, or of documents like those of the tiny checkpoint's training."""
-    tokenizer = Tokenizer.from_file(source / "qwen.tiktoken")
+    tokenizer = Tokenizer.from_file(source / "qwen.tiktoken", engine="tiktoken")  # the text may be a book
     if text is None:
         ids = itertools.chain.from_iterable(map(Encoder(tokenizer).document, documents(SEED)))
         return torch.tensor(list(itertools.islice(ids, rows * length))).view(rows, length)

@@ -31,6 +31,7 @@ from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, utf
 from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.commands.files import output_path, read_text
 from qwen_ref.commands.loading import open_folder
+from qwen_ref.commands.settings import add_tokenizer_option
 from qwen_ref.config import InputError
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.loading.loader import load_model
@@ -298,6 +299,7 @@ def parser() -> Parser:
     add("--haystack", type=Path, metavar="FILE", help="text in UTF-8; repeated where it is too short")
     add("--seed", type=int, default=0, help="for facts and haystacks (%(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="texts at a time (%(default)s)")
+    add_tokenizer_option(parser)
     add("--dtype", default="auto", help="auto (as stored), bfloat16, float16, float32 or float64")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     add("--plot", type=Path, metavar="FILE.png", help="draw the heat map (takes matplotlib)")
@@ -356,7 +358,7 @@ def command(args: argparse.Namespace) -> int:
         pyplot()
         output_path(args.plot, "--plot", args)
     require_folder(args.model)
-    _, tokenizer = open_folder(args.model)
+    _, tokenizer = open_folder(args.model, args.tokenizer_engine)
     draw = drawer(args, tokenizer)
     texts = {
         length: texts_of(draw, tokenizer, length, args.depths, args.samples, args.seed)

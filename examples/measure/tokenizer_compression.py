@@ -23,6 +23,7 @@ from qwen_ref import Tokenizer
 from qwen_ref.commands.cli import Parser, Progress, on_stdout, printable, run, say, utf8
 from qwen_ref.commands.figures import pyplot, save
 from qwen_ref.commands.files import bundled_checkpoint, decoded, output_path, read_text
+from qwen_ref.commands.settings import add_tokenizer_option
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
 from qwen_ref.loading.tokenizer import nfc
 
@@ -51,9 +52,9 @@ class Count(NamedTuple):
 # Vocabularies
 
 
-def from_tiktoken_file(name: str, path: str | Path) -> Vocabulary:
+def from_tiktoken_file(name: str, path: str | Path, engine: str = "tiktoken") -> Vocabulary:
     """A file of base64 and ranks. It does not say how text is split into pieces: Qwen's pattern is taken."""
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_file(path, engine)
     return Vocabulary(name, tokenizer.encode, tokenizer.decode_bytes)
 
 
@@ -103,19 +104,20 @@ def from_tiktoken_name(name: str, download: bool) -> Vocabulary:
     return Vocabulary(name, encoding.encode_ordinary, encoding.decode_bytes)
 
 
-def against(name: str, argument: str, download: bool) -> Vocabulary:
+def against(name: str, argument: str, args: argparse.Namespace) -> Vocabulary:
     """What --against means. A name goes before a file: ./gpt2 is a file called as an encoding is."""
     import tiktoken
 
     if argument == "bytes":
         return Vocabulary(name, lambda text: list(text.encode()), bytes)
     if argument in tiktoken.list_encoding_names():
-        return from_tiktoken_name(argument, download)
+        return from_tiktoken_name(argument, args.download)
     if not Path(argument).exists():
         known = ", ".join(tiktoken.list_encoding_names())
         raise InputError(f"--against {argument}: neither a file nor a known name: bytes, {known}")
-    reader = from_tokenizer_json if argument.endswith(".json") else from_tiktoken_file
-    return reader(name, argument)
+    if argument.endswith(".json"):
+        return from_tokenizer_json(name, argument)
+    return from_tiktoken_file(name, argument, args.tokenizer_engine)
 
 
 def vocabularies(args: argparse.Namespace) -> list[Vocabulary]:
@@ -134,8 +136,8 @@ def vocabularies(args: argparse.Namespace) -> list[Vocabulary]:
     # Files go by their last name, where that tells them apart.
     names = [Path(each).name for each in given]
     names = [short if names.count(short) == 1 else each for short, each in zip(names, given, strict=True)]
-    rest = [against(*each, args.download) for each in zip(names[1:], args.against, strict=True)]
-    return [from_tiktoken_file(names[0], path), *rest]
+    rest = [against(*each, args) for each in zip(names[1:], args.against, strict=True)]
+    return [from_tiktoken_file(names[0], path, args.tokenizer_engine), *rest]
 
 
 def repeated(names: Sequence[str]) -> str | None:
@@ -312,6 +314,7 @@ def parser() -> Parser:
         "tiktoken's format, split by Qwen's pattern; a tokenizer.json of Hugging Face's tokenizers",
     )
     add("--download", action="store_true", help="let tiktoken fetch encodings that its cache lacks")
+    add_tokenizer_option(found)
     add("--plot", type=Path, metavar="FILE.png", help="draw bytes per token (takes matplotlib)")
     add("--json", action="store_true", help="print one JSON object")
     return found

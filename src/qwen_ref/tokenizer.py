@@ -28,7 +28,6 @@ PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-
 SINGLE_BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -38,12 +37,8 @@ class Tokenizer:
     The special tokens' ids follow those of the file: in the published models <|endoftext|> is 151643.
     """
 
-    def __init__(self, tokens: Iterable[bytes], engine: str = "python") -> None:
-        """tokens: the regular ones in the order of their ranks, distinct, every single byte among them.
-        engine: "python", or "tiktoken" for that library's encoder: the same ids, faster.
-        """
-        if engine not in ("python", "tiktoken"):
-            raise InputError(f'engine {engine!r} is unknown; use "python" or "tiktoken"')
+    def __init__(self, tokens: Iterable[bytes]) -> None:
+        """tokens: the regular ones in the order of their ranks, distinct, every single byte among them."""
         tokens = list(tokens)
         self.special_ids = {token: len(tokens) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = len(tokens) + len(SPECIAL_TOKENS)
@@ -52,21 +47,14 @@ class Tokenizer:
         self._ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(self._ranks) < len(tokens) or not self._ranks.keys() >= set(SINGLE_BYTES):
             raise InputError("tokens must be distinct and hold each of the 256 single bytes")
-        self._tiktoken = None
-        if engine == "tiktoken":
-            import tiktoken
-
-            self._tiktoken = tiktoken.Encoding(
-                "qwen", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens=self.special_ids
-            )
 
     @classmethod
-    def from_file(cls, path: str | Path, engine: str = "python") -> Tokenizer:
+    def from_file(cls, path: str | Path) -> Tokenizer:
         """Reads a qwen.tiktoken file: per line a token's bytes in base64, a space, its rank.
 
         Raises ValueError, naming the line, for bad base64, for gaps and duplicates, for missing single bytes.
         """
-        return cls(read_ranks(path), engine)
+        return cls(read_ranks(path))
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of text. allowed_special: the special tokens that text may contain, or "all".
@@ -78,12 +66,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InputError(f"text must be a str, not {shown(text)}")
         text = self._nfc(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        allowed = self._allowed(allowed_special)
-        if self._tiktoken is not None:
-            try:
-                return self._tiktoken.encode(text, allowed_special=allowed, disallowed_special=())
-            except ValueError:  # its regex engine gives up on a run of a million spaces; ours does not
-                pass
+        return self._encode(text, self._allowed(allowed_special))
+
+    def _encode(self, text: str, allowed: set[str]) -> list[int]:
         if not allowed:
             return self._encode_ordinary(text)
         longest_first = sorted(allowed, key=len, reverse=True)
@@ -119,14 +104,12 @@ class Tokenizer:
                 raise TypeError
             allowed = set(allowed_special)
         except TypeError:
-            raise InputError(
-                f'allowed_special must be "all" or a collection of tokens, not {shown(allowed_special)}'
-            ) from None
+            wanted = '"all" or a collection of tokens'
+            raise InputError(f"allowed_special must be {wanted}, not {shown(allowed_special)}") from None
         if unknown := allowed - self.special_ids.keys():
-            raise InputError(
-                f"no special token is named {some(sorted(map(shown, unknown)), most=8)}; there are "
-                "<|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
-            )
+            names = "<|endoftext|>, <|im_start|>, <|im_end|> and <|extra_0|> to <|extra_204|>"
+            unknown_names = some(sorted(map(shown, unknown)), most=8)
+            raise InputError(f"no special token is named {unknown_names}; there are {names}")
         return allowed
 
     def _encode_ordinary(self, text: str) -> list[int]:

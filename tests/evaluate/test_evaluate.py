@@ -485,6 +485,11 @@ def test_what_is_no_number_is_null(cli: Run, letters: Path) -> None:
     assert "NaN" not in done.out
 
 
+def test_either_engine_of_the_tokenizer_answers_alike(cli: Run, engine_options: list[str]) -> None:
+    done = cli("--tasks", TASKS / "tiny_sums.yaml", "--limit", "4", "--json", *engine_options)
+    assert results(done)["tiny_sums"]["exact_match,strict-match"] == 1.0
+
+
 def test_the_table_alone_goes_to_stdout(cli: Run) -> None:
     done = cli("--tasks", TASKS / "tiny_sums.yaml", "--limit", "4")
     first, _, row, *rest = done.out.splitlines()

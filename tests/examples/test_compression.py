@@ -78,6 +78,14 @@ def test_the_table_has_what_a_hand_counts(measure: Run) -> None:
     ]
 
 
+def test_either_engine_of_the_tokenizer_counts_the_same(
+    measure: Run, tmp_path: Path, engine_options: list[str]
+) -> None:
+    vocabulary(tmp_path / "other.tiktoken", [b"ab"])
+    found = parsed(measure(*TEXTS, "--against", "other.tiktoken", "--json", *engine_options))
+    assert [each["tokens"] for each in found["all"]["by_vocabulary"]] == [10, 12]
+
+
 def test_ratios_are_to_the_first_that_it_is_held_against(measure: Run, tmp_path: Path) -> None:
     vocabulary(tmp_path / "other.tiktoken", [b"ab"])
     result = measure(*TEXTS, "--against", "bytes", "--against", "other.tiktoken")
@@ -130,8 +138,8 @@ def test_the_sample_in_the_published_vocabulary_is_what_tiktoken_makes_of_it(
 ) -> None:
     ranks = tiktoken.load.load_tiktoken_bpe(str(vocabulary_file))
     theirs = tiktoken.Encoding("theirs", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-    ours = module.from_tiktoken_file("ours", vocabulary_file)
-    found = parsed(measure("--json"))
+    ours = module.from_tiktoken_file("ours", vocabulary_file, "python")
+    found = parsed(measure("--json", "--tokenizer-engine", "python"))
     assert [text["text"].lower() for text in found["texts"]] == sorted(SCRIPTS)
     for text in found["texts"]:
         (path,) = SAMPLE.glob(f"{text['text'].lower()}.*")

@@ -113,6 +113,11 @@ def test_a_file_is_a_haystack_and_a_fact_may_be_any(needle: ModuleType, run_need
     assert (result.code, result.out.count("| 100 % (")) == (0, 5), result
 
 
+def test_either_engine_of_the_tokenizer_encodes(run_needle: Run, engine_options: list[str]) -> None:
+    result = run_needle("--lengths", "64", "--samples", "4", "--variants", "none", *engine_options)
+    assert (result.code, result.out.count("| 100 % (")) == (0, 5), result
+
+
 # The checkpoint
 
 

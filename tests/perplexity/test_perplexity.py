@@ -17,7 +17,7 @@ from golden_cases import model
 from torch import Tensor
 
 import qwen_ref
-from qwen_ref import Qwen, Tokenizer, load_model
+from qwen_ref import Qwen, load_model
 from qwen_ref.decoding.prefix import PrefixCache
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
@@ -25,6 +25,7 @@ from qwen_ref.perplexity import scoring
 from qwen_ref.perplexity.__main__ import main
 from qwen_ref.perplexity.scoring import score
 from qwen_ref.perplexity.windows import bucket_edges, windows
+from qwen_ref.tokenizer import Tokenizer
 
 cli = cli_of(main)
 FOLDERS = ("extended_base", "ntk_logn", "long")
@@ -375,6 +376,14 @@ def test_a_text_is_taken_as_it_is(cli: Run, tmp_path: Path) -> None:
     path.write_text("7+8=15\n")
     report = json.loads(cli("--text", path, "--lengths", "7", "--json").out)
     assert report["texts"] == [{"file": str(path), "tokens": 7}]
+
+
+def test_either_engine_of_the_tokenizer_gives_the_same_table(
+    cli: Run, text: Path, engine_options: list[str]
+) -> None:
+    done = cli("--text", text, "--lengths", "50", "--dtype", "float64", "--json", *engine_options)
+    report = json.loads(done.out)
+    assert report["results"][0]["perplexity"] == pytest.approx(expected(WEIGHTS, text, 50), rel=1e-12)
 
 
 # Resuming

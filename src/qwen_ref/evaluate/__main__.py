@@ -25,7 +25,7 @@ from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import decoded, output_path, write_whole
 from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import add_load_options, add_model_option
+from qwen_ref.commands.settings import add_load_options, add_model_option, add_tokenizer_option
 from qwen_ref.config import InputError, read_bytes
 from qwen_ref.loading.folder import require_folder
 
@@ -97,6 +97,7 @@ def _parser() -> Parser:
         action="store_true",
         help="run the programs that the model writes, as HumanEval does",
     )
+    add_tokenizer_option(parser)
     add_load_options(parser)
     return parser
 
@@ -120,7 +121,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     if args.output is not None:
         output_path(args.output, "--output", args)
     files = _task_files(args.tasks)
-    _, tokenizer = open_folder(folder)
+    _, tokenizer = open_folder(folder, args.tokenizer_engine)
     defaults = read_defaults(folder, tokenizer)
     simple_evaluate, manager = _harness(args, files)
     tasks = _tasks(manager, args.tasks, files)

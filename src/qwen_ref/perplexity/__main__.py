@@ -17,7 +17,13 @@ from qwen_ref.commands.figures import check_plot, pyplot, save
 from qwen_ref.commands.files import output_path, read_text
 from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
-from qwen_ref.commands.settings import add_load_options, add_model_option, length_note, speed_options
+from qwen_ref.commands.settings import (
+    add_load_options,
+    add_model_option,
+    add_tokenizer_option,
+    length_note,
+    speed_options,
+)
 from qwen_ref.config import InputError, QwenConfig, shown
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.perplexity.state import State
@@ -65,6 +71,7 @@ def _parser() -> Parser:
     add("--state", type=Path, metavar="FILE", help="keep the windows done in this file, and continue from it")
     add("--plot", type=Path, metavar="FILE.png", help="draw the loss by position (takes matplotlib)")
     add("--json", action="store_true", help="print one JSON object")
+    add_tokenizer_option(parser)
     add_load_options(parser)
     return parser
 
@@ -101,7 +108,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     check_plot(args)
     if args.state is not None:
         output_path(args.state, "--state")
-    config, tokenizer = open_folder(folder)
+    config, tokenizer = open_folder(folder, args.tokenizer_engine)
     texts = [tokenizer.encode(read_text(path)) for path in args.text]
     asked = _windows(args, texts)
     state = State(args.state, _run(args, folder, texts))
