@@ -113,8 +113,7 @@ class QwenConfig:
             "the MLP's width (intermediate_size / 2)": self.mlp_width,
             "vocab_size": self.vocab_size,
         }
-        uneven = [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]
-        if uneven:
+        if uneven := [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]:
             usable = either(self.usable_ranks())
             raise InputError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
 
@@ -133,10 +132,7 @@ class QwenConfig:
                 (K % 2, f"kv_channels={K} must be even: rotation pairs the halves of a head"),
                 (self.use_dynamic_ntk and K == 2, f"kv_channels={K} is too small for use_dynamic_ntk"),
                 (width % 2, f"intermediate_size={width} must be even: it counts gate and up together"),
-                (
-                    self.use_logn_attn and length < 2,
-                    f"seq_length={length} must be at least 2 for use_logn_attn",
-                ),
+                (self.use_logn_attn and length < 2, f"seq_length={length} is too small for use_logn_attn"),
             )
             problems = [problem for there, problem in wrong if there]
         if problems:
@@ -239,9 +235,9 @@ def some(items: Iterable[str], separator: str = ", ", longest: int = 200, most: 
     return separator.join(named[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def either(numbers: Iterable[int]) -> str:
+def either(values: Iterable[object]) -> str:
     """ "1, 2 or 4"."""
-    *most, last = map(str, numbers)
+    *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last
 
 

@@ -33,7 +33,6 @@ from qwen_ref.parallel import Group, RankLost
 from qwen_ref.sampling import check_finite, check_parameters, distribution, overflow, scaled
 
 CHUNK = 1024  # tokens in one pass: products of matrices have their full speed, activations stay small
-
 Progress = Callable[[int, int], None]
 Generators = Sequence[torch.Generator]
 Item = TypeVar("Item")
@@ -319,8 +318,7 @@ def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:
     ids = whole_numbers("a prompt", prompt)
     if not ids:
         raise InputError("a prompt has no tokens to continue (<|endoftext|> alone starts a new text)")
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if outside:
+    if outside := [token for token in ids if not 0 <= token < vocab_size]:
         raise InputError(f"token id {outside[0]} is outside the vocabulary, 0 to {vocab_size - 1}")
     return ids
 

@@ -284,10 +284,9 @@ class Qwen(nn.Module):
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
-        raise InputError(
-            f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.3f} GB, "
-            f"more than {self.embed.weight.device} has left; ask for fewer positions or rows"
-        )
+        limit = f"more than {self.embed.weight.device} has left; ask for fewer positions or rows"
+        takes = f"a cache of {batch_size} × {max_length} positions takes up to {size / 1e9:,.3f} GB"
+        raise InputError(f"{takes}, {limit}")
 
     def _positions(self, x: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Positions:
         T, past = x.shape[1], cache.length if cache is not None else 0
@@ -334,19 +333,15 @@ def check_inputs(V: int, input_ids: Tensor, attention_mask: Tensor | None, cache
         shape = tuple(attention_mask.shape)
         longer = cache is not None and not begun and shape[:-1] == (B,) and shape[-1] > T
         if shape != (B, T) and not longer:
-            raise InputError(
-                f"attention_mask {shape} must have the shape of input_ids {(B, T)}; positions already cached "
-                "are not repeated in it"
-            )
+            wanted = f"the shape of input_ids {(B, T)}; positions already cached are not repeated in it"
+            raise InputError(f"attention_mask {shape} must have {wanted}")
         if begun and not (attention_mask == 1).all():
             raise InputError("padding can only come first: the cache remembers the first attention_mask")
     if cache is not None and cache.batch_size != B:
         raise InputError(f"input_ids has {B} rows, the cache was made for {cache.batch_size}")
     if cache is not None and cache.length + T > cache.max_length:
-        raise InputError(
-            f"{T} tokens do not fit behind the {cache.length} cached: the cache holds {cache.max_length}; "
-            "make it with a larger max_length"
-        )
+        limit = f"the cache holds {cache.max_length}; make it with a larger max_length"
+        raise InputError(f"{T} tokens do not fit behind the {cache.length} cached: {limit}")
 
 
 def left_padding(attention_mask: Tensor) -> Tensor | None:

@@ -19,16 +19,18 @@ So attention needs one all-reduce, and so does the MLP.
     gate, up → down       channels: rows of W in gate and up; columns of W in down → one all-reduce
     lm_head               rows of W: each rank scores some tokens → one gather
 
-With one rank every layer is the plain nn.Linear or nn.Embedding, and nothing is exchanged.
+With one rank every layer is a plain linear layer or look-up, and nothing is exchanged.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -146,10 +148,8 @@ class Group:
         for rank, (other, given) in enumerate(others, start=1):
             for theirs, ours in zip(given, wanted, strict=False):
                 if theirs[1] != ours[1]:
-                    raise InputError(
-                        f"rank {rank} ({other}) and rank 0 ({first}) differ: on rank {rank} {theirs[0]}, "
-                        f"on rank 0 {ours[0]}; give every rank the same"
-                    )
+                    found = f"on rank {rank} {theirs[0]}, on rank 0 {ours[0]}; give every rank the same"
+                    raise InputError(f"rank {rank} ({other}) and rank 0 ({first}) differ: {found}")
 
     def _device(self) -> str:
         """Where small messages travel: through the CPU if the process group has a way there."""
@@ -163,14 +163,59 @@ def _digest(value: object) -> str:  # it tells values apart that are too long to
 ONE_RANK = Group(0, 1)
 
 
-class ColumnParallelLinear(nn.Linear):
+@functools.cache
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies matrices of this dtype faster than those of float32."""
+    if dtype.itemsize > 2 or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    found = torch.ops.mkldnn._is_mkldnn_fp16_supported() if dtype == torch.float16 else bfloat16
+    return found and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias. Where the CPU has no products of the dtype, 32 rows and more are multiplied in float32."""
+    trained = x.requires_grad or weight.requires_grad  # a buffer that is used again keeps nothing for them
+    if x.device.type != "cpu" or x.numel() < 32 * x.shape[-1] or has_products(x.dtype) or trained:
+        return F.linear(x, weight, bias)
+    y = unrounded_linear(x, weight)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def unrounded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ in float32, also if x and W are narrower; in float64 if they are float64.
+
+    torch has this product for CUDA only. Elsewhere some rows of W at a time are widened, into a buffer that
+    stays in the processor's cache: W is still read from memory once.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype == wide:
+        return F.linear(x, weight)
+    if x.is_cuda:
+        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=wide).unflatten(0, x.shape[:-1])
+    # 2 MB are the cache of a core. With many rows of x the products take longer, and fewer are faster.
+    numbers = 2**19 if x.numel() < 32 * x.shape[-1] else 2**22
+    rows, x = max(1, numbers // weight.shape[1]), x.to(wide)
+    buffer = weight.new_empty(min(rows, len(weight)), weight.shape[1], dtype=wide)
+    products = [F.linear(x, buffer[: len(part)].copy_(part)) for part in weight.split(rows)]
+    return torch.cat(products, dim=-1)
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, by the product above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class ColumnParallelLinear(Linear):
     """y = x Wᵀ for this rank's share of the outputs: W is (out / ranks, in), cut by rows."""
 
     def __init__(self, in_features: int, out_features: int, group: Group) -> None:
         super().__init__(in_features, out_features // group.size, bias=False)
 
 
-class HeadParallelLinear(nn.Linear):
+class HeadParallelLinear(Linear):
     """The fused q, k, v of this rank's heads: x (…, D) → (…, 3 · H · K), [q, k, v] one after another.
 
     W has rows from each third of the published weight. If the whole were cut evenly, the first ranks would
@@ -183,12 +228,12 @@ class HeadParallelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight  # read once: each reading of a packed weight dequantises it
         if weight.ndim == 2:
-            return F.linear(x, weight, self.bias)
+            return linear(x, weight, self.bias)
         thirds = zip(weight, self.bias.chunk(3), strict=True)
-        return torch.cat([F.linear(x, third, bias) for third, bias in thirds], dim=-1)
+        return torch.cat([linear(x, third, bias) for third, bias in thirds], dim=-1)
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(Linear):
     """y = Σ over the ranks of x Wᵀ for their shares of the inputs: W is (out, in / ranks), cut by columns.
 
     The ranks' parts are added in float32 and rounded once, so that more ranks do not round more. Qwen has no
@@ -203,23 +248,6 @@ class RowParallelLinear(nn.Linear):
         if self.group.size == 1:
             return super().forward(x)
         return self.group.sum(unrounded_linear(x, self.weight)).to(x.dtype)
-
-
-def unrounded_linear(x: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
-    """x Wᵀ in float32, also if x and W are narrower; in float64 if they are float64.
-
-    torch has this product for CUDA only. Elsewhere some rows of W at a time are widened, into a buffer that
-    stays in the processor's cache: W is still read from memory once.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if x.dtype == wide:
-        return F.linear(x, weight)
-    if x.is_cuda:
-        return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=wide).unflatten(0, x.shape[:-1])
-    x = x.to(wide)
-    buffer = weight.new_empty(rows, weight.shape[1], dtype=wide)
-    products = [F.linear(x, buffer[: len(part)].copy_(part)) for part in weight.split(rows)]
-    return torch.cat(products, dim=-1)
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
@@ -239,7 +267,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
         return self.group.sum(rows)  # exact in any dtype: all but one of the ranks add 0
 
 
-class VocabularyParallelHead(nn.Linear):
+class VocabularyParallelHead(Linear):
     """Logits x Wᵀ of this rank's share of the vocabulary, gathered: x (…, D) → (…, V)."""
 
     def __init__(self, size: int, vocab_size: int, group: Group) -> None:

@@ -24,6 +24,7 @@ from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.loading.loader import check_values, open_checkpoint
 from qwen_ref.model import Block, KVCache, Qwen, RMSNorm
+from qwen_ref.parallel import linear
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
 
@@ -243,7 +244,7 @@ class _Head(nn.Module):
         rows = len(weight)
         if weight.dtype != x.dtype:
             rows = max(_HEAD_BYTES // (weight.shape[1] * x.dtype.itemsize), 1)
-        return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], dim=-1)
+        return torch.cat([linear(x, part.to(x.dtype), None) for part in weight.split(rows)], dim=-1)
 
 
 @contextmanager
