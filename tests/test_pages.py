@@ -17,7 +17,7 @@ PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = PAGES["README.md"]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES)
 SUBCOMMANDS = ("qwen_ref.parity", "qwen_ref.checkpoint")
-EXTRAS = ("lm_eval", "transformers", "matplotlib")
+EXTRAS = ("lm_eval", "transformers", "matplotlib", "llama_cpp", "gguf")
 DOCUMENTED = (
     *(
         "load_model",

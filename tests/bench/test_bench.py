@@ -35,7 +35,8 @@ def test_the_table_has_a_row_for_everything_asked(cli: Run) -> None:
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert re.search(r"\d+ cores, \d+ threads, .*, torch \d", lines[0])
-    assert "4 layers; batch 1, 2 tokens decoded, 2 repeats: median (smallest to largest)" in lines[1]
+    assert lines[1].startswith("kernels: bag for qkv, out, gate, up, down, lm_head")
+    assert "4 layers; batch 1, 2 tokens decoded, 2 repeats: median (smallest to largest)" in lines[2]
     heads = next(line for line in lines if "ratio" in line).split("  ")
     assert [head.strip() for head in heads if head.strip()] == [
         "qwen_ref bfloat16 fast",
@@ -122,6 +123,14 @@ def test_the_table_counts_all_rows_and_compares_medians() -> None:
     assert cells["read for 2 tokens, GB"][1:] == ["0.600"]
     assert cells["read, GB/s"][1:] == ["1.5 (1.2 to 1.8)"]
     assert cells["share of that"][1:] == ["0.75 (0.60 to 0.90)"]
+    # What else a figure must name, where it is known.
+    result["machine"]["llama.cpp"] = {
+        "version": "0.3",
+        "built_with": "CPU : AVX2 = 1 | AVX512 = 0 | FMA = 1 | ",
+    }
+    result["kernels"] = "bag for lm_head"
+    head = ["llama-cpp-python 0.3, built with AVX2 FMA", "kernels: bag for lm_head"]
+    assert table(result).splitlines()[1:3] == head
 
 
 def test_an_interrupted_bench_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -241,7 +250,7 @@ def test_memory_is_the_most_there_was() -> None:
         (["--layers", "2"], "--layers needs --synthetic"),
         (["--gptq", "4"], "--gptq needs --synthetic"),
         (["--synthetic", "3b"], "invalid choice: '3b'"),
-        (["--against", "vllm"], "--against vllm: use hf or plain"),
+        (["--against", "vllm"], "--against vllm: use hf, plain or llama.cpp"),
         (["--against", "plain:int3"], "--against plain in int3: use bfloat16"),
         (["--against", "plain", "plain"], "--against names one of these twice: plain, plain"),
         (["--against", "plain", "plain:bfloat16", *QUICK], "--against names one of these twice"),
@@ -258,10 +267,11 @@ def test_bad_input_is_one_line(options: list[str], message: str, cli: Run) -> No
     assert message in refused(cli(*options))
 
 
-def test_a_missing_extra_is_named(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("peer", "extra"), [("hf", "transformers"), ("llama.cpp", "llama")])
+def test_a_missing_extra_is_named(cli: Run, monkeypatch: pytest.MonkeyPatch, peer: str, extra: str) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    line = refused(cli("--against", "hf"))
-    assert "pip install 'qwen_ref[transformers]'" in line
+    line = refused(cli("--against", peer))
+    assert f"pip install 'qwen_ref[{extra}]'" in line
 
 
 def test_transformers_takes_part(cli: Run) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_ref.bench.report import table
 from qwen_ref.commands.cli import FAULT_LINE, Parser, Progress, on_stdout, run, to_stderr
@@ -27,6 +27,10 @@ from qwen_ref.commands.ranks import TIMEOUT, Ranks, started_by_torchrun
 from qwen_ref.commands.settings import add_dtype_option, add_model_option, add_speed_options, speed_options
 from qwen_ref.config import InputError
 from qwen_ref.quantize.config import GPTQConfig
+
+if TYPE_CHECKING:
+    from qwen_ref.bench.measure import Subject
+    from qwen_ref.model import Qwen
 
 _MOST = 10_000_000  # of anything that is counted: more is a mistake
 _SIZES = ("1.8b", "7b", "14b", "72b")
@@ -77,8 +81,10 @@ def _parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PEER",
-        help="time these as well, in turns: hf is transformers' Qwen2 with the same weights and dtype, "
-        "hf:float32 in another dtype, plain this implementation without --fast and --quantize",
+        help="time these as well, in turns, with the same weights: hf is transformers' Qwen2 in the same "
+        "dtype, hf:float32 in another one; plain is this implementation without --fast and --quantize; "
+        "llama.cpp is in the form nearest to the model's, llama.cpp:q8_0 in another one of bf16, f16, f32, "
+        "q8_0 and q4_0",
     )
     add("--json", action="store_true", help="print one JSON object, with every repeat")
     return parser
@@ -151,10 +157,23 @@ def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]
 
 
 def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:
-    """(which, dtype) of an --against."""
+    """(which, dtype) of an --against; of llama.cpp, the form that is asked for or ""."""
     which, _, dtype = peer.partition(":")
-    if which not in ("hf", "plain"):
-        raise InputError(f"--against {peer}: use hf or plain, or one of them in a dtype, as hf:float32")
+    if which not in ("hf", "plain", "llama.cpp"):
+        raise InputError(
+            f"--against {peer}: use hf, plain or llama.cpp, or one of them in a dtype, as hf:float32"
+        )
+    if which == "llama.cpp":
+        from qwen_ref.bench.llama import FORMS, require_llama
+
+        if dtype and dtype not in FORMS:
+            raise InputError(f"--against {which} in {dtype}: use {', '.join(FORMS)}")
+        if args.batch > 1:
+            raise InputError("--against llama.cpp times one sequence at a time: leave --batch out")
+        if args.device != "cpu":
+            raise InputError("--against llama.cpp is timed on the CPU: leave --device out")
+        require_llama()
+        return which, dtype
     if dtype:
         _check_dtype(f"--against {which} in", dtype)
     if which == "hf":
@@ -222,10 +241,10 @@ def _measure(
 ) -> dict[str, Any]:
     import torch
 
-    from qwen_ref.bench.measure import Memory, Subject, TransformersSubject, bytes_per_token, machine, measure
+    from qwen_ref.bench.measure import Memory, Subject, bytes_per_token, machine, measure
     from qwen_ref.checkpoint import dtype_name
     from qwen_ref.commands.sizes import held_bytes, resident_bytes
-    from qwen_ref.loading.loader import load_model
+    from qwen_ref.fast.layers import kernels_in_words
 
     with Memory() as loading:
         start = time.perf_counter()
@@ -241,32 +260,30 @@ def _measure(
             token = ours.decode(token)
         cache = held_bytes(ours.cache)
         ours.cache = None
-    subjects = [ours]
-    for which, peer_dtype in peers:
-        plain = load_model(folder, peer_dtype, args.device)
-        name = dtype_name(plain.embed.weight.dtype)
-        if which == "plain":
-            subjects.append(Subject(f"plain {name}", plain))
-        else:
-            from qwen_ref.bench.peers import qwen2
-
-            subjects.append(TransformersSubject(f"transformers {name}", qwen2(plain)))
-    names = [subject.name for subject in subjects]
-    if len(set(names)) < len(names):
-        raise InputError(f"--against names one of these twice: {', '.join(names)}")
-    with Progress("timing", unit="turns") as progress:
-        timings = measure(
-            subjects,
-            args.lengths,
-            tokens=args.tokens,
-            batch=args.batch,
-            repeats=args.repeats,
-            device=args.device,
-            progress=progress.update,
-        )
+    with contextlib.ExitStack() as files:
+        subjects = [ours, *(_subject(*peer, args, folder, model, files) for peer in peers)]
+        names = [subject.name for subject in subjects]
+        if len(set(names)) < len(names):
+            raise InputError(f"--against names one of these twice: {', '.join(names)}")
+        with Progress("timing", unit="turns") as progress:
+            timings = measure(
+                subjects,
+                args.lengths,
+                tokens=args.tokens,
+                batch=args.batch,
+                repeats=args.repeats,
+                device=args.device,
+                progress=progress.update,
+            )
     total_read = {length: bytes_per_token(model, length, args.batch) for length in args.lengths}
+    of_llama = {}
+    if any(which == "llama.cpp" for which, _ in peers):
+        from qwen_ref.bench.llama import about_llama
+
+        of_llama = {"llama.cpp": about_llama()}
     return {
-        "machine": machine(args.device),
+        "machine": machine(args.device) | of_llama,
+        "kernels": kernels_in_words(model),
         "model": _name(args),
         "layers": model.config.num_hidden_layers,
         "ranks": ranks.size,
@@ -286,6 +303,35 @@ def _measure(
             for subject in subjects
         },
     }
+
+
+def _subject(
+    which: str, dtype: str, args: argparse.Namespace, folder: Path, ours: Qwen, files: contextlib.ExitStack
+) -> Subject:
+    """A peer, with the folder's weights. files: closed when all is timed."""
+    from qwen_ref.bench.measure import Subject, TransformersSubject
+    from qwen_ref.checkpoint import dtype_name, packing
+    from qwen_ref.loading.loader import load_model
+
+    if which == "llama.cpp":
+        from qwen_ref.bench.llama import FORMS, llama_subject, nearest_form
+
+        bits = {"int8": 8, "int4": 4}.get(args.quantize)
+        gptq = packing(folder)
+        if gptq is not None and (args.fast or args.packed):
+            bits = gptq.bits
+        form = dtype or nearest_form(ours.embed.weight.dtype, bits)
+        positions = max(args.lengths) + args.tokens
+        return files.enter_context(
+            llama_subject(load_model(folder, FORMS[form] or args.dtype), form, positions)
+        )
+    plain = load_model(folder, dtype, args.device)
+    name = dtype_name(plain.embed.weight.dtype)
+    if which == "plain":
+        return Subject(f"plain {name}", plain)
+    from qwen_ref.bench.peers import qwen2
+
+    return TransformersSubject(f"transformers {name}", qwen2(plain))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.model import Qwen
 
@@ -115,6 +116,9 @@ class Subject:
     def __init__(self, name: str, model: Any) -> None:
         self.name, self.model = name, model
 
+    def settle(self) -> None:
+        """Called before each timing."""
+
     def prefill(self, ids: Tensor, more: int) -> Tensor:
         """Puts a prompt (B, T) into a new cache, which has room for `more` tokens."""
         self.cache = self.model.new_cache(ids.shape[0], ids.shape[1] + more)
@@ -175,10 +179,12 @@ def measure(
         vocab_size = subject.model.config.vocab_size
         ids = torch.randint(vocab_size, (batch, length), generator=generator).to(device)
         with torch.inference_mode():
+            subject.settle()
             with _Timer(sync) as first:
                 token = subject.prefill(ids, tokens)
             times, rates = [], []
             for _ in range(tokens):
+                subject.settle()
                 with _Timer(sync) as timer:
                     token = subject.decode(token)
                 times.append(timer.seconds)
@@ -197,8 +203,7 @@ def bytes_per_token(model: Qwen, length: int, batch: int = 1) -> int:
     """What must be read to decode a token of every row behind `length` cached ones, on this rank: every
     weight but the embedding, of which a row is read for each token, and all keys and values.
     """
-    every = itertools.chain(model.named_parameters(), model.named_buffers())
-    weights = sum(tensor.nbytes for name, tensor in every if name != "embed.weight")
+    weights = resident_bytes(model) - model.embed.weight.nbytes
     config, size = model.config, model.embed.weight.element_size()
     head = config.kv_channels + 4 if model.cache_type is Int8Cache else config.kv_channels * size
     position = 2 * config.num_hidden_layers * config.num_attention_heads // model.group.size * head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -18,6 +19,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{m.get('gpu', m['processor'])}, {m['cores']} cores, {m['threads']} threads, {m['instructions']}, "
         f"torch {m['torch']}",
+        *_head(result),
         f"{result['model']}, {result['layers']} layers; batch {result['batch']}, {result['tokens']} tokens "
         f"decoded, {result['repeats']} repeats: median (smallest to largest)"
         + (f"; {result['ranks']} ranks, figures of rank 0" if result["ranks"] > 1 else ""),
@@ -58,6 +60,15 @@ def table(result: dict[str, Any]) -> str:
     columns = max(map(len, rows))
     rows = [row + [""] * (columns - len(row)) for row in rows]
     return "\n".join([*lines, *aligned(rows, "<" * columns)])
+
+
+def _head(result: dict[str, Any]) -> list[str]:
+    """Which instructions a peer was compiled for, and which kernels compute ours."""
+    lines = [f"kernels: {result['kernels']}"] if result.get("kernels") else []
+    if found := result["machine"].get("llama.cpp"):
+        built_with = re.findall(r"(\w+) = 1", found["built_with"])
+        lines.insert(0, f"llama-cpp-python {found['version']}, built with {' '.join(built_with)}")
+    return lines
 
 
 def _tokens(batch: int) -> str:

@@ -69,23 +69,31 @@ def _packed(part: str, shape: tuple[int, ...], gptq: GPTQConfig) -> Tensor:
 
 
 @contextlib.contextmanager
+def temporary_folder(needed: int, what: str, remedy: str) -> Iterator[Path]:
+    """A folder that is removed at the end. InputError, with the remedy, where `needed` bytes have no room."""
+    folder = Path(tempfile.mkdtemp(prefix="qwen_ref-"))
+    try:
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise InputError(
+                f"{what} takes {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB left; "
+                + remedy
+            )
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
 def synthetic(size: str, layers: int | None = None, gptq: GPTQConfig | None = None) -> Iterator[Path]:
     """A folder with a checkpoint of a published size, removed at the end."""
     config = QwenConfig.preset(size)
     if layers is not None:
         config = dataclasses.replace(config, num_hidden_layers=layers)
-    folder = Path(tempfile.mkdtemp(prefix="qwen_ref-"))
-    try:
-        free = shutil.disk_usage(folder).free
-        table = tensor_table(config)
-        needed = sum(weight_bytes(row) for row in kinds(table, expected(table, gptq)))
-        if needed > free:
-            raise InputError(
-                f"the {size} takes {needed / 1e9:.1f} GB in {folder.parent}, which has {free / 1e9:.1f} GB "
-                "left; --layers N makes fewer of its layers, TMPDIR names another folder"
-            )
+    table = tensor_table(config)
+    needed = sum(weight_bytes(row) for row in kinds(table, expected(table, gptq)))
+    remedy = "--layers N makes fewer of its layers, TMPDIR names another folder"
+    with temporary_folder(needed, f"the {size}", remedy) as folder:
         with Progress("writing") as progress:
             write_checkpoint(folder, config, progress.update, gptq)
         yield folder
-    finally:
-        shutil.rmtree(folder)
