@@ -53,7 +53,15 @@ KERNELS = {
         "test_diagnose",
         "test_quantize",
     ),
-    *("test_fast", "test_gptq", "test_generate", "test_lookup", "test_prefill", "test_sampling"),
+    *(
+        "test_fast",
+        "test_forms",
+        "test_gptq",
+        "test_generate",
+        "test_lookup",
+        "test_prefill",
+        "test_sampling",
+    ),
     *("test_perplexity", "test_trace", "test_parallel", "test_kernels"),
 }
 
@@ -162,6 +170,16 @@ def run_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) 
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(params=["tiktoken", "python"])
+def engine_options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What asks a tool for one engine of the tokenizer, while the other fails; nothing asks for tiktoken."""
+    if request.param == "python":
+        monkeypatch.setattr("tiktoken.Encoding", None)
+        return ["--tokenizer-engine", "python"]
+    monkeypatch.setattr("qwen_ref.loading.tokenizer.FastTokenizer._encode_ordinary", None)
+    return []
 
 
 def cli_of(main: Callable[[list[str]], int]) -> Callable[..., Run]:

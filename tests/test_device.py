@@ -193,7 +193,7 @@ def test_a_default_device_of_the_callers_changes_nothing(how: str) -> None:
 
     expected = results()
     fast.int4_layout.cache_clear()
-    fast._counted.cache_clear()
+    fast._bags_of_one_row.cache_clear()
     with torch.device("meta"):
         assert results() == expected
     assert results() == expected  # nothing of that device was kept

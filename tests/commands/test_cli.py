@@ -40,6 +40,11 @@ def test_the_quickstart_prompt_is_completed(cli: Callable) -> None:
     assert "tokens/s" in result.err
 
 
+def test_the_prompt_is_encoded_by_hand(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiktoken.Encoding", None)
+    assert cli(QUICKSTART).out == ANSWER + "\n"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_it_answers_in_every_dtype(cli: Callable, dtype: str) -> None:
     result = cli(QUICKSTART, "--dtype", dtype)

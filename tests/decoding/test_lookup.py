@@ -108,6 +108,27 @@ def test_the_tokens_are_those_of_the_plain_loop(prompt: str, dtype: str, fast: b
         assert math.isclose(one.logprob, other.logprob, abs_tol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "kernel"),
+    [
+        (dtype, quantize, kernel)
+        for dtype in ("bfloat16", "float32")
+        for quantize, kernels in ((None, "bag linear"), ("int8", "bag dynamic"), ("int4", "bag dynamic int4"))
+        for kernel in kernels.split()
+        if (dtype, kernel) != ("float32", "int4")
+    ],
+)
+def test_every_kernel_gives_the_tokens_of_the_plain_loop(
+    dtype: str, quantize: str | None, kernel: str
+) -> None:
+    qwen = fasten(load_model(WEIGHTS, dtype), quantize, 32, kernel=kernel)
+    for prompt in (REPETITIVE[0], OTHER[1]):
+        ids = TINY.encode(prompt)
+        found, passes = counted(qwen, ids)
+        assert found == tokens(generate(qwen, ids, 60))
+        assert passes.passes < 60  # several tokens at once were tried, and some were right
+
+
 @pytest.mark.parametrize(("dtype", "fast"), HOW)
 @pytest.mark.parametrize("folder", ["extended_base", "ntk_logn"])
 def test_random_models_that_are_never_sure_change_nothing(folder: str, dtype: str, fast: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,18 +21,31 @@ from torch import Tensor
 from qwen_ref import KVCache, Qwen, QwenConfig, Tokenizer, load_model
 from qwen_ref.bench.synthetic import write_checkpoint
 from qwen_ref.commands.generate import main
-from qwen_ref.fast import matrices
+from qwen_ref.fast import kernels, matrices
 from qwen_ref.fast.attention import FastCache
-from qwen_ref.fast.layers import FastLinear, fasten
+from qwen_ref.fast.kernels import Choice
+from qwen_ref.fast.layers import FastLinear, fasten, kernels_of
 from qwen_ref.fast.matrices import FEW_ROWS, Int4Matrix, Int8Table, Table
 from qwen_ref.generate import generate
-from qwen_ref.parallel import Group, RowParallelLinear
+from qwen_ref.parallel import ONE_RANK, Group, RowParallelLinear
 from qwen_ref.quantize.rounding import FewBits, dequantize_int4, quantize_int8, rounded
 
 cli = cli_of(main)
 FOLDERS = (WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMS = (None, "int8", "int4")
+# What fasten takes: quantize and kernel. Tables of bytes hold int4 as they hold int8.
+MODES = [
+    *((None, kernel) for kernel in ("bag", "linear")),
+    *(("int8", kernel) for kernel in ("bag", "dynamic")),
+    *(("int4", kernel) for kernel in ("bag", "dynamic", "int4")),
+]
+MODES_OF_DTYPES = [
+    (dtype, *mode)
+    for dtype in ("bfloat16", "float16", "float32")
+    for mode in MODES
+    if mode != ("int4", "int4") or dtype == "bfloat16"
+]
 
 
 # A product
@@ -90,8 +104,9 @@ def test_a_wide_product_is_not_rounded(name: str | None, dtype: torch.dtype, row
 def test_what_ranks_add_up_is_not_rounded(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     group, added = Group(0, 2), []
     monkeypatch.setattr(group, "sum", lambda y: added.append(y) or y)
+    monkeypatch.setattr(group, "together", contextlib.nullcontext)
     layer = RowParallelLinear(2 * 352, 96, group).bfloat16().requires_grad_(False)
-    found = FastLinear(layer, group, name, 32)(torch.randn(1, 352).bfloat16())
+    found = FastLinear(layer, group, name, 32, Choice(None, ONE_RANK))(torch.randn(1, 352).bfloat16())
     assert [y.dtype for y in added] == [torch.float32]
     assert found.dtype == torch.bfloat16
 
@@ -100,7 +115,7 @@ def test_what_ranks_add_up_is_not_rounded(name: str | None, monkeypatch: pytest.
 def test_a_processor_without_products_in_half_precision_takes_float32(
     name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_ref.fast.matrices._has_products", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr("qwen_ref.fast.matrices.has_products", lambda dtype: dtype == torch.float32)
     weight, x = torch.randn(700, 352).bfloat16(), torch.randn(100, 352).bfloat16()
     matrix, meant = form(name, weight, wide=False)
     found = matrix(x)
@@ -121,9 +136,10 @@ def test_int4_in_groups_larger_than_torch_knows_has_the_scale_of_each(rows: int)
 
 def test_int4_that_is_packed_in_an_unknown_way_takes_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Linear(352, 96, bias=False).bfloat16().requires_grad_(False)
-    assert isinstance(FastLinear(layer, Group(0, 1), "int4", 32).matrix, Int4Matrix)
-    monkeypatch.setattr("qwen_ref.fast.layers.int4_layout", lambda: None)
-    assert isinstance(FastLinear(layer, Group(0, 1), "int4", 32).matrix, Int8Table)
+    choice = Choice(None, ONE_RANK)
+    assert isinstance(FastLinear(layer, ONE_RANK, "int4", 32, choice).matrix, Int4Matrix)
+    monkeypatch.setattr("qwen_ref.fast.kernels.int4_layout", lambda: None)
+    assert isinstance(FastLinear(layer, ONE_RANK, "int4", 32, choice).matrix, Int8Table)
 
 
 @pytest.mark.parametrize("strip", [64, 32, 16])
@@ -155,11 +171,11 @@ def test_int4_is_unpacked_as_any_processor_packs_it(
 
 
 def test_index_numbers_are_not_kept_for_every_number_of_rows() -> None:
-    matrices._counted.cache_clear()
+    matrices._bags_of_one_row.cache_clear()
     matrix = Table(torch.randn(64, 32), wide=False)
     for rows in range(1, FEW_ROWS + 1):
         matrix(torch.randn(rows, 32))
-    assert matrices._counted.cache_info().currsize == 1
+    assert matrices._bags_of_one_row.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -309,9 +325,12 @@ def truths() -> dict[Path, tuple[Tensor, list[Tensor]]]:
     return found
 
 
+@pytest.mark.parametrize("kernel", ["bag", "linear"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_fast_model_is_as_near_the_truth_as_the_plain_one(truths: dict, folder: Path, dtype: str) -> None:
+def test_a_fast_model_is_as_near_the_truth_as_the_plain_one(
+    truths: dict, folder: Path, dtype: str, kernel: str
+) -> None:
     """Measured: 0.9 to 1.2 times the plain model's error in half precision, 0.8 to 1.6 times in float32,
     where one long sum stands in for several short ones. Both errors depend on the kernels' order of
     summation: with torch's AVX-512, AVX2 and oldest kernels 0.93 to 1.12 and 1.00 to 1.38.
@@ -319,28 +338,28 @@ def test_a_fast_model_is_as_near_the_truth_as_the_plain_one(truths: dict, folder
     ids, truth = truths[folder]
     with torch.inference_mode():
         plain = list(ways(load_model(folder, dtype), ids))
-        fast = list(ways(fasten(load_model(folder, dtype)), ids))
+        fast = list(ways(fasten(load_model(folder, dtype), kernel=kernel), ids))
     for t, p, f in zip(truth, plain, fast, strict=True):
         assert f.dtype == p.dtype
         assert relative_rms(f, t) < (2 if dtype == "float32" else 1.3) * relative_rms(p, t)
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize(("quantize", "kernel"), MODES[2:])
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_quantised_model_is_near_the_truth(truths: dict, folder: Path, quantize: str) -> None:
+def test_a_quantised_model_is_near_the_truth(truths: dict, folder: Path, quantize: str, kernel: str) -> None:
     """int8 is asked for 1e-3 nats. int4 has 17 times coarser steps, and KL grows with their square; random
     weights, which no training has made robust, measured 0.1, the trained ones 0.01.
     """
     ids, truth = truths[folder]
     with torch.inference_mode():
-        found = list(ways(fasten(load_model(folder, "bfloat16"), quantize, 32), ids))
+        found = list(ways(fasten(load_model(folder, "bfloat16"), quantize, 32, kernel=kernel), ids))
     limit = 1e-3 if quantize == "int8" else 0.03 if folder == WEIGHTS else 0.2
     assert all(kl(t, f) < limit for t, f in zip(truth, found, strict=True))
 
 
-@pytest.mark.parametrize("quantize", FORMS)
-def test_a_cache_may_be_rewound(quantize: str | None) -> None:
-    model, ids = fasten(load_model(WEIGHTS, "bfloat16"), quantize), some_ids(WEIGHTS, 140)
+@pytest.mark.parametrize(("quantize", "kernel"), MODES)
+def test_a_cache_may_be_rewound(quantize: str | None, kernel: str) -> None:
+    model, ids = fasten(load_model(WEIGHTS, "bfloat16"), quantize, kernel=kernel), some_ids(WEIGHTS, 140)
     with torch.inference_mode():
         cache = model.new_cache(1, 200)
         model(ids[:, :120], cache=cache)
@@ -351,18 +370,18 @@ def test_a_cache_may_be_rewound(quantize: str | None) -> None:
         assert torch.equal(model(ids[:, 123:124], cache=cache), before)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("quantize", FORMS)
+@pytest.mark.parametrize(("dtype", "quantize", "kernel"), MODES_OF_DTYPES)
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_pass_over_a_few_tokens_has_the_bits_of_passes_over_one(
-    folder: Path, quantize: str | None, dtype: str
+    folder: Path, dtype: str, quantize: str | None, kernel: str
 ) -> None:
     """lookup.py takes it for granted. The passes cross a block of the cache, of 128 positions.
 
-    It holds of torch's bags and its int4 product on every processor: neither adds up over rows. Products of
-    matrices, which some processors cut by the number of rows, are not among the layers of few rows.
+    It holds of torch's bags and its int4 product on every processor: neither adds up over rows. The sums of
+    the 8-bit product are exact. Products of matrices, which some processors cut by the number of rows, are
+    done for one row at a time.
     """
-    model, ids = fasten(load_model(folder, dtype), quantize, 32), some_ids(folder, 150)
+    model, ids = fasten(load_model(folder, dtype), quantize, 32, kernel=kernel), some_ids(folder, 150)
     with torch.inference_mode():
         caches = [model.new_cache(1, 150) for _ in range(2)]
         for cache in caches:
@@ -372,6 +391,50 @@ def test_a_pass_over_a_few_tokens_has_the_bits_of_passes_over_one(
             several = model(part, cache=caches[0])
             single = torch.cat([model(token, cache=caches[1]) for token in part.split(1, dim=1)], dim=1)
             assert torch.equal(several, single)
+
+
+def meaning(folder: Path, dtype: str, quantize: str | None = None, kernel: str | None = None) -> Qwen:
+    """The model in float64, with the weights that a fast model of this dtype stands for."""
+    model, given = load_model(folder, "float64"), load_model(folder, dtype)
+    for name, parameter in model.named_parameters():
+        weight = given.get_parameter(name).detach()
+        parameter.data = weight.double()
+        if quantize is None or weight.ndim == 1 or name == "embed.weight":
+            continue
+        if quantize == "int8" or name == "lm_head.weight":
+            q, scale = quantize_int8(weight)
+            parameter.data = q.double() * scale.double()
+        else:
+            scales = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+            few_bits = rounded(weight, quantize, 32, scales)
+            parts = few_bits.rows(slice(0, len(weight)))
+            parameter.data = dequantize_int4(*(part.double() for part in parts))
+            if kernel == "dynamic":
+                q, scale = quantize_int8(dequantize_int4(*(part.float() for part in parts)))
+                parameter.data = q.double() * scale.double()
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "quantize", "kernel"), MODES_OF_DTYPES)
+def test_every_kernel_computes_what_its_weights_mean(dtype: str, quantize: str | None, kernel: str) -> None:
+    """To within what the plain model's own roundings cost: as above. The kernel dynamic rounds x as well: an
+    error of 1 / 7,938 / √12 of a row's largest number, which is some ten times the row's RMS: 4e-4 of it.
+    """
+    ids = some_ids(WEIGHTS, 60)
+    with torch.inference_mode():
+        truth = meaning(WEIGHTS, dtype, quantize, kernel)(ids)
+        plain = load_model(WEIGHTS, dtype)
+        one = relative_rms(plain(ids), meaning(WEIGHTS, dtype)(ids))
+        model = fasten(load_model(WEIGHTS, dtype), quantize, 32, kernel=kernel)
+        cache = model.new_cache(1, 60)
+        parts = [
+            model(part, cache=cache) for part in (ids[:, :20], *ids[:, 20:].split([1] * 31 + [9], dim=1))
+        ]
+    found = relative_rms(torch.cat(parts, dim=1), truth)
+    x = 4e-4 if kernel == "dynamic" else 0
+    assert found < (2 if dtype == "float32" else 1.3) * (one**2 + x**2) ** 0.5
+    head = "bag" if kernel == "int4" else kernel
+    assert kernels_of(model) == {name: head if name == "lm_head" else kernel for name in kernels_of(model)}
 
 
 def test_what_is_remembered_serves_inside_inference_mode_and_outside() -> None:
@@ -420,6 +483,14 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
         else:
             one, two = relative_rms(values, truth), relative_rms(first[name], truth)
             assert two < 1.2 * one
+    first, second = (json.loads((tmp_path / f"kernels-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert {name: set(layers.values()) for name, layers in first.items()} == {
+        "float32 None": {"linear"},
+        "bfloat16 None": {"linear"},
+        "bfloat16 int8": {"dynamic"},
+        "bfloat16 int4": {"dynamic"},
+    }
 
 
 # Memory
@@ -428,13 +499,15 @@ MEASURE = """
 import json, sys, torch
 from qwen_ref import load_model
 from qwen_ref.bench.measure import Memory
+from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.fast import fasten
-fasten(load_model(sys.argv[2], "auto"))  # imports, pools
+how, kernel = (None if argument == "None" else argument for argument in sys.argv[3:])
+fasten(load_model(sys.argv[2], "auto"), how if how != "plain" else None, kernel=kernel)  # imports, pools
 with Memory() as memory:
     model = load_model(sys.argv[1], "auto")
-    if sys.argv[3] != "plain":
-        fasten(model, None if sys.argv[3] == "fast" else sys.argv[3])
-weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    if how != "plain":
+        fasten(model, how, kernel=kernel)
+weights = resident_bytes(model)
 with Memory() as running, torch.inference_mode():
     cache = model.new_cache(1, 120)
     model.lm_head(model.hidden_states(torch.zeros(1, 100, dtype=torch.int64), cache=cache)[:, -1])
@@ -462,11 +535,24 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
-@pytest.mark.parametrize("how", ["plain", "fast", "int8", "int4"])
-def test_memory_is_one_copy_of_the_weights_and_a_layer(large_folder: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "kernel"),
+    [
+        ("plain", None),
+        *((None, kernel) for kernel in (None, "bag", "linear")),
+        *(("int8", kernel) for kernel in (None, "dynamic")),
+        *(("int4", kernel) for kernel in (None, "int4")),
+    ],
+)
+def test_memory_is_one_copy_of_the_weights_and_a_layer(
+    large_folder: Path, how: str | None, kernel: str | None
+) -> None:
+    """The choice of a kernel comes before the layer is laid out. It takes 64 to 256 MB, by the size of the
+    processor's largest cache, and 2^22 weights in two forms or three, 8 MB each in bfloat16.
+    """
     # malloc gives back at once what is freed: what it may keep is as much as a layer.
     environment = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = python("-c", MEASURE, large_folder, WEIGHTS, how, **environment)
+    done = python("-c", MEASURE, large_folder, WEIGHTS, str(how), str(kernel), **environment)
     assert done.code == 0, done.err
     loading, weights, running, maps = json.loads(done.out)
     layer = 2 * 12_000 * 1024
@@ -474,7 +560,7 @@ def test_memory_is_one_copy_of_the_weights_and_a_layer(large_folder: Path, how: 
         assert loading < 10e6
         assert maps > 0
     else:
-        assert loading < weights + layer
+        assert loading < weights + layer + (kernels._MOST if kernel is None else 0)
         assert maps == 0
     assert running < 0.2e9  # above the cache
 
@@ -492,14 +578,34 @@ def test_memory_is_one_copy_of_the_weights_and_a_layer(large_folder: Path, how: 
             ("int4", 256),
             "groups of 256 do not work for a weight of 128 inputs: .* use 32, 64 or 128",
         ),
+        ("float32", (None, 64, "amx"), "kernel='amx' is unknown; use bag, linear, dynamic or int4"),
+        ("bfloat16", (None, 64, "dynamic"), "kernel dynamic is for --quantize; use bag or linear here"),
+        ("bfloat16", (None, 64, "int4"), "kernel int4 is for .* in bfloat16; use bag or linear here"),
+        (
+            "float32",
+            ("int8", 64, "linear"),
+            "linear is for weights that are not quantised; use bag or dynamic",
+        ),
+        ("bfloat16", ("int8", 64, "int4"), "kernel int4 is for .*; use bag or dynamic here"),
+        ("bfloat16", ("int4", 64, "linear"), "kernel linear is for .*; use bag, dynamic or int4 here"),
+        ("float32", ("int4", 64, "int4"), "kernel int4 is for .*; use bag or dynamic here, or none"),
+        ("float16", ("int4", 64, "int4"), "kernel int4 is for .*; use bag or dynamic here, or none"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_changed(dtype: str, arguments: tuple, message: str):
     model = load_model(WEIGHTS, dtype)
     with pytest.raises(ValueError, match=message):
-        fasten(model, *arguments)
+        fasten(model, *arguments[:2], kernel=(*arguments, None, None, None)[2])
     assert model.cache_type is KVCache
     assert type(model.lm_head).__name__ == "VocabularyParallelHead"
+
+
+def test_a_kernel_that_this_torch_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_ref.fast.layers.has_dynamic", lambda: False)
+    monkeypatch.setattr("qwen_ref.fast.layers.int4_layout", lambda: None)
+    for kernel in ("dynamic", "int4"):
+        with pytest.raises(ValueError, match=f"kernel {kernel} is for .*; use bag here, or none"):
+            fasten(load_model(WEIGHTS, "bfloat16"), "int4", kernel=kernel)
 
 
 def test_once_is_enough_and_weights_must_be_finite() -> None:
@@ -536,6 +642,21 @@ def test_the_command_answers_as_before(options: list[str], cli: Run) -> None:
     assert (done.code, done.out) == (0, "雷克雅未克（Reykjavik）\n\n")
 
 
+@pytest.mark.parametrize(("dtype", "quantize", "kernel"), MODES_OF_DTYPES)
+def test_the_command_takes_a_kernel(dtype: str, quantize: str | None, kernel: str, cli: Run) -> None:
+    options = ["--fast"] if quantize is None else ["--quantize", quantize]
+    if quantize == "int4":
+        options += ["--group-size", "32"]
+    done = cli("冰岛的首都是", "--max-new-tokens", "7", "--dtype", dtype, "--kernel", kernel, *options)
+    assert (done.code, done.out) == (0, "雷克雅未克（Reykjavik）\n\n")
+    layers = "qkv, out, gate, up, down"
+    said = f"{layers}; bag for lm_head" if kernel == "int4" else f"{layers}, lm_head"
+    assert f"kernels: {kernel} for {said}\n" in done.err
+    remedy = "--kernel int4" if dtype == "bfloat16" else "--dtype bfloat16 --kernel int4"
+    takes_bytes = quantize == "int4" and kernel != "int4"
+    assert (f"takes a byte with these kernels; {remedy} keeps 4 bits\n" in done.err) == takes_bytes
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -543,6 +664,14 @@ def test_the_command_answers_as_before(options: list[str], cli: Run) -> None:
         (["--group-size", "32"], "--group-size is for --quantize int4"),
         (["--quantize", "int3"], "invalid choice: 'int3'"),
         (["--quantize", "int4", "--group-size", "48"], "invalid choice: 48"),
+        (["--kernel", "bag"], "--kernel goes with --fast or --quantize"),
+        (["--fast", "--kernel", "amx"], "invalid choice: 'amx'"),
+        (["--fast", "--kernel", "dynamic"], "kernel dynamic is for --quantize; use bag or linear here"),
+        (
+            ["--quantize", "int8", "--kernel", "linear"],
+            "linear is for weights that are not quantised; use bag",
+        ),
+        (["--quantize", "int4", "--kernel", "int4", "--dtype", "float32"], "in bfloat16; use bag or dynamic"),
         (["--quantize", "int4", "--group-size", "256"], "groups of 256 .* use 32, 64 or 128"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -19,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qwen_ref
-from qwen_ref import Qwen, QwenConfig, load_model, parity
+from qwen_ref import KVCache, Qwen, QwenConfig, load_model, parity
 from qwen_ref.chat.__main__ import main
 from qwen_ref.checkpoint import load_model as plain_load_model
 from qwen_ref.commands import inspect as checkpoint
 from qwen_ref.commands.sizes import resident_bytes
-from qwen_ref.fast.layers import fasten
+from qwen_ref.fast import kernels
+from qwen_ref.fast.layers import fasten, kernels_of
 from qwen_ref.fast.matrices import FEW_ROWS, Int4Matrix, Int8Table
 from qwen_ref.loading.loader import check_cut
 from qwen_ref.quantize.config import GPTQConfig
@@ -335,6 +337,56 @@ def test_four_bits_stay_four_where_torch_multiplies_by_them_fast(made: Callable)
         assert in_bits < matrices * (0.55 if dtype == "bfloat16" else 1.2)
     model = fasten(load_model(made(bits=8)[0], "bfloat16", packed=True))
     assert isinstance(model.blocks[0].attn.qkv.matrix, Int8Table)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 8, "group_size": -1}, {"bits": 4, "group_size": 32}], ids=str)
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_bits_stay_whatever_is_fastest(
+    made: Callable, settings: dict, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 bits in one group look like what --quantize int8 makes, but have zero points."""
+    monkeypatch.setattr(kernels, "_NOT_TRIED", 0)
+    monkeypatch.setattr(kernels, "_fastest", lambda forms, *_: list(forms)[place])
+    packed, plain = made(sym=False, **settings)
+    truth = load_model(plain, "float64")(IDS)
+    one = relative_rms(load_model(plain, "float32")(IDS), truth)
+    found = decoded(fasten(load_model(packed, "float32", packed=True)), [1] * 70)
+    assert relative_rms(found, truth) < 3 * one  # as above
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "kernel", "use"),
+    [
+        (4, "bfloat16", "dynamic", "bag or int4"),
+        (4, "bfloat16", "linear", "bag or int4"),
+        (4, "float32", "int4", "bag"),
+        (8, "bfloat16", "dynamic", "bag"),
+        (8, "bfloat16", "linear", "bag"),
+        (8, "bfloat16", "int4", "bag"),
+    ],
+)
+def test_kernels_that_round_again_or_are_for_other_weights_are_refused(
+    made: Callable, bits: int, dtype: str, kernel: str, use: str, cli: Callable
+) -> None:
+    packed, _ = made(bits=bits)
+    message = f"kernel {kernel} is for .*; use {use} here, or none for the fastest$"
+    model = load_model(packed, dtype, packed=True)
+    with pytest.raises(ValueError, match=message):
+        fasten(model, kernel=kernel)
+    assert model.cache_type is KVCache
+    options = ("--model", packed, "--fast", "--dtype", dtype, "--kernel", kernel)
+    assert re.search(message, refused(cli(*options)))
+
+
+@pytest.mark.parametrize(("bits", "kernel"), [(4, "bag"), (4, "int4"), (8, "bag")])
+def test_a_kernel_that_is_named_is_used(made: Callable, bits: int, kernel: str) -> None:
+    packed, plain = made(bits=bits)
+    truth = load_model(plain, "float64")(IDS)
+    one = relative_rms(load_model(plain, "bfloat16")(IDS), truth)
+    model = fasten(load_model(packed, "bfloat16", packed=True), kernel=kernel)
+    assert set(kernels_of(model).values()) == {kernel, "bag"}
+    for found in (decoded(model, [1] * 70), model(IDS)):
+        assert relative_rms(found, truth) < 2 * one  # as above
 
 
 def test_groups_of_unequal_size_are_not_for_faster_layers(made: Callable) -> None:

@@ -15,7 +15,7 @@ from qwen_ref.commands.cli import utf8
 from qwen_ref.commands.defaults import Defaults
 from qwen_ref.commands.ranks import TIMEOUT
 from qwen_ref.config import InputError, QwenConfig
-from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS, QUANTIZATIONS
+from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS, KERNELS, QUANTIZATIONS
 from qwen_ref.tokenizer import Tokenizer
 
 
@@ -38,6 +38,12 @@ def add_speed_options(parser: argparse._ActionsContainer) -> None:
         f"(default: {INT4_GROUP})",
     )
     add(
+        "--kernel",
+        choices=list(KERNELS),
+        help="with --fast or --quantize: the product for one token; by default the fastest one, which is "
+        "measured. The same kernel gives the same text again",
+    )
+    add(
         "--packed",
         action="store_true",
         help="keep a GPTQ checkpoint's weights in 4 or 8 bits and dequantise a layer at a time in each pass: "
@@ -54,8 +60,10 @@ def speed_options(args: argparse.Namespace) -> list[str]:
     """The options of add_speed_options that were given; ValueError where they contradict each other."""
     if args.group_size is not None and args.quantize != "int4":
         raise InputError("--group-size is for --quantize int4")
+    if args.kernel is not None and not (args.fast or args.quantize):
+        raise InputError("--kernel goes with --fast or --quantize")
     given = [f"--{name}" for name in ("fast", "packed") if getattr(args, name)]
-    for name in ("quantize", "group_size", "kv_cache"):
+    for name in ("quantize", "group_size", "kernel", "kv_cache"):
         if getattr(args, name) is not None:
             given.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
     return given
@@ -68,6 +76,17 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
         type=Path,
         metavar="DIR",
         help="checkpoint folder (default: the tiny trained one that comes with the project)",
+    )
+
+
+def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:
+    """--tokenizer-engine, for tools that encode megabytes."""
+    parser.add_argument(
+        "--tokenizer-engine",
+        choices=["tiktoken", "python"],
+        default="tiktoken",
+        help="what encodes text: the library tiktoken, or this project's own code. The ids are the same, "
+        "tiktoken is faster (default: %(default)s)",
     )
 
 

@@ -68,7 +68,8 @@ def bias_bytes(kind: Kind) -> int:
 
 def resident_bytes(model: Qwen) -> int:
     """Bytes of a loaded model's weights, plain or fast, on this rank."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    tensors = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return tensors + sum(getattr(module, "packed_bytes", 0) for module in model.modules())
 
 
 def held_bytes(cache: KVCache) -> int:

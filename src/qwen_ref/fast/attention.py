@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_ref.fast.matrices import FEW_ROWS, bag, numbered
-from qwen_ref.model import Attention, KVCache
+from qwen_ref.model import Attention, KVCache, Positions, rotate
 
 
 class FastAttention(Attention):
@@ -18,6 +18,17 @@ class FastAttention(Attention):
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)
         self.head_size, self.qkv, self.out = attention.head_size, attention.qkv, attention.out
+
+    def forward(self, x: Tensor, at: Positions, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, 3, -1, self.head_size)  # (B, T, 3, H, K)
+        both = rotate(qkv[:, :, :2].flatten(2, 3), at.cos, at.sin)  # q and k at once: (B, T, 2 H, K)
+        q, k = both.chunk(2, dim=2)
+        if at.query_scale is not None:
+            q = q * at.query_scale
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)  # (B, H, T, K)
+        mixed = self.mix(q, k, v, at.mask, cache, layer)  # (B, H, T, K)
+        return self.out(mixed.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·K) → (B, T, D)
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int

@@ -2,7 +2,7 @@
 
     model = fasten(load_model("Qwen-1_8B", "auto"))                 # the same dtype: 3.7 GB
     model = fasten(load_model("Qwen-1_8B", "auto"), "int8")         # 2.2 GB, of which the embedding is 0.6
-    model = fasten(load_model("Qwen-1_8B", "auto"), "int4")         # 1.6 GB
+    model = fasten(load_model("Qwen-1_8B", "auto"), "int4")         # 1.6 GB in 4 bits
     model = fasten(load_model("Qwen-1_8B-Chat-Int4", "bfloat16", packed=True))  # its own 4 bits
 
 model.py stays the default and the oracle. fasten swaps its linear layers for others with the same meaning,
@@ -18,12 +18,13 @@ larger than any cache. Its kernel prefetches rows, so it reads memory as fast as
 float32. The table is cut into blocks of outputs: a row's sums stay in the processor's registers, and each
 thread has its own blocks:
 
-    W (out, in) → table (blocks, in, width ≤ 352): row i of block b is W[b · width : (b + 1) · width, i]
+    W (out, in) → table (blocks, in, width): row i of block b is W[b · width : (b + 1) · width, i]
 
-More than 9 rows of x, as in prefill, use the ordinary matrix product.
+It is one of several products that torch has for few rows of x. Which is the fastest depends on the processor:
+kernels.py measures it. More than 9 rows, as in prefill, use the ordinary matrix product.
 
-All figures in this folder are from a 2-core AMD EPYC (Zen 5) with AVX-512, torch 2.13.0. The width of a block
-fits AVX-512's registers. `python -m qwen_ref.bench --fast --against plain` measures your own processor.
+Figures in this folder that name no machine are from a 2-core AMD EPYC (Zen 5) with AVX-512, torch 2.13.0.
+`python -m qwen_ref.bench --fast --against plain` measures your own processor.
 """
 
 from __future__ import annotations
@@ -32,25 +33,19 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_ref.checkpoint import dtype_name
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, either
 from qwen_ref.fast.attention import FastAttention, FastCache
-from qwen_ref.fast.matrices import (
-    FAST_DTYPES,
-    Int4Matrix,
-    Int8Table,
-    Matrix,
-    Table,
-    int4_layout,
-    kernel_group,
-)
-from qwen_ref.model import Attention, Qwen
+from qwen_ref.fast.kernels import Choice, forms, has_dynamic
+from qwen_ref.fast.matrices import FAST_DTYPES, Matrix, int4_layout
+from qwen_ref.model import Attention, Block, Qwen, RMSNorm
 from qwen_ref.parallel import Group, RowParallelLinear, VocabularyParallelHead
-from qwen_ref.quantize.config import INT4_GROUP, QUANTIZATIONS
+from qwen_ref.quantize.config import INT4_GROUP, KERNELS, QUANTIZATIONS
 from qwen_ref.quantize.gptq import packed_weight
-from qwen_ref.quantize.rounding import check_group, rounded
+from qwen_ref.quantize.rounding import FewBits, check_group, rounded
 
 
 def fasten(
@@ -58,6 +53,7 @@ def fasten(
     quantize: str | None = None,
     group_size: int = INT4_GROUP,
     *,
+    kernel: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Qwen:
     """Swaps the layers of a model that load_model made for faster ones, in place; returns it.
@@ -66,8 +62,14 @@ def fasten(
     rounds them to 4 bits, with a scale and a zero for each group_size inputs; the output head becomes int8,
     which is as fast. Weights of a GPTQ checkpoint that was loaded packed keep their own bits, with None.
     The embedding, the norms and the biases keep their dtype; activations and cache, too.
-    4-bit weights take 4 bits in a bfloat16 model, where torch has a fast product for them, in layers whose
-    results are not added up over several ranks. Elsewhere each takes a byte and has the same value.
+    kernel: the product for a few rows, "bag", "linear", "dynamic" or "int4" (see matrices.py), for all
+    matrices that it is for. None: for each shape the fastest on this processor, measured in a fraction of a
+    second. The kernels add in different orders, so name one to get the same bits again. kernels_of tells
+    which layer has which.
+    4-bit weights take 4 bits with the kernel int4 alone, for bfloat16 and layers whose results are not added
+    up over several ranks. With the others each takes a byte: these are not chosen where memory is short.
+    Kernel dynamic rounds what "int4" gives again, to 8 bits with a scale for each output. It is never used
+    for the weights of a GPTQ checkpoint.
     Every weight is copied, a layer at a time, and the checkpoint's files are closed. If the model has the
     dtype of its files ("auto"), the peak memory is that of the fast model and one layer.
     progress is called with the bytes done and the bytes in all. Several ranks call it alike.
@@ -76,23 +78,31 @@ def fasten(
     """
     with model.group.together():
         _check(model, quantize, group_size)
+        _check_kernel(model, quantize, kernel)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    choice = Choice(kernel, model.group, sum(layer.in_features * layer.out_features for layer in layers))
     total, done = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), 0
-    for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]:
-        layer = cast(nn.Linear, model.get_submodule(name))
-        owner, _, attribute = name.rpartition(".")
-        bits = "int8" if quantize == "int4" and isinstance(layer, VocabularyParallelHead) else quantize
-        with model.group.together():
+    try:
+        for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]:
+            layer = cast(nn.Linear, model.get_submodule(name))
+            owner, _, attribute = name.rpartition(".")
+            bits = "int8" if quantize == "int4" and isinstance(layer, VocabularyParallelHead) else quantize
             try:
-                fast = FastLinear(layer, model.group, bits, group_size)
+                fast = FastLinear(layer, model.group, bits, group_size, choice)
             except ValueError as error:
                 raise InputError(f"{name}.weight: {error}") from None
-        setattr(model.get_submodule(owner), attribute, fast)
-        done += sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
-        if progress is not None:
-            progress(done, total)
+            setattr(model.get_submodule(owner), attribute, fast)
+            done += sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+            if progress is not None:
+                progress(done, total)
+    finally:
+        choice.close()
     for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
+    for name, norm in [found for found in model.named_modules() if isinstance(found[1], RMSNorm)]:
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, FastNorm(norm))
     for block in model.blocks:
         block.attn = FastAttention(cast(Attention, block.attn))
     model.cache_type = FastCache
@@ -132,24 +142,75 @@ def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
             check_group(inputs, group_size)
 
 
+def _check_kernel(model: Qwen, quantize: str | None, kernel: str | None) -> None:
+    if kernel is None:
+        return
+    if kernel not in KERNELS:
+        raise InputError(f"kernel={kernel!r} is unknown; use {either(KERNELS)}")
+    packed = packed_weight(cast(Block, model.blocks[0]).mlp.up)
+    bits = {None: 16, "int8": 8, "int4": 4}[quantize] if packed is None else packed[0].bits
+    in_4_bits = bits == 4 and model.embed.weight.dtype == torch.bfloat16
+    has = {
+        "bag": True,
+        "linear": bits == 16,
+        "dynamic": packed is None and bits < 16 and has_dynamic(),
+        "int4": in_4_bits and int4_layout() is not None,
+    }
+    if not has[kernel]:
+        can = either([name for name, able in has.items() if able])
+        raise InputError(f"kernel {kernel} is for {KERNELS[kernel]}; use {can} here, or none for the fastest")
+
+
 def is_fast(model: Qwen) -> bool:
     """Whether fasten was here."""
     return isinstance(model.blocks[0].attn, FastAttention)
 
 
+def kernels_of(model: Qwen) -> dict[str, str]:
+    """The kernel of each layer that fasten changed, by the layer's name."""
+    return {name: layer.kernel for name, layer in model.named_modules() if isinstance(layer, FastLinear)}
+
+
+def kernels_in_words(model: Qwen) -> str:
+    """Which layers have which kernel: "bag for qkv, out, gate, up, down; dynamic for lm_head"."""
+    found: dict[str, dict[str, None]] = {}
+    for name, kernel in kernels_of(model).items():
+        found.setdefault(kernel, {})[name.rpartition(".")[2]] = None
+    return "; ".join(f"{kernel} for {', '.join(layers)}" for kernel, layers in found.items())
+
+
+class FastNorm(nn.Module):
+    """The norm of model.py with the same bits, in two operations instead of eight."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+
+
 class FastLinear(nn.Module):
     """A linear layer of the model with its weight in another form; the ranks add up or gather as before."""
 
-    def __init__(self, layer: nn.Linear, group: Group, quantize: str | None, group_size: int) -> None:
+    def __init__(
+        self, layer: nn.Linear, group: Group, quantize: str | None, group_size: int, choice: Choice
+    ) -> None:
         super().__init__()
         self.group = group
         self.sums = group.size > 1 and isinstance(layer, RowParallelLinear)
         self.gathers = group.size > 1 and isinstance(layer, VocabularyParallelHead)
-        self.matrix = _matrix(layer, self.sums, quantize, group_size)
+        with group.together():
+            weight, dtype, exact = _weight(layer, self.sums, quantize, group_size)
+            found = forms(weight, dtype, self.sums, exact)
+        outputs, inputs = weight.shape
+        self.kernel = choice.among(found, outputs, inputs, dtype, self.sums)
+        with group.together():
+            self.matrix: Matrix = found[self.kernel](outputs)
         self.bias = layer.bias
 
     def forward(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
-        y = self.matrix(x)
+        y = self.matrix.forward(x)  # not by its __call__: a decode step has hundreds of such calls
         if self.sums:
             y = self.group.sum(y)
         if self.bias is not None:
@@ -162,19 +223,16 @@ class FastLinear(nn.Module):
         raise InputError("a fast model keeps its dtype and its device; load it again for others")
 
 
-def _matrix(layer: nn.Linear, wide: bool, quantize: str | None, group_size: int) -> Matrix:
-    """A layer's weight in the form that is asked for, or in its own bits."""
+def _weight(
+    layer: nn.Linear, wide: bool, quantize: str | None, group_size: int
+) -> tuple[Tensor | FewBits, torch.dtype, bool]:
+    """A layer's weight as it is asked for, the model's dtype, and whether it must not be rounded again."""
     packed = packed_weight(layer)
     if packed is not None:
-        few_bits, dtype = packed[0].few_bits(), packed[1]
-    else:
-        weight = layer.weight.detach().flatten(0, -2)  # qkv's of several ranks is (3, rows, in)
-        if quantize is None:
-            return Table(weight, wide)
-        dtype = weight.dtype
-        in_4_bits = quantize == "int4" and dtype == torch.bfloat16 and not wide
-        few_bits = rounded(weight, quantize, group_size, torch.bfloat16 if in_4_bits else torch.float32)
-    fits = few_bits.bits == 4 and kernel_group(few_bits.group_size) is not None
-    if fits and dtype == torch.bfloat16 and not wide and int4_layout() is not None:
-        return Int4Matrix(few_bits)
-    return Int8Table(few_bits, dtype, wide)
+        return packed[0].few_bits(), packed[1], True
+    weight = layer.weight.detach().flatten(0, -2)  # qkv's of several ranks is (3, rows, in)
+    if quantize is None:
+        return weight, weight.dtype, True
+    in_4_bits = quantize == "int4" and weight.dtype == torch.bfloat16 and not wide
+    scales = torch.bfloat16 if in_4_bits else torch.float32
+    return rounded(weight, quantize, group_size, scales), weight.dtype, False

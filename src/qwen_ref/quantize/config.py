@@ -14,6 +14,13 @@ QUANTIZATIONS = ("int8", "int4")  # that any checkpoint's weights can be rounded
 # Inputs that may share a scale in int4 weights: what torch's product knows, and what is taken by default.
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_GROUP = 64
+# The products of faster layers for a few rows (fast/matrices.py), and the weights that each is for.
+KERNELS = {
+    "bag": "all weights",
+    "linear": "weights that are not quantised",
+    "dynamic": "--quantize",
+    "int4": "--quantize int4 and GPTQ Int4, in bfloat16",
+}
 
 # Other keys of quantization_config, with the only value that is read; a missing key, or null, means it.
 _GPTQ_VALUES = {"quant_method": "gptq", "checkpoint_format": "gptq", "is_marlin_format": False}
