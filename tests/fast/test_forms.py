@@ -362,7 +362,7 @@ def test_weights_stay_in_4_bits_where_memory_is_short(
     left: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A byte for each of 2^20 weights may take half of what is left."""
-    monkeypatch.setattr(kernels, "_memory_left", lambda: left)
+    monkeypatch.setattr(kernels, "memory_left", lambda: left)
     monkeypatch.setattr(kernels, "_fastest", lambda *_: "bag")
     choice, found = Choice(None, ONE_RANK, 2**20), dict.fromkeys(("int4", "bag"), nothing)
     assert choice.among(found, *LARGE, torch.bfloat16, False) == expected

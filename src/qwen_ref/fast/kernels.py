@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from qwen_ref.commands.sizes import memory_left
 from qwen_ref.config import lacks_memory
 from qwen_ref.fast.matrices import (
     DynamicInt8,
@@ -95,7 +96,7 @@ class Choice:
 
     def __init__(self, asked: str | None, group: Group, weights: int = 0) -> None:
         self.asked, self.group = asked, group
-        self.in_bytes = not group.any(weights * group.size > _memory_left() / 2)
+        self.in_bytes = not group.any(weights * group.size > memory_left() / 2)
         self._found: dict[tuple, str] = {}
 
     def close(self) -> None:
@@ -133,14 +134,6 @@ class Choice:
             if not lacks_memory(error):
                 raise
             return next(iter(forms))  # no room to try any
-
-
-def _memory_left() -> float:
-    """Bytes; infinite where the system does not tell: only Linux does."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        text = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    return math.inf
 
 
 @functools.lru_cache(maxsize=1)

@@ -70,6 +70,9 @@ _FUSED = "transformer.h.N.attn.c_attn"
 # A bundle with other sizes is of another model; other fields that differ may be a port's mistake.
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "vocab_size")
 
+# Logits may lack this share of the vocabulary: the published sizes have 85 or 213 rows of padding.
+PADDING_SHARE = 10
+
 _NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 _LAYER = re.compile(rf"blocks\.({_NUMBER.pattern})\.(.+)")
 _PUBLISHED_LAYER = re.compile(rf"transformer\.h\.({_NUMBER.pattern})((?:\..+)?)")
@@ -120,6 +123,9 @@ class Bundle:
 
     path: str
     dtype: str  # that of the computation; the tensors may be stored in another
+    # Where they differ: the dtype of the weights, and of everything else.
+    weights_dtype: str | None
+    activations_dtype: str | None
     input_ids: Tensor  # (B, T), int64
     attention_mask: Tensor | None  # (B, T), 1 for a token; padding is on the left
     prefill_length: int  # positions computed in one pass; each later one was a decode step
@@ -129,6 +135,18 @@ class Bundle:
     rounding: dict[str, dict[str, tuple[float, float]]]
     _file: safe_open
     _places: dict[str, tuple[str, int | None]]  # stage → (tensor's name, which third of it; None: all)
+    fill: float | None = None  # logits with this value are no scores: they were filtered out, and are read as 0
+
+    @property
+    def computed_in(self) -> str:
+        """The dtype of the activations."""
+        return self.activations_dtype or self.dtype
+
+    @property
+    def coarsest(self) -> str:
+        """Of the dtypes that it declares, the one that rounds most."""
+        declared = {self.dtype, self.weights_dtype or self.dtype, self.computed_in}
+        return max(declared, key=lambda dtype: torch.finfo(DTYPES[dtype]).eps)
 
     @property
     def stages(self) -> list[str]:
@@ -144,7 +162,8 @@ class Bundle:
 
     def stage(self, name: str) -> Tensor:
         """(B, T, numbers of the stage), as stored."""
-        return _tensor(self._file, self._places[name], self.input_ids)
+        found = _tensor(self._file, self._places[name], self.input_ids)
+        return found if name != "logits" or self.fill is None else found.masked_fill(found == self.fill, 0)
 
     def width(self, name: str) -> int:
         """How many numbers a position has at a stage."""
@@ -173,12 +192,17 @@ class Bundle:
             name, third = self._places[stage]
             if stage not in widths:
                 wrong.append(f"{name} is there, the model has {config.num_hidden_layers} layers")
-            elif self.width(stage) != widths[stage]:
+            elif not self._fits(stage, widths[stage]):
                 shape = list(self._file.get_slice(name).get_shape())
                 wanted = [*self.input_ids.shape, widths[stage] * (1 if third is None else 3)]
                 wrong.append(f"{name} is {shape}, should be {wanted}")
         if wrong:
             raise InputError(f"{self.path}: does not fit the model: {'; '.join(wrong[:4])}")
+
+    def _fits(self, stage: str, width: int) -> bool:
+        """Logits may be cut to the ids that the tokenizer has: the last rows of the vocabulary are padding."""
+        least = width - width // PADDING_SHARE if stage == "logits" else width
+        return least <= self.width(stage) <= width
 
     def first_not_finite(self) -> tuple[str, int, int] | None:
         """The first stage with a NaN or an infinity at a token, with the row and the position."""
@@ -261,7 +285,11 @@ def _read(path: str, file: safe_open) -> Bundle:
         raise InputError("no stage in it; logits alone would do")
     return Bundle(
         path=path,
-        dtype=_metadata_dtype(metadata),
+        dtype=_metadata_dtype(metadata, "dtype"),
+        weights_dtype=_metadata_dtype(metadata, "weights_dtype") if "weights_dtype" in metadata else None,
+        activations_dtype=(
+            _metadata_dtype(metadata, "activations_dtype") if "activations_dtype" in metadata else None
+        ),
         input_ids=input_ids,
         attention_mask=mask,
         prefill_length=_prefill_length(metadata, input_ids, mask),
@@ -337,11 +365,11 @@ def _stages_of(name: str) -> list[str]:
     return [name] if known else []
 
 
-def _metadata_dtype(metadata: dict[str, str]) -> str:
-    found = metadata.get("dtype")
+def _metadata_dtype(metadata: dict[str, str], key: str) -> str:
+    found = metadata.get(key)
     if found not in DTYPES:
         raise InputError(
-            f"metadata's dtype is {shown(found)}, should be the one that was computed in: {', '.join(DTYPES)}"
+            f"metadata's {key} is {shown(found)}, should be the one that was computed in: {', '.join(DTYPES)}"
         )
     return found
 
@@ -415,10 +443,14 @@ def write_bundle(
     prefill_length: int | None = None,
     config: QwenConfig | None = None,
     weights_sha256: str | None = None,
+    weights_dtype: str | None = None,
+    activations_dtype: str | None = None,
 ) -> None:
     """Writes what an implementation computed, for `check`, `diff` and `diagnose` to read.
 
     stages: by name, ours or the published code's, each (B, T, …). dtype: the dtype of the computation.
+    weights_dtype, activations_dtype: where the two differ, as in an engine whose weights are bfloat16 and
+    whose residual stream is float32.
     Raises ValueError for everything that `read_bundle` refuses; then nothing is written.
     """
     ids = as_ids(input_ids)
@@ -434,6 +466,11 @@ def write_bundle(
         tensors[name] = tensor
     length = ids.shape[-1] if prefill_length is None else prefill_length
     metadata = bundle_metadata(dtype, length, config, weights_sha256)
+    metadata |= {
+        key: value
+        for key, value in (("weights_dtype", weights_dtype), ("activations_dtype", activations_dtype))
+        if value is not None
+    }
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with BundleWriter(path, kinds, metadata) as writer:
         for name, tensor in tensors.items():

@@ -1,14 +1,18 @@
-"""Which mistake a port has made: the reference is run with each known mistake and compared with the port.
+"""Which mistake a port has made: the reference is run with each mistake of the grammar and compared with it.
 
 The run with the port's own mistake agrees with the port to rounding, and no other run does. Logits alone are
-enough. With more stages the diagnosis also says at which stage the port first differs.
+enough. With more stages the diagnosis also says at which stage the port first differs, and in which layers.
+
+A mistake is named only if the port differs by more than rounding, or by bits that no right port has. Ports
+may round otherwise than this implementation: these are choices, and named as such.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,33 +20,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_ref.checkpoint import DTYPES, dtype_name
+from qwen_ref.checkpoint import DTYPES
 from qwen_ref.commands.cli import finite
-from qwen_ref.parity.bundle import Bundle, meaning, stage_widths
+from qwen_ref.parity.bundle import Bundle, layer_of, meaning, stage_widths
 from qwen_ref.parity.compare import (
     FACTOR,
     Comparison,
     Measure,
     StageResult,
     Tolerances,
-    compare_bundles,
     measure_bundles,
+    same_columns,
 )
-from qwen_ref.parity.mistakes import CLAMPED, Make, Mistake, mistakes, norm_epsilon, rope_base
+from qwen_ref.parity.forward import Change
+from qwen_ref.parity.guesses import guesses, inputs_before
+from qwen_ref.parity.mistakes import (
+    CLAMPED,
+    NONE,
+    Mistake,
+    choices,
+    in_single_layers,
+    made,
+    mistakes,
+    norm_epsilon,
+    products_in,
+    rope_base,
+)
 from qwen_ref.parity.recording import (
     ROUNDING_DTYPES,
     Progress,
     Work,
     held_against,
-    measured_rounding,
+    judged_by,
     open_both,
-    reference,
     temporary_record,
 )
-from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.parity.stages import Checkpoint
+from qwen_ref.parity.trials import Trials
 
 # A mistake is named only if the port is this many times nearer to the run with it than to the reference.
 MARGIN = 3.0
+
+# A choice accuses nobody. Rounding to few bits turns over where two runs differ by their last bit, so a run
+# with the port's own choice need not agree with it to float32's rounding. It must be this much nearer.
+_MARGIN_OF_CHOICES = 10.0
 
 # Within rounding, a mistake whose effect is as large as the rounding brings the run with it nearer by this
 # factor. For right ports no mistake brought a run nearer by more than a tenth.
@@ -70,11 +91,18 @@ _NOISE = 0.5  # the largest relative error that is still called rounding
 _OVERFLOW_AGREES = 0.9
 
 _SAMPLE = 64  # positions at which numbers are tested for their dtype
-_FINALISTS = 4  # hypotheses whose own rounding is measured
+_AFTER = 8  # positions behind the first wrong one that a screening looks at
+_FINALISTS = 12  # the best of a screening, which are run in full
+_MOST_FINALISTS = 48  # if many more agree with the port so far
+_BETTER = 4  # the nearest, of which each is tried together with other mistakes and choices
 _FITTED_LENGTH = 256  # positions to which a base or epsilon is fitted
-_LIKELY = 3  # mistakes that are always tried in pairs with every other
-_PAIR_CALLS = 1300  # all pairs are tried if they cost no more than so many calls of a small model
-_CALL_OPERATIONS = 2.5e8  # operations in such a call; 1300 calls take some 10 s on two cores
+
+# Seconds that the parts of a search may take, as estimated: on two cores with AVX2 a small model takes far
+# less, and one of 1.8 billion parameters is kept within ten minutes.
+_BUDGETS = {"mistakes": 150.0, "single layers": 120.0, "pairs": 60.0, "fits": 60.0, "within": 200.0}
+_OPERATIONS = 1e11  # a second, of products of matrices
+_BYTES = 8e9  # a second, from memory
+_OVERHEAD = 4e-4  # seconds a layer, in calls of torch
 
 
 @dataclass(frozen=True)
@@ -107,18 +135,20 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` finds. verdict: "rounding only", "mistake" or "none of these"."""
+    """What `diagnose` finds. verdict: "rounding only", "choice", "mistake" or "none of these"."""
 
     bundle: str
     dtype: str
     verdict: str
-    found: tuple[str, ...]  # the mistakes
+    found: tuple[str, ...]  # the mistakes; the choices, if there is no mistake
     alike: list[tuple[str, ...]]  # others that give the same numbers for these ids
     ranking: list[Hypothesis]  # best first
     comparison: Comparison | None  # the port against the reference; None where it holds NaN
     first_divergence: str | None  # the first stage beyond rounding
     invisible: list[str]  # mistakes that change nothing for these ids
     tried: int
+    seconds: float
+    choices: tuple[str, ...] = ()  # roundings that are no mistake
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -130,15 +160,28 @@ class Diagnosis:
 def diagnose(folder: str | Path, path: str | Path, progress: Progress | None = None) -> Diagnosis:
     """Names the mistake, or the two mistakes, that explain a port's bundle.
 
-    progress: called with the bytes of weights that are read, and the most that may have to be read.
+    progress: called with the work that is done, and the most that may have to be done: in bytes of weights.
     Raises ValueError for a file that is no bundle, a bundle of another checkpoint, and NaN that float16
     overflow does not explain.
     """
+    start = time.monotonic()
     work = Work(progress)
     checkpoint, theirs = open_both(folder, path, work)
+    theirs.fill = filling(theirs)
     if theirs.first_not_finite() is not None:
         return _overflow(checkpoint, theirs, work)
-    return _Search(checkpoint, theirs, work).diagnosis()
+    found = _Search(checkpoint, theirs, work).diagnosis()
+    return replace(found, seconds=time.monotonic() - start)
+
+
+def filling(theirs: Bundle) -> float | None:
+    """The value that stands in logits for tokens that were filtered out; None if there is none."""
+    if "logits" not in theirs.stages:
+        return None
+    logits = theirs.stage("logits")[theirs.real]
+    least = float(logits.min())
+    many = (logits == least).double().mean()
+    return least if (least < -1e4 and many > 0.05) or (least == -math.inf) else None
 
 
 class _Search:
@@ -146,97 +189,205 @@ class _Search:
 
     def __init__(self, checkpoint: Checkpoint, theirs: Bundle, work: Work) -> None:
         self.checkpoint, self.theirs, self.work = checkpoint, theirs, work
-        self.measured = measured_rounding(checkpoint, theirs, [theirs.dtype, *ROUNDING_DTYPES], work)
-        self.known = {
-            mistake.text: mistake for mistake in mistakes(checkpoint.config) if self._may_be(mistake)
-        }
-        work.expect(checkpoint.bytes * (len(self.known) + 2 + 2 * _FINALISTS))
-        self.tolerances = Tolerances(self.measured, theirs.dtype, theirs.dtype)
-        self.stored = {stage: (theirs.stored_dtype(stage),) for stage in theirs.stages}
-        self.tried = 0
+        self.config, self.dtype = checkpoint.config, theirs.computed_in
+        base: tuple[Change, ...] = ()
+        if theirs.weights_dtype is not None and _eps(theirs.weights_dtype) > _eps(self.dtype):
+            base = made(products_in(DTYPES[theirs.weights_dtype]))
+        self.trials = Trials(checkpoint, theirs, base, work)
+        self.known: dict[str, Mistake] = {}  # all that was tried, by its text
         self.notes: list[str] = []
+        with temporary_record(
+            self.trials.run(NONE, "float64", plain=True), theirs, torch.float64, checkpoint.config
+        ) as truth:
+            self.measured = self._rounding(truth)
+            self.tolerances = Tolerances(self.measured, self.dtype, self.dtype)
+            self.stored = {stage: (theirs.stored_dtype(stage),) for stage in theirs.stages}
+            self.comparison = Comparison.of(
+                measure_bundles(truth, theirs, theirs.stages),
+                Tolerances(self.measured, "float64", self.dtype),
+                names=(f"{checkpoint.folder} in float64", theirs.path),
+                stored={stage: (torch.float64, *kinds) for stage, kinds in self.stored.items()},
+                notes=self._notes(),
+            )
 
-    def _may_be(self, mistake: Mistake) -> bool:
-        """A finer dtype than the declared one is no mistake; without overflow, clamping changes nothing."""
-        if mistake.text == CLAMPED:
-            return not self._finite("float16")
-        return mistake.dtype is None or _eps(mistake.dtype) > _eps(self.theirs.dtype)
+    def _rounding(self, truth: Bundle) -> dict[str, dict[str, tuple[float, float]]]:
+        """This implementation's own error in each dtype at each stage; in that of the port as it declares."""
+        known = {} if self.trials.base else self.theirs.rounding
+        stages = set(self.theirs.stages)
+        found: dict[str, dict[str, tuple[float, float]]] = {
+            dtype: dict(stages_of) for dtype, stages_of in known.items() if stages <= set(stages_of)
+        }
+        for dtype in dict.fromkeys((self.dtype, *ROUNDING_DTYPES)):
+            if dtype not in found and dtype != "float64":
+                run = self.trials.run(NONE, dtype, plain=dtype != self.dtype)
+                found[dtype] = dict(held_against(run, truth, text=False).all_rounding())
+        return found
 
-    def _finite(self, dtype: str) -> bool:
-        return all(math.isfinite(self.measured[dtype][stage][0]) for stage in self.theirs.stages)
+    def _notes(self) -> list[str]:
+        theirs, notes = self.theirs, []
+        if theirs.weights_sha256 is None:
+            notes.append(
+                f"{theirs.path} has no weights_sha256: whether its weights are the same was not checked"
+            )
+        for name, value in theirs.config.items():
+            ours = getattr(self.config, name)
+            if ours != value:
+                notes.append(f"{name} is {value} in {theirs.path}, {ours} in {self.checkpoint.folder}")
+        V = self.config.vocab_size
+        if "logits" in theirs.stages and theirs.width("logits") < V:
+            notes.append(f"it has logits of {theirs.width('logits'):,} of {V:,} rows: these were compared")
+        return notes
+
+    # The search
 
     def diagnosis(self) -> Diagnosis:
-        comparison = self._comparison()
-        right = [self._hypothesis((), stepwise=stepwise) for stepwise in (False, True)]
-        none = min(right, key=_rank)
-        singles = [self._hypothesis((text,)) for text in self.known]
-        same = [h for h in singles if any(h.residuals == r.residuals for r in right) and h.excess < math.inf]
-        ranking = sorted((h for h in singles if h not in same), key=_rank)
-        if comparison.within and self._finer(comparison):
-            fitting = []
-        elif comparison.within:
-            # Nothing may be wrong; but what difference there is may be a mistake's.
-            fitting = [h for h in ranking if self._named_for_its_rounding(h, none)]
-        else:
-            fitting = self._fitting(ranking, none)
-            sized = [] if fitting else self._computed_in(())
-            if sized and self._numbers_of(sized[0].dtype):
-                fitting = sized
+        none = self._hypothesis((NONE,))
+        self.none = none
+        if self.comparison.within:
+            return self._within(none)
+        self.window = self._window()
+        ranking, fitting = self._singles(none)
+        if not fitting:
+            sized = self._computed_in(())
+            fitting = [h for h in sized if self._numbers_of(h.dtype)]
             if not fitting:
-                fitted = [self._fitted_base(), self._fitted_epsilon()]
-                ranking = sorted(
-                    [*ranking, *(h for h in fitted if h.excess * MARGIN < none.excess)], key=_rank
-                )
-                fitting = self._fitting(ranking, none) or sized
+                fits = self._fits(none)
+                ranking = sorted([*ranking, *fits], key=_rank)
+                fitting = self._fitting(fits, none)
+            fitting = fitting or self._with_choices(self._better(ranking, none)) or sized
+        if not fitting:
+            better = self._better(ranking, none)
+            fitting = sorted((h for b in better for h in self._computed_in(b.mistakes)), key=_rank)
+        if not fitting:
+            pairs = self._pairs(ranking)
+            fitting = self._fitting(pairs, none)
+            ranking = sorted([*ranking, *pairs], key=_rank)
             if not fitting:
-                better = self._better(ranking, none)
-                fitting = sorted((h for b in better for h in self._computed_in(b.mistakes)), key=_rank)
-            if not fitting:
-                pairs = self._pairs(ranking)
-                fitting = self._fitting(sorted(pairs, key=_rank), none)
-                ranking += pairs
-            if fitting and fitting[0].dtype:
-                self._explain(fitting[0])
-        verdict = "mistake" if fitting else "rounding only" if comparison.within else "none of these"
+                singles = min((h.excess for h in ranking if len(h.mistakes) == 1), default=math.inf)
+                better = [h for h in self._better(pairs, none) if h.excess * MARGIN < singles][:2]
+                fitting = self._with_choices(better)
+                fitting = fitting or [h for b in better for h in self._computed_in(b.mistakes)]
+        if fitting and fitting[0].dtype:
+            self._explain(fitting[0])
+        return self._found(fitting, ranking, none)
+
+    def _found(
+        self,
+        fitting: list[Hypothesis],
+        ranking: Sequence[Hypothesis],
+        none: Hypothesis,
+        invisible: Sequence[str] = (),
+    ) -> Diagnosis:
+        verdict, found, chosen = "none of these", (), ()
+        if fitting:
+            texts = fitting[0].mistakes
+            chosen = tuple(text for text in texts if self.known[text].choice)
+            found = tuple(text for text in texts if text not in chosen) or chosen
+            verdict = "choice" if found == chosen else "mistake"
+        elif self.comparison.within:
+            verdict = "rounding only"
         named = {h.mistakes for h in fitting}
         ranking = sorted((h for h in ranking if h.mistakes not in named), key=_rank)
         ranking = [none, *ranking] if verdict == "rounding only" else sorted([none, *ranking], key=_rank)
-        first = comparison.first_beyond
+        first = self.comparison.first_beyond
         return Diagnosis(
             bundle=self.theirs.path,
             dtype=self.theirs.dtype,
             verdict=verdict,
-            found=fitting[0].mistakes if fitting else (),
-            alike=[h.mistakes for h in fitting[1:] if h.excess <= max(2 * fitting[0].excess, 0.02)],
+            found=found,
+            alike=[h.mistakes for h in fitting[1:] if h.excess <= _alike(fitting[0])],
             ranking=fitting + ranking,
-            comparison=comparison,
+            comparison=self.comparison,
             first_divergence=first.stage if first else None,
-            invisible=[h.text for h in same],
-            tried=self.tried,
-            notes=comparison.notes + self.notes,
+            invisible=list(invisible),
+            tried=self.trials.count,
+            seconds=0.0,
+            choices=chosen,
+            notes=self.comparison.notes + self.notes,
         )
 
-    def _comparison(self) -> Comparison:
-        with temporary_record(self._port((), "float64"), self.theirs.stages, self.work) as truth:
-            return compare_bundles(
-                truth, self.theirs, self.measured, name=f"{self.checkpoint.folder} in float64"
-            )
+    def _within(self, none: Hypothesis) -> Diagnosis:
+        """Nothing may be wrong; but what difference there is may be a mistake's."""
+        if self._finer():
+            return self._found([], [], none)
+        tried = [m for m in mistakes(self.config) if m.common and self._may_be(m)]
+        tried = self._affordable(tried, "within")
+        ranking = sorted((self._hypothesis((mistake,)) for mistake in tried), key=_rank)
+        same = [h for h in ranking if h.residuals == none.residuals]
+        nearer = [h for h in ranking if self._nearer_than_rounding(h, none)]
+        chosen = [h for h in nearer if self.known[h.mistakes[0]].choice]
+        if chosen and (not nearer or nearer[0] in chosen):
+            self.notes.append(f"its bits are nearest to a choice, no mistake: {chosen[0].text}")
+            nearer = []
+        nearer = [h for h in nearer if h not in chosen]
+        return self._found(nearer, [h for h in ranking if h not in same], none, [h.text for h in same])
 
-    def _port(self, texts: Sequence[str], dtype: str | None = None) -> Port:
-        """The reference with these mistakes; dtype: other than theirs."""
-        port = reference(self.checkpoint, self.theirs.dtype, self.theirs, self.work)
-        port.stepwise = False  # one pass computes the same as the steps do, sooner
-        for text in texts:
-            self.known[text].make(port)
-        if dtype is not None:
-            port.dtype = DTYPES[dtype]
-        return port
+    def _nearer_than_rounding(self, hypothesis: Hypothesis, none: Hypothesis) -> bool:
+        half = self.dtype in _HALVES
+        known = [self.known[text] for text in hypothesis.mistakes]
+        if any(mistake.dtype or (half and mistake.usual_in_half) for mistake in known):
+            return False
+        return none.excess > _LEAST and hypothesis.excess * _MARGIN_WITHIN < none.excess
 
-    def _hypothesis(self, texts: tuple[str, ...], stepwise: bool = False) -> Hypothesis:
-        self.tried += 1
-        port = self._port(texts)
-        port.stepwise |= stepwise
-        measure = held_against(port, self.theirs, text=False)
+    def _may_be(self, mistake: Mistake) -> bool:
+        """A finer dtype than the declared one is no mistake; without overflow, clamping changes nothing."""
+        if mistake.text == CLAMPED:
+            return not all(math.isfinite(self.measured["float16"][s][0]) for s in self.theirs.stages)
+        return mistake.dtype is None or _eps(mistake.dtype) > _eps(self.dtype)
+
+    def _window(self) -> int:
+        """How many positions a screening looks at: a little more than up to the first wrong one."""
+        T = self.theirs.input_ids.shape[1]
+        if "logits" not in self.theirs.stages:
+            return T
+        (logits,) = (stage for stage in self.comparison.stages if stage.stage == "logits")
+        first = T if logits.first_position is None else logits.first_position
+        pads = int((~self.theirs.real).sum(dim=-1).max())
+        return min(T, max(first, pads) + _AFTER)
+
+    def _singles(self, none: Hypothesis) -> tuple[list[Hypothesis], list[Hypothesis]]:
+        """The best of all single mistakes and choices, and those that fit."""
+        tried = [m for m in mistakes(self.config) if self._may_be(m)]
+        decoded = self.theirs.prefill_length < self.theirs.input_ids.shape[1]
+        tried += [m for m in choices() if decoded or "decode steps" not in m.text]
+        tried = [m for m in tried if decoded or not m.text.startswith("in decode steps")]
+        tried += guesses(self.trials, self.window)
+        tried += inputs_before(self.trials)
+        residuals = self._screened(self._affordable(tried, "mistakes"))
+        layers = self._suspects()
+        single = list(in_single_layers(self.config, layers))
+        single = [m for m in single if decoded or not m.text.startswith("in decode steps")]
+        residuals |= self._screened(self._affordable(single, "single layers"))
+        ranking = self._confirmed(residuals, none)
+        return ranking, self._fitting(ranking, none)
+
+    def _suspects(self) -> list[int]:
+        """The layers in which a single mistake may be; the last first."""
+        first = self.comparison.first_beyond
+        layer = None if first is None else layer_of(first.stage)
+        layers = list(range(self.config.num_hidden_layers))[::-1]
+        return layers if layer is None or first is None or len(self.theirs.stages) < 8 else [layer]
+
+    def _screened(self, tried: Sequence[Mistake]) -> dict[str, float]:
+        self.known |= {mistake.text: mistake for mistake in tried}
+        if "logits" in self.theirs.stages:
+            return self.trials.screen(tried, self.window)
+        return {mistake.text: self._hypothesis((mistake,)).residual for mistake in tried}
+
+    def _confirmed(self, residuals: dict[str, float], none: Hypothesis) -> list[Hypothesis]:
+        """Those that come nearest in a screening, run in full."""
+        order = sorted(residuals, key=lambda text: residuals[text])
+        agree = 2 * self.tolerances.of(self.theirs.stages[-1]).all
+        count = sum(residual <= agree for residual in residuals.values())
+        chosen = order[: max(min(count, _MOST_FINALISTS), _FINALISTS)]
+        common = [text for text in residuals if self.known[text].common and residuals[text] < math.inf]
+        chosen += [text for text in common if text not in chosen and residuals[text] <= agree]
+        return sorted((self._hypothesis((self.known[text],)) for text in chosen), key=_rank)
+
+    def _hypothesis(self, tried: tuple[Mistake, ...]) -> Hypothesis:
+        texts = tuple(mistake.text for mistake in tried if mistake is not NONE)
+        self.known |= {mistake.text: mistake for mistake in tried}
+        measure = self.trials.measure(together(tried))
         for index, stage in enumerate(self.theirs.stages):
             if stage not in measure.stages:  # they have a layer that this port lacks
                 return Hypothesis(texts, math.inf, stage, math.inf, (), index)
@@ -247,68 +398,111 @@ class _Search:
         stages = [stage for stage in self.theirs.stages if stage in measure.stages]
         return [measure.result(stage, tolerances.of(stage, self.stored[stage])) for stage in stages]
 
-    def _named_for_its_rounding(self, hypothesis: Hypothesis, none: Hypothesis) -> bool:
-        half = self.theirs.dtype in _HALVES
-        known = [self.known[text] for text in hypothesis.mistakes]
-        if any(mistake.dtype or (half and mistake.usual_in_half) for mistake in known):
-            return False
-        return none.excess > _LEAST and hypothesis.excess * _MARGIN_WITHIN < none.excess
-
     def _better(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
-        """The best that are clearly nearer than no mistake. A dtype is not judged by that."""
-        judged = [h for h in ranking if not any(self.known[text].dtype for text in h.mistakes)]
-        return [h for h in judged[:_FINALISTS] if h.excess * MARGIN < none.excess]
+        """The best mistakes that are clearly nearer than no mistake. A dtype is not judged by that."""
+        judged = [h for h in ranking if not any(self.known[text].sized for text in h.mistakes)]
+        judged = [h for h in judged if not all(self.known[text].choice for text in h.mistakes)]
+        return [h for h in judged[:_BETTER] if h.excess * MARGIN < none.excess]
 
     def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
-        """Of the best, those with which the port agrees to rounding, their own or the reference's."""
-        better = self._better(ranking, none)
-        return [h for h in better if h.excess <= 1 or self._within_its_own_rounding(h)]
+        """Those with which the port agrees to rounding, their own or the reference's; the likeliest first."""
+        fitting = []
+        for h in sorted(ranking, key=_rank)[:_MOST_FINALISTS]:
+            kinds = [self.known[text] for text in h.mistakes]
+            if any(kind.sized for kind in kinds) or not h.excess * MARGIN < none.excess:
+                continue
+            chosen = all(kind.choice for kind in kinds)
+            if (
+                h.excess <= 1
+                or (chosen and h.excess * _MARGIN_OF_CHOICES < none.excess)
+                or (len(fitting) < _BETTER and self._within_its_own_rounding(h))
+            ):
+                fitting.append(h)
+        if not fitting:
+            return []
+        # Of those that fit alike, the commonest: what all layers have before what one has.
+        order = {text: number for number, text in enumerate(self.known)}
+        near = [h for h in fitting if h.excess <= _alike(fitting[0])]
+        near.sort(key=lambda h: (
+            any(not self.known[text].common for text in h.mistakes),
+            sum(" only" in text for text in h.mistakes),
+            sum(text.count(" + ") for text in h.mistakes),
+            sum(order[text] for text in h.mistakes),
+        ))  # fmt: skip
+        return near + [h for h in fitting if h not in near]
 
-    def _finer(self, comparison: Comparison) -> bool:
+    def _with_choices(self, better: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """Mistakes in a port that also rounds otherwise."""
+        found = []
+        for h in better:
+            known = tuple(self.known[text] for text in h.mistakes)
+            for choice in self._affordable(list(choices()), "fits"):
+                both = self._hypothesis((*known, choice))
+                if both.excess * MARGIN < h.excess and (
+                    both.excess <= 1
+                    or both.excess * _MARGIN_OF_CHOICES < h.excess
+                    or self._within_its_own_rounding(both)
+                ):
+                    found.append(both)
+        return sorted(found, key=_rank)
+
+    def _finer(self) -> bool:
         """Whether the port is clearly nearer to float64 than its dtype's rounding, which is no mistake."""
-        stage, dtype = comparison.stages[-1], self.theirs.dtype
-        if dtype == "float64":
+        stage = self.comparison.stages[-1]
+        if self.dtype == "float64":
             return False
-        least = _FINER if dtype in _HALVES else 1 / FACTOR  # float32's error varies more with the order
+        least = _FINER if self.dtype in _HALVES else 1 / FACTOR  # float32's error varies more with the order
         costs = {name: self.tolerances.rounding(name, stage.stage).all for name in DTYPES}
-        if not stage.relative_rms < least * costs[dtype]:
+        if not stage.relative_rms < least * costs[self.dtype]:
             return False
-        note = f"nearer to float64 than this implementation in {dtype}"
+        note = f"nearer to float64 than this implementation in {self.dtype}"
         if stage.relative_rms > 0:
-            note += f", {costs[dtype] / stage.relative_rms:,.2g} times at {stage.stage}"
+            note += f", {costs[self.dtype] / stage.relative_rms:,.2g} times at {stage.stage}"
             nearest = min(costs, key=lambda name: abs(math.log(stage.relative_rms / costs[name])))
-            if nearest != dtype:
+            if nearest != self.dtype:
                 note += f", and about as near as it is in {nearest}"
+            elif self.dtype in _HALVES:
+                note += f": as if only what enters a product were {self.dtype}, and the rest float32"
         self.notes.append(f"{note}: more precision than declared is no mistake")
         return True
 
     def _computed_in(self, texts: tuple[str, ...]) -> list[Hypothesis]:
         """With these mistakes, the dtype whose rounding the port's error is as large as, if there is one.
 
-        Bits say nothing here: two runs in one dtype that add in another order are as far from each other as
-        from the truth.
+        It is a mistake if the port's numbers are that dtype's, or those of the run in it. A port of which
+        only a part is computed in it has made a choice.
         """
         stages, last = self.theirs.stages, self.theirs.stages[-1]
-        wider = {mistake.text: mistake.dtype for mistake in self.known.values() if mistake.dtype}
-        with temporary_record(self._port(texts, "float64"), stages, self.work) as truth:
+        known = tuple(self.known[text] for text in texts)
+        wider = [dtype for dtype in ("bfloat16", "float16", "float32") if _eps(dtype) > _eps(self.dtype)]
+        wider = [dtype for dtype in wider if not self._has_finer_numbers(dtype)]
+        run = self.trials.run(together(known), "float64")
+        with temporary_record(run, self.theirs, torch.float64, self.config) as truth:
             if truth.stages != stages:
                 return []  # a layer is missing
             theirs = measure_bundles(truth, self.theirs, stages)
-            ours = {t: held_against(self._port(texts, d), truth, text=False) for t, d in wider.items()}
+            ours = {d: held_against(self.trials.run(together(known), d), truth, text=False) for d in wider}
         error = theirs.rounding(last).all
-        costs = {text: measure.rounding(last).all for text, measure in ours.items()}
-        costs = {text: cost for text, cost in costs.items() if not self._has_finer_numbers(wider[text])}
-        ratios = {t: error / cost for t, cost in costs.items() if error > 0 and 0 < cost < math.inf}
+        costs = {dtype: measure.rounding(last).all for dtype, measure in ours.items()}
+        ratios = {dtype: error / cost for dtype, cost in costs.items() if error > 0 and 0 < cost < math.inf}
         if not ratios:
             return []
-        text = min(ratios, key=lambda text: abs(math.log(ratios[text])))
-        tolerances = Tolerances({wider[text]: ours[text].all_rounding()}, "float64", wider[text])
+        dtype = min(ratios, key=lambda dtype: abs(math.log(ratios[dtype])))
+        tolerances = Tolerances({dtype: ours[dtype].all_rounding()}, "float64", dtype)
         results = self._results(theirs, tolerances)
         worst = max(results, key=lambda result: result.excess)
-        everywhere = theirs.positions(last) >= _FAINT * ours[text].positions(last)
-        if not worst.within or worst.tolerance > _NOISE or ratios[text] < 1 / FACTOR or not everywhere.all():
+        everywhere = theirs.positions(last) >= _FAINT * ours[dtype].positions(last)
+        if not worst.within or worst.tolerance > _NOISE or ratios[dtype] < 1 / FACTOR or not everywhere.all():
             return []
-        return [Hypothesis.of((*texts, text), results, dtype=wider[text], ratios=ratios)]
+        text = f"computed in {dtype}"
+        run = self.trials.run(together((*known, Mistake(text, dtype=dtype))))
+        own = judged_by(run, self.theirs, text=False).rounding(last).all
+        part = not self._numbers_of(dtype) and own > error / 2
+        if part:
+            text = f"a part computed in {dtype}"
+        self.known.setdefault(text, Mistake(text, dtype=dtype, sized=True, choice=part))
+        named = {f"computed in {dtype}": ratio for dtype, ratio in ratios.items()}
+        return [Hypothesis.of((*texts, text), results, dtype=dtype, ratios=named)]
 
     def _numbers_of(self, dtype: str) -> bool:
         """Whether the last stage, kept in a finer dtype, has this dtype's numbers only."""
@@ -337,18 +531,25 @@ class _Search:
 
     def _within_its_own_rounding(self, hypothesis: Hypothesis) -> bool:
         """A mistake may make a model that rounds more, as attention without 1/√K does."""
-        port = self._port(hypothesis.mistakes)
-        dtype = dtype_name(port.dtype)
-        with temporary_record(
-            self._port(hypothesis.mistakes, "float64"), self.theirs.stages, self.work
-        ) as truth:
-            measure = held_against(port, truth, text=False)
-            measured = {dtype: measure.all_rounding()}
+        known = together([self.known[text] for text in hypothesis.mistakes])
+        dtype = known.dtype or self.dtype
+        run = self.trials.run(known, "float64")
+        with temporary_record(run, self.theirs, torch.float64, self.config) as truth:
+            measured = {dtype: held_against(self.trials.run(known), truth, text=False).all_rounding()}
             judged = measure_bundles(truth, self.theirs, truth.stages)
         tolerances = Tolerances(measured, "float64", dtype)
         # A model that is nothing but noise would fit everything.
         results = self._results(judged, tolerances)
         return all(result.within and result.tolerance < _NOISE for result in results)
+
+    # Numbers that nobody lists
+
+    def _fits(self, none: Hypothesis) -> list[Hypothesis]:
+        if not self._affordable([NONE] * 150, "fits")[149:]:
+            self.notes.append("no RoPE base and no epsilon was fitted, to save time: try a shorter prompt")
+            return []
+        fits = [self._fitted_base(), self._fitted_epsilon()]
+        return [h for h in fits if h.excess * MARGIN < none.excess]
 
     def _fitted_base(self) -> Hypothesis:
         """The RoPE base that comes nearest. A few positions turn little: they lead to the many."""
@@ -359,7 +560,7 @@ class _Search:
             found, step = self._nearest(rope_base, found, step / 2, 9, length)
         for _ in range(8):  # to one part in a million, and further
             found, step = self._nearest(rope_base, found, step / 4, 9, T)
-        right = self.checkpoint.config.rotary_emb_base
+        right = self.config.rotary_emb_base
         return self._rounded(rope_base, "RoPE base {} for {:g}", right, found)
 
     def _fitted_epsilon(self) -> Hypothesis:
@@ -367,83 +568,105 @@ class _Search:
         found, step = self._nearest(norm_epsilon, -6.5, 0.5, 27, T)
         for _ in range(3):
             found, step = self._nearest(norm_epsilon, found, step / 4, 9, T)
-        eps = self.checkpoint.config.layer_norm_epsilon
+        eps = self.config.layer_norm_epsilon
         return self._rounded(norm_epsilon, "layer_norm_epsilon {} for {:g}", eps, found)
 
     def _nearest(
-        self, mistake: Callable[[float], Make], middle: float, step: float, points: int, length: int
+        self, change: Callable[[float], Any], middle: float, step: float, points: int, length: int
     ) -> tuple[float, float]:
         """Of so many powers of ten, so far apart, the one that is nearest over the first positions."""
-        low, high = _EXPONENTS[mistake]
+        low, high = _EXPONENTS[change]
         exponents = [min(max(middle + (i - points // 2) * step, low), high) for i in range(points)]
-        return min(exponents, key=lambda x: self._error(mistake(10**x), length)), step
-
-    def _error(self, make: Make, length: int) -> float:
-        """How far a mistake leaves the port at the last stage, over the first tokens of the longest rows."""
-        stage, padding = self.theirs.stages[-1], (~self.theirs.real).sum(dim=-1)
-        least = int(padding.min())
-        rows, columns = padding == least, slice(least, least + length)
-        prompt = self.theirs.prefill_length - least
-        port = Port(
-            self.checkpoint,
-            self.theirs.dtype,
-            self.theirs.input_ids[rows, columns],
-            prefill_length=min(prompt, self.theirs.input_ids[0, columns].numel()),
-        )
-        port.stepwise, port.progress = False, self.work.did
-        self.work.expect(self.checkpoint.bytes)
-        port.fix_alpha(prompt)  # the whole one's
-        make(port)
-        theirs = self.theirs.stage(stage)[rows, columns]
-        measure = Measure(port.ids, torch.ones_like(port.ids, dtype=torch.bool), text=False)
-        port.run(lambda name, value, start: measure.add(name, theirs, value), [stage])
-        return measure.rounding(stage).all
+        tried = {f"{x:.17g}": Mistake(f"{x:.17g}", made(change(10**x))) for x in exponents}
+        if "logits" in self.theirs.stages:
+            pads = int((~self.theirs.real).sum(dim=-1).max())
+            errors = self.trials.screen(tried.values(), min(length + pads, self.theirs.input_ids.shape[1]))
+        else:
+            errors = {text: self._hypothesis((mistake,)).residual for text, mistake in tried.items()}
+        return float(min(errors, key=lambda text: errors[text])), step
 
     def _rounded(
-        self, mistake: Callable[[float], Make], text: str, right: float, exponent: float
+        self, change: Callable[[float], Any], text: str, right: float, exponent: float
     ) -> Hypothesis:
         """The number found, with no more digits than the port's numbers ask for."""
         hypotheses: list[Hypothesis] = []
         for digits in (1, 2, 3, 5, 9):
             number = float(f"{10**exponent:.{digits}g}")
             name = text.format(f"{number:.9g}", right)
-            self.known.setdefault(name, Mistake(name, mistake(number)))
-            hypotheses.append(self._hypothesis((name,)))
+            mistake = self.known.setdefault(name, Mistake(name, made(change(number))))
+            hypotheses.append(self._hypothesis((mistake,)))
         enough = 1.25 * min(h.excess for h in hypotheses)
         return next(h for h in hypotheses if h.excess <= enough)
 
-    def _pairs(self, singles: Sequence[Hypothesis]) -> list[Hypothesis]:
-        """All pairs, or as many as are worth it: the likeliest first, until one fits."""
-        visible = [h.mistakes[0] for h in singles if not self.known[h.mistakes[0]].dtype]
-        pairs = sorted(itertools.combinations(range(len(visible)), 2), key=sum)
-        likely = [pair for pair in pairs if pair[0] < _LIKELY]
-        chosen = likely + [pair for pair in pairs if pair[0] >= _LIKELY]
-        costs = [self._cost((visible[i], visible[j])) for i, j in chosen]
-        totals = itertools.accumulate(costs)
-        count = max(len(likely), sum(total <= _PAIR_CALLS for total in totals))
-        self.work.expect(self.checkpoint.bytes * count)
-        found: list[Hypothesis] = []
-        for i, j in chosen[:count]:
-            found.append(self._hypothesis((visible[i], visible[j])))
-            if found[-1].excess < _SURE:
-                break
-        else:
-            if count < len(chosen):
-                self.notes.append(
-                    f"{len(chosen) - count:,} of {len(chosen):,} pairs of mistakes were not tried, "
-                    "to save time: a shorter prompt has room for all"
-                )
-        return found
+    # Two mistakes
 
-    def _cost(self, texts: tuple[str, ...]) -> float:
-        """Of a run, in calls of a small model."""
-        port, config = self._port(texts), self.checkpoint.config
-        B, T = self.theirs.input_ids.shape
-        steps = 1 if port.cached and not port.stepwise else 1 + T - port.prefill_length
-        attended = 4 * config.num_hidden_layers * config.hidden_size * B * T * T
-        operations = self.checkpoint.bytes * B * T + attended  # 2 for each weight, which has 2 bytes
-        calls = max(steps, operations / _CALL_OPERATIONS * (1 if port.cached else steps))
-        return calls * (1 + len(self.theirs.stages) / 25)  # comparing takes its time, too
+    def _pairs(self, singles: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """Pairs of the common mistakes, and of what came nearest with them."""
+        rank = {h.mistakes[0]: number for number, h in enumerate(singles) if len(h.mistakes) == 1}
+        common = [m for m in mistakes(self.config) if m.common and not m.choice and self._may_be(m)]
+        near = [self.known[text] for text in rank if not self.known[text].common]
+        near = [m for m in near if not m.choice and not m.sized][:_BETTER]
+        tried = sorted([*common, *near], key=lambda mistake: rank.get(mistake.text, len(rank)))
+        pairs = sorted(itertools.combinations(range(len(tried)), 2), key=sum)
+        both = [(tried[i], tried[j]) for i, j in pairs]
+        count = len(self._affordable([NONE] * len(both), "pairs"))
+        if count < len(both):
+            self.notes.append(
+                f"{len(both) - count:,} of {len(both):,} pairs of mistakes were not tried, "
+                "to save time: a shorter prompt has room for all"
+            )
+        named = {f"{a.text}\n{b.text}": (a, b) for a, b in both[:count]}
+        for a, b in both[:count]:
+            self.known |= {a.text: a, b.text: b}
+        joined = [replace(together(pair), text=text) for text, pair in named.items()]
+        if "logits" not in self.theirs.stages:
+            return [self._hypothesis(pair) for pair in named.values()]
+        residuals = self.trials.screen(joined, self.window)
+        nearest = sorted(residuals, key=lambda text: residuals[text])[:_FINALISTS]
+        return sorted((self._hypothesis(named[text]) for text in nearest), key=_rank)
+
+    def _affordable(self, tried: Sequence[Mistake], part: str) -> list[Mistake]:
+        """As many as the part's budget has room for; the work that they are is announced."""
+        L, (B, T) = self.config.num_hidden_layers, self.theirs.input_ids.shape
+        parameters, length = self.checkpoint.bytes / 2, getattr(self, "window", T)
+        kept, total = [], 0.0
+        for mistake in tried:
+            first, last = mistake.span(L)
+            share = (L - max(first, 0)) / L if mistake.changes else 1.0
+            single = first == last and 0 <= first < L
+            positions = B * (T if mistake.whole or part == "within" else length)
+            cost = share * 2 * parameters * positions / _OPERATIONS
+            cost += 0 if single else share * 4 * parameters / _BYTES
+            cost += _OVERHEAD * max(last - max(first, 0), 1)
+            total += cost
+            if total > _BUDGETS[part]:
+                break
+            kept.append(mistake)
+        if len(kept) < len(tried) and part != "pairs":
+            self.notes.append(f"{len(tried) - len(kept):,} of {len(tried):,} hypotheses were not tried, to save time")
+        self.work.expect(int(self.checkpoint.bytes * len(kept)))
+        return kept
+
+
+def together(tried: Iterable[Mistake]) -> Mistake:
+    """All of them in one run."""
+    tried = [mistake for mistake in tried if mistake is not NONE]
+    if len(tried) == 1:
+        return tried[0]
+    return Mistake(
+        " + ".join(mistake.text for mistake in tried),
+        tuple(change for mistake in tried for change in mistake.changes),
+        dtype=next((m.dtype for m in tried if m.dtype), None),
+        whole=any(m.whole for m in tried),
+        uncached=any(m.uncached for m in tried),
+        put_before=next((m.put_before for m in tried if m.put_before is not None), None),
+        shown_first=any(m.shown_first for m in tried),
+    )
+
+
+def _alike(best: Hypothesis) -> float:
+    """Up to which excess another hypothesis explains the port as well as the best."""
+    return max(2 * best.excess, 0.02)
 
 
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
@@ -469,9 +692,8 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
             beyond[stage] = max(largest, beyond.get(stage, 0.0))
 
     work.expect(2 * checkpoint.bytes)
-    port = reference(checkpoint, "float64", theirs, work)
-    port.stepwise = False
-    port.run(keep_beyond, order)
+    trials = Trials(checkpoint, theirs, (), work)
+    trials.run(NONE, "float64").run(keep_beyond, order)
     not_finite = theirs.first_not_finite()
     assert not_finite is not None
     stage, row, position = not_finite
@@ -485,17 +707,14 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
 
     def keep_finite(name: str, value: Tensor, start: int) -> None:
         nonlocal agreeing, count
-        ours = value.flatten(2)
-        judged = theirs.stage(name)[:, start : start + ours.shape[1]]
+        ours, judged = same_columns(value, theirs.stage(name))
         real = theirs.real[:, start : start + ours.shape[1]]
         agreeing += int((ours.isfinite() == judged.isfinite())[real].sum())
         count += ours[real].numel()
         both = ours.isfinite() & judged.isfinite()
         measure.add(name, ours.where(both, math.nan), judged.where(both, math.nan), start)
 
-    port = reference(checkpoint, "float16", theirs, work)
-    port.stepwise = False
-    port.run(keep_finite, theirs.stages)
+    trials.run(NONE, "float16").run(keep_finite, theirs.stages)
     if agreeing < _OVERFLOW_AGREES * count:
         theirs.require_finite()
     tolerances = Tolerances({}, "float16", "float16")
@@ -512,6 +731,7 @@ def _overflow(checkpoint: Checkpoint, theirs: Bundle, work: Work) -> Diagnosis:
         first_divergence=stage,
         invisible=[],
         tried=2,
+        seconds=0.0,
         notes=[
             f"NaN or infinite first at {stage}, row {row}, position {position}",
             f"{first} reaches {beyond[first]:,.0f} in float64, and float16 ends at {limit:,.0f}: "

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qwen_ref.checkpoint import dtype_name
 from qwen_ref.commands.files import output_path
-from qwen_ref.config import InputError
+from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.parity.bundle import (
     Bundle,
     BundleWriter,
@@ -32,14 +33,21 @@ from qwen_ref.parity.compare import (
     Tolerances,
     compare_bundles,
     require_same_weights,
+    same_columns,
 )
-from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.parity.stages import Checkpoint, Keep, Port
 
 ROUNDING_DTYPES = ("float32", "bfloat16", "float16")
 
 _MOST_STEPS = 2**20
 
 Progress = Callable[[int, int], None]  # bytes of weights done, and in all
+
+
+class Runs(Protocol):
+    """What hands over stages: a Port, or a run with changes."""
+
+    def run(self, keep: Keep, only: Sequence[str] | None = None) -> object: ...
 
 
 class Work:
@@ -147,23 +155,49 @@ def _recorded(
 
 
 @contextmanager
-def temporary_record(port: Port, names: Sequence[str], work: Work) -> Iterator[Bundle]:
-    """What a port computes, as a bundle on disk that is deleted at the end of the block."""
+def temporary_record(run: Runs, like: Bundle, dtype: torch.dtype, config: QwenConfig) -> Iterator[Bundle]:
+    """What a run computes, as a bundle on disk that is deleted at the end of the block. It has the input of
+    `like`, and those of its stages that the run hands over.
+    """
+    widths = stage_widths(config)
+    B, T = like.input_ids.shape
+    kinds: dict[str, tuple[torch.dtype, Sequence[int]]] = {"input_ids": (torch.int64, (B, T))}
+    kinds |= {name: (dtype, (B, T, widths[name])) for name in like.stages}
+    if like.attention_mask is not None:
+        kinds["attention_mask"] = (torch.int64, (B, T))
+    metadata = bundle_metadata(dtype_name(dtype), like.prefill_length, config, None)
     with tempfile.TemporaryDirectory(prefix="qwen_ref-") as folder:
         out = Path(folder) / "record.safetensors"
-        with _recorded(port, out, names, 0, None, 0, work):
-            pass
+        with BundleWriter(out, kinds, metadata) as writer:
+            run.run(lambda stage, value, start: writer.write(stage, value.flatten(2), start), like.stages)
+            writer.write("input_ids", like.input_ids)
+            if like.attention_mask is not None:
+                writer.write("attention_mask", like.attention_mask)
+            writer.describe({})
         yield read_bundle(out)
 
 
-def held_against(port: Port, truth: Bundle, text: bool = True) -> Measure:
+def held_against(port: Runs, truth: Bundle, text: bool = True) -> Measure:
     """How far a port is from a bundle at each of its stages that the port has; text: see Measure."""
     measure = Measure(truth.input_ids, truth.real, text)
 
     def keep(stage: str, value: Tensor, start: int) -> None:
-        measure.add(stage, truth.stage(stage)[:, start : start + value.shape[1]], value, start)
+        theirs = truth.stage(stage)[:, start : start + value.shape[1]]
+        measure.add(stage, *same_columns(theirs, value), start)
 
     port.run(keep, truth.stages)
+    return measure
+
+
+def judged_by(run: Runs, theirs: Bundle, text: bool = True) -> Measure:
+    """How far a bundle is from a run, at each of its stages that the run has."""
+    measure = Measure(theirs.input_ids, theirs.real, text)
+
+    def keep(stage: str, value: Tensor, start: int) -> None:
+        judged = theirs.stage(stage)[:, start : start + value.shape[1]]
+        measure.add(stage, *same_columns(value, judged), start)
+
+    run.run(keep, theirs.stages)
     return measure
 
 
@@ -200,7 +234,8 @@ def measured_rounding(checkpoint: Checkpoint, bundle: Bundle, dtypes: Iterable[s
     if missing:
         calls = 1 + bundle.input_ids.shape[1] - bundle.prefill_length
         work.expect(checkpoint.bytes * calls * (1 + len(missing)))
-        with temporary_record(reference(checkpoint, "float64", bundle, work), bundle.stages, work) as truth:
+        exact = reference(checkpoint, "float64", bundle, work)
+        with temporary_record(exact, bundle, torch.float64, checkpoint.config) as truth:
             for dtype in missing:
                 measured[dtype] = _measure(checkpoint, truth, dtype, work)
     return measured
@@ -229,11 +264,11 @@ def check(
     checkpoint, truth = open_both(folder, golden, work)
     dtype = checkpoint.dtype(dtype)
     truth.require_finite()
-    measured = measured_rounding(checkpoint, truth, (truth.dtype, dtype), work)
+    measured = measured_rounding(checkpoint, truth, (truth.coarsest, dtype), work)
     work.expect(checkpoint.bytes * (1 + truth.input_ids.shape[1] - truth.prefill_length))
     return Comparison.of(
         held_against(reference(checkpoint, dtype, truth, work), truth),
-        Tolerances(measured, truth.dtype, dtype),
+        Tolerances(measured, truth.coarsest, dtype),
         names=(truth.path, f"{folder} in {dtype}"),
         stored={stage: (truth.stored_dtype(stage),) for stage in truth.stages},
         notes=_config_notes(truth, checkpoint),
@@ -266,5 +301,5 @@ def diff(
         work = Work(progress)
         checkpoint, _ = open_both(folder, judged, work)
         first.check_model(checkpoint.config)
-        measured = measured_rounding(checkpoint, first, (first.dtype, second.dtype), work)
+        measured = measured_rounding(checkpoint, first, (first.coarsest, second.coarsest), work)
     return compare_bundles(first, second, measured)

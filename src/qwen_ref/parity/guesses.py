@@ -1,0 +1,242 @@
+"""Mistakes with a number in them: what a port's logits tell of it.
+
+The size of a window, a chunk, a temperature, a penalty, a limit, a token that was put before the ids: each is
+read off the port's logits, or tried in a range, and becomes a mistake like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qwen_ref.checkpoint import DTYPES
+from qwen_ref.parity.forward import Change, Forward
+from qwen_ref.parity.mistakes import NONE, Mistake, chunked, decoded_moved, made, moved_alike, windowed
+from qwen_ref.parity.trials import Trials
+
+_FEW = 160  # positions: up to here every size of a chunk or a window is tried
+_SHIFTS = 160  # positions by which decode steps may be off
+_TOKENS = 4096  # a vocabulary in which every token is tried before the ids
+
+
+def guesses(trials: Trials, window: int) -> list[Mistake]:
+    """All but the tokens before the ids. window: positions up to a little behind the first wrong one."""
+    found = [*_sizes(trials, window)]
+    if "logits" in trials.theirs.stages:
+        found += _leaving(trials)
+    return found
+
+
+def _sizes(trials: Trials, window: int) -> Iterator[Mistake]:
+    T, prompt = trials.ids.shape[1], trials.theirs.prefill_length
+    powers = [2**power for power in range(1, 15)]
+    sizes = sorted({*range(2, min(T, _FEW)), *(size for size in powers if size < T)})
+    for size in sizes:
+        yield Mistake(f"attention sees a window of the last {size} keys", made(windowed(size)))
+    for size in sizes:
+        if size >= prompt:
+            break
+        for text, hows in chunked(size).items():
+            whole = text == "a chunk sees all of itself"
+            yield Mistake(f"prefill in chunks of {size}: {text}", made(hows), whole=whole)
+    if prompt < T:
+        for by in range(-min(prompt, _SHIFTS), _SHIFTS + 1):
+            if abs(by) > 2:
+                way = "high" if by > 0 else "low"
+                text = f"RoPE positions of decoded tokens {abs(by)} too {way}: those of an earlier prompt?"
+                how = decoded_moved(lambda run, at, by=by: at + by)
+                yield Mistake(text, made((("rotate_q", how), ("rotate_k", how))))
+    if trials.config.use_logn_attn:
+        for by in range(2, _SHIFTS + 1):
+            text = f"positions counted from {by}, in RoPE and in LogN: those of an earlier prompt?"
+            yield Mistake(text, made(moved_alike(by)))
+    if trials.config.use_dynamic_ntk:
+        for power in range(1, 8):
+            alpha = 2**power - 1
+            how = _alpha(alpha)
+            yield Mistake(f"NTK's α is {alpha}: that of another prompt?", made((("rotate_q", how), ("rotate_k", how))))
+
+
+def _alpha(alpha: int) -> Callable:
+    from qwen_ref.parity.mistakes import with_frequencies
+
+    return with_frequencies(alpha=lambda n, s: alpha)
+
+
+# What is done to logits
+
+
+def _output(text: str, change: Callable[[Tensor], Tensor], **options: bool) -> Mistake:
+    """The logits in float64, changed."""
+    how = lambda run, right, logits: change(logits.double()).to(logits.dtype)  # noqa: E731
+    return Mistake(text, (Change("output", how),), **options)
+
+
+def _leaving(trials: Trials) -> Iterator[Mistake]:
+    kept: list[Tensor] = []
+    trials.run(NONE).run(lambda stage, value, start: kept.append(value), ["logits"])
+    ours, theirs = kept[0].double(), trials.theirs.stage("logits").double()
+    T, V = ours.shape[1], theirs.shape[-1]
+    fill, real = trials.theirs.fill, trials.theirs.real
+    yield _output("log-softmax handed over as logits", lambda x: x.log_softmax(-1), common=True)
+    yield _output("softmax handed over as logits: probabilities", lambda x: x.softmax(-1), common=True)
+    yield _output("logits with their sign turned", lambda x: -x)
+    yield _output("logits less the largest one", lambda x: x - x.amax(-1, keepdim=True))
+    yield _output("logits less their mean", lambda x: x - x.mean(-1, keepdim=True))
+    yield _output("sigmoid handed over as logits", torch.sigmoid)
+    yield _output("exponentials handed over as logits", torch.exp)
+    yield _output("logits divided by √D", lambda x: x / math.sqrt(trials.config.hidden_size))
+    yield _output("logits normalised to unit length", lambda x: x / x.norm(dim=-1, keepdim=True))
+    yield _output("logits of positions in reverse order", lambda x: x.flip(1), whole=True)
+    yield _output("logits of the last position everywhere", lambda x: x[:, -1:].expand_as(x), whole=True)
+    for by, whose in ((1, "one later"), (-1, "one earlier"), (2, "two later"), (-2, "two earlier")):
+        yield _shifted(theirs, by, whose)
+    for by in (1, -1):
+        way = "one further on" if by > 0 else "one before"
+        yield _output(f"logits of ids rolled: each id has the logit of the one {way}", lambda x, by=by: x.roll(-by, -1))
+    for dtype in ("bfloat16", "float16"):
+        yield _output(f"logits rounded to {dtype}", lambda x, dtype=dtype: x.to(DTYPES[dtype]).double(), choice=True)
+
+    o, t = ours[real][:, :V], theirs[real]  # (tokens, V)
+    if fill is not None:
+        yield _filtered(theirs, fill)
+        kept_ids = t != 0
+    else:
+        kept_ids = torch.ones_like(t, dtype=torch.bool)
+    a, b = o[kept_ids], t[kept_ids]
+    factor = float((a * b).sum() / a.square().sum())
+    if factor > 0 and abs(factor - 1) > 1e-7:
+        temperature = _short(1 / factor)
+        yield _output(f"logits divided by a temperature of {temperature:g}", lambda x: x / temperature)
+        shape = _short(factor)
+        yield _output(f"logits times {shape:g}", lambda x: x * shape)
+    if fill is not None:
+        return
+    yield from _limited(o, t)
+    yield from _penalised(trials, o, t)
+
+
+def _short(number: float) -> float:
+    """A number with as few digits as it takes to be right to one part in a thousand."""
+    return next(
+        short for digits in range(1, 8) if abs((short := float(f"{number:.{digits}g}")) / number - 1) < 1e-3
+    )
+
+
+def _shifted(theirs: Tensor, by: int, whose: str) -> Mistake:
+    """Each position has another one's logits. What the positions at the end have cannot be known."""
+
+    def how(run: Forward, right: Callable, logits: Tensor) -> Tensor:
+        moved = logits.roll(-by, 1)
+        ends = slice(logits.shape[1] - by, None) if by > 0 else slice(0, -by)
+        at = theirs[:, : logits.shape[1]].to(logits.dtype)[:, ends]
+        moved = moved.clone()
+        moved[:, ends, : at.shape[-1]] = at
+        return moved
+
+    text = f"logits shifted: each position has those of the position {whose}"
+    return Mistake(text, (Change("output", how),), common=True, whole=by > 0)
+
+
+def _filtered(theirs: Tensor, fill: float) -> Mistake:
+    """Only the largest logits of each position were left; the others are read as 0 (Bundle.fill)."""
+    counts = (theirs != 0).sum(-1)  # (B, T)
+    low, high = int(counts.min()), int(counts.max())
+
+    def how(run: Forward, right: Callable, logits: Tensor) -> Tensor:
+        cut = logits[..., : theirs.shape[-1]]
+        ranks = cut.argsort(-1, descending=True).argsort(-1)
+        left = ranks < counts[:, : logits.shape[1], None]
+        return torch.cat((cut * left, logits[..., theirs.shape[-1] :]), dim=-1)
+
+    what = f"top-k, k = {low}" if low == high else f"top-p or the like: {low} to {high} are left"
+    return Mistake(f"logits filtered ({what}), the others are {fill:g}", (Change("output", how),))
+
+
+def _limited(o: Tensor, t: Tensor) -> Iterator[Mistake]:
+    largest = float(t.abs().max())
+    if float((t.abs() == largest).double().mean()) > 2 / t.numel() and largest < float(o.abs().max()):
+        yield _output(f"logits cut at ±{_short(largest):g}", lambda x: x.clamp(-largest, largest))
+
+    def error(exponent: float) -> float:
+        cap = math.exp(exponent)
+        return float((cap * (o / cap).tanh() - t).square().mean())
+
+    grid = [x / 4 for x in range(-4, 30)]
+    best = min(grid, key=error)
+    low, high = best - 0.25, best + 0.25
+    for _ in range(40):  # golden section
+        first, second = low + 0.382 * (high - low), low + 0.618 * (high - low)
+        low, high = (low, second) if error(first) < error(second) else (first, high)
+    cap = _short(math.exp((low + high) / 2))
+    yield _output(f"logits capped: {cap:g} · tanh(logit / {cap:g})", lambda x: cap * (x / cap).tanh())
+
+
+def _penalised(trials: Trials, o: Tensor, t: Tensor) -> Iterator[Mistake]:
+    """Logits of ids that came before were lowered, as sampling does it."""
+    if len(trials.ids) > 1:
+        return
+    T, V = trials.ids.shape[1], trials.config.vocab_size
+    if T * V > 2**26:
+        return
+    counts = torch.nn.functional.one_hot(trials.ids, V).double().cumsum(1)  # (1, T, V), own id counted
+    for text, times in (("", counts), (", its own not counted", counts.roll(1, 1).index_fill(1, torch.tensor([0]), 0))):
+        seen = (times[0] > 0)[:, : t.shape[-1]]
+        if not bool(seen.any()):
+            continue
+        before, after, number = o[seen], t[seen], times[0][:, : t.shape[-1]][seen]
+        both = (before > 0) & (after > 0)
+        if bool(both.any()):
+            penalty = _short(float((before[both] / after[both]).median()))
+            yield _output(
+                f"repetition penalty {penalty:g}{text}",
+                lambda x, p=penalty, s=times > 0: torch.where(
+                    s[:, : x.shape[1]], torch.where(x > 0, x / p, x * p), x
+                ),
+            )
+        for kind, weights in (("presence", (number > 0).double()), ("frequency", number)):
+            penalty = float(((before - after) * weights).sum() / weights.square().sum())
+            if abs(penalty) > 1e-6:
+                penalty = _short(penalty)
+                yield _output(
+                    f"{kind} penalty {penalty:g}{text}",
+                    lambda x, p=penalty, n=times, kind=kind: x
+                    - p * (n if kind == "frequency" else (n > 0).double())[:, : x.shape[1]],
+                )
+
+
+# What stands before the ids
+
+
+def inputs_before(trials: Trials) -> list[Mistake]:
+    """The tokens that may stand before the ids: those that explain the logits of the first position best."""
+    theirs = trials.theirs
+    if "logits" not in theirs.stages or not bool(theirs.real.all()):
+        return []
+    V = trials.config.vocab_size
+    special = [0, 1, 2, 3, V - 1, 151643, 151644, 151645, 151646]
+    tokens = range(V) if V <= _TOKENS else [token for token in special if token < V]
+    token = torch.tensor(list(tokens))
+    weights = trials.weights(DTYPES[theirs.computed_in])
+    judged = theirs.stage("logits")[0, 0].double()
+    errors: dict[bool, list[Tensor]] = {False: [], True: []}
+    with torch.inference_mode():
+        for part in token.split(512):
+            ids = torch.stack((part, trials.ids[0, :1].expand(len(part))), dim=1)
+            run = Forward(weights, ids, None, 2, theirs.prefill_length + 1)
+            x = run.start()
+            for layer in range(trials.config.num_hidden_layers):
+                x = run.block(x, layer)
+            logits = run.finish(x)[..., : len(judged)].double()  # (tokens, 2, V)
+            for first in errors:
+                errors[first].append((logits[:, 0 if first else 1] - judged).square().sum(-1))
+    found = []
+    for first, each in errors.items():
+        for number in token[torch.cat(each).argsort()[:3]].tolist():
+            where = "first" if first else "last"
+            text = f"token {number} put before the ids, logits of the {where} positions"
+            found.append(Mistake(text, put_before=number, shown_first=first))
+    return found
