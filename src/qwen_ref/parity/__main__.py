@@ -111,8 +111,15 @@ def _dtype(parser: argparse.ArgumentParser, default: str, named: str) -> None:
 
 
 def _shown(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    printed.add_argument(
+        "--github", action="store_true", help="first print annotations for GitHub's workflows"
+    )
     parser.add_argument("--full", action="store_true", help="print every row of a long table")
+    parser.add_argument(
+        "--junit", type=Path, metavar="FILE.xml", help="also write the result as a JUnit file"
+    )
 
 
 def _plotted(parser: argparse.ArgumentParser) -> None:
@@ -165,48 +172,65 @@ def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.ci import check_junit
     from qwen_ref.parity.recording import check
 
     check_plot(args)
+    check_junit(args)
     folder = checkpoint_folder(args.model)
     with Progress("checking") as progress:
         comparison = check(folder, args.golden, args.dtype, progress.update)
-    return _show_comparison(comparison, args, folder)
+    return _show_comparison(comparison, args, folder, args.golden)
 
 
 def _diff(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.ci import check_junit
     from qwen_ref.parity.recording import diff
 
     check_plot(args)
+    check_junit(args)
     with Progress("measuring rounding") as progress:
         comparison = diff(args.truth, args.judged, args.model, progress.update)
-    return _show_comparison(comparison, args, args.model)
+    return _show_comparison(comparison, args, args.model, args.judged)
 
 
-def _show_comparison(comparison: Comparison, args: argparse.Namespace, folder: Path | None) -> int:
+def _show_comparison(
+    comparison: Comparison, args: argparse.Namespace, folder: Path | None, bundle: Path
+) -> int:
     from qwen_ref.parity.report import comparison_lines, plot
 
     if args.plot is not None:
         plot(comparison, args.plot)
-    _print(args, comparison, lambda: comparison_lines(comparison, _decoder(folder), args.full))
-    return 0 if comparison.within else 1
+    return _print(args, comparison, lambda: comparison_lines(comparison, _decoder(folder), args.full), bundle)
 
 
 def _diagnose(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.ci import check_junit
     from qwen_ref.parity.diagnosis import diagnose
     from qwen_ref.parity.report import diagnosis_lines
 
+    check_junit(args)
     with Progress("trying mistakes") as progress:
         diagnosis = diagnose(checkpoint_folder(args.model), args.bundle, progress.update)
-    _print(args, diagnosis, lambda: diagnosis_lines(diagnosis, args.full))
-    return 0 if diagnosis.verdict == "rounding only" else 1
+    return _print(args, diagnosis, lambda: diagnosis_lines(diagnosis, args.full), args.bundle)
 
 
 def _print(
-    args: argparse.Namespace, result: Comparison | Diagnosis, lines: Callable[[], Iterator[str]]
-) -> None:
+    args: argparse.Namespace,
+    result: Comparison | Diagnosis,
+    lines: Callable[[], Iterator[str]],
+    bundle: Path,
+) -> int:
+    """Prints a result, and writes it where --junit says. Returns the exit code: 1 if a port is wrong."""
+    from qwen_ref.parity.ci import github_lines, passed, write_junit
+
+    if args.junit is not None:
+        write_junit(args.junit, result, args.command, bundle)
+    if args.github:
+        print(*github_lines(result, args.command), sep="\n")
     text = json.dumps(result.to_json(), ensure_ascii=False) if args.json else "\n".join(lines())
     print(on_stdout(text), flush=True)
+    return 0 if passed(result) else 1
 
 
 def _decoder(folder: Path | None) -> Callable[[int], str] | None:
