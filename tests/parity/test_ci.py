@@ -231,6 +231,15 @@ def test_within_tolerance_is_a_notice(cli: Callable, truth: Path) -> None:
     assert found[:2] == ("notice", "parity diff: within tolerance")
 
 
+def test_logits_alone_are_no_warning(cli: Callable, tmp_path: Path, truth: Path) -> None:
+    """Each run of a port that writes no other stage would have it."""
+    parity.record(NTK, IDS, tmp_path / "port", dtype="float32", stages="logits", rounding=[])
+    ((level, _, message),) = annotations(cli("diff", truth, tmp_path / "port", "--github").out)
+    assert level == "notice"
+    assert "only " in message.splitlines()[1]
+    assert "truth.safetensors has embed, " in message
+
+
 def test_estimated_tolerances_are_a_warning(cli: Callable, tmp_path: Path) -> None:
     parity.record(NTK, IDS, tmp_path / "bare", rounding=[])
     notice, warning = annotations(cli("diff", tmp_path / "bare", tmp_path / "bare", "--github").out)

@@ -131,32 +131,35 @@ def _conclusion(diagnosis: Diagnosis) -> list[str]:
 def github_lines(result: Comparison | Diagnosis, command: str) -> Iterator[str]:
     """GitHub's workflow commands: the verdict as an error or a notice, then a warning of what weakens it."""
     of = f"parity {command}"
+    comparison = result.comparison if isinstance(result, Diagnosis) else result
+    weak = _weak(comparison)
+    more = [note for note in result.notes if note not in weak]
     if isinstance(result, Diagnosis):
         level = "notice" if passed(result) else "error"
-        own = [note for note in result.notes if note not in _weak(result.comparison)]
-        yield _annotation(level, f"{of}: {_verdict(result)}", [*_conclusion(result), *own])
+        yield _annotation(level, f"{of}: {_verdict(result)}", [*_conclusion(result), *more])
     elif (first := result.first_beyond) is not None:
         beyond = sum(not stage.within for stage in result.stages)
         count = f"{beyond} of {len(result.stages)} stages are beyond tolerance"
         title = f"{of}: first stage beyond tolerance: {first.stage}"
-        yield _annotation("error", title, [*_details(first), count])
+        yield _annotation("error", title, [*_details(first), count, *more])
     else:
         nearest = max(result.stages, key=lambda stage: stage.excess)
         yield _annotation(
             "notice",
             f"{of}: within tolerance",
-            [f"all {len(result.stages)} stages; nearest to it at {nearest.stage}: {_error(nearest)}"],
+            [f"all {len(result.stages)} stages; nearest to it at {nearest.stage}: {_error(nearest)}", *more],
         )
-    if weak := _weak(result.comparison if isinstance(result, Diagnosis) else result):
+    if weak:
         yield _annotation("warning", f"{of}: note", weak)
 
 
 def _weak(comparison: Comparison | None) -> list[str]:
-    """What was not checked, or only roughly."""
+    """What was not checked, or only roughly. Stages that a port leaves out are its own choice."""
     if comparison is None:
         return []
     estimated = "estimated" in comparison.tolerances
-    return [*comparison.notes, *([f"tolerances: {comparison.tolerances}"] if estimated else [])]
+    notes = [note for note in comparison.notes if not note.endswith(": not compared")]
+    return [*notes, *([f"tolerances: {comparison.tolerances}"] if estimated else [])]
 
 
 def _annotation(level: str, title: str, lines: list[str]) -> str:
