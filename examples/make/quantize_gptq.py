@@ -37,6 +37,7 @@ from qwen_ref.config import InputError, QwenConfig, read_json_object
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import is_packed, module_of
+from qwen_ref.quantize.rounding import gptq_steps, pack_gptq
 
 # In the order in which data flows: those of a row read the same x.
 STAGES = (("attn.qkv",), ("attn.out",), ("mlp.gate", "mlp.up"), ("mlp.down",))
@@ -78,30 +79,13 @@ def gptq(weight: Tensor, hessian: Tensor, config: GPTQConfig) -> Quantised:
     for i in range(inputs):
         group = i // size
         if i % size == 0:
-            scales[group], zeros[group] = steps(W[:, i : i + size], config)
+            scales[group], zeros[group] = gptq_steps(W[:, i : i + size], config)
         scale, zero = scales[group].double(), zeros[group]
         q[i] = (W[:, i] / scale + zero).round().clamp(0, 2**config.bits - 1)
         error = (W[:, i] - (q[i] - zero) * scale) / U[i, i]
         W[:, i:] -= error[:, None] * U[i, i:]
     back = order.argsort()
     return Quantised(q[back], zeros, scales, (back // size).int())
-
-
-def steps(group: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for each output of a group (out, inputs), which reach over all of it and 0."""
-    top = 2**config.bits - 1
-    low, high = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
-    if config.sym:
-        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
-    else:  # many readers take a zero point of 0 for 2^bits: none is written, so a step is below 0
-        low = torch.minimum(low, -high / (top - 1))
-    scale = ((high - low) / top).to(torch.float16)
-    if not torch.isfinite(scale).all():
-        raise InputError(f"weights up to {group.abs().max():g} are too large for float16 scales")
-    scale[scale == 0] = 1
-    if config.sym:
-        return scale, torch.full_like(scale, (top + 1) // 2, dtype=torch.int32)
-    return scale, (-low / scale.double()).round().clamp(1, top).int()
 
 
 @torch.inference_mode()
@@ -155,14 +139,6 @@ def second_moments(linear: nn.Linear, block: nn.Module, arguments: tuple) -> Ten
 # Files
 
 
-def packed(values: Tensor, bits: int, dim: int) -> Tensor:
-    """Numbers of so many bits → int32 words along a dimension, the first in the lowest bits."""
-    parts = values.long().unflatten(dim, (-1, 32 // bits))
-    shifts = torch.arange(0, 32, bits).view([-1 if d == dim + 1 else 1 for d in range(parts.ndim)])
-    words = (parts << shifts).sum(dim=dim + 1)  # below 2³²
-    return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()
-
-
 def write(
     source: Path, output: Path, matrices: dict[str, Quantised], model: Qwen, config: GPTQConfig
 ) -> None:
@@ -176,10 +152,8 @@ def write(
                 raise InputError(f"{spec.name} has values that float16 has not; GPTQ releases are float16")
             continue
         matrix, module = matrices[spec.name], module_of(spec)
-        tensors[f"{module}.qweight"] = packed(matrix.q, config.bits, dim=0)
-        tensors[f"{module}.qzeros"] = packed(matrix.zeros - 1, config.bits, dim=1)
-        tensors[f"{module}.scales"] = matrix.scales.contiguous()
-        tensors[f"{module}.g_idx"] = matrix.g_idx
+        parts = pack_gptq(matrix.q, matrix.zeros, matrix.scales, matrix.g_idx, config.bits)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     settings = {**vars(config), "damp_percent": DAMPING, "quant_method": "gptq"}
     published = read_json_object(source / "config.json")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwen_ref.parity.bundle import Bundle, read_bundle, weights_checksum, write_bundle
     from qwen_ref.parity.compare import Comparison
     from qwen_ref.parity.diagnosis import Diagnosis, diagnose
+    from qwen_ref.parity.making import make
     from qwen_ref.parity.recording import check, diff, record
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "diagnose",
     "diff",
+    "make",
     "read_bundle",
     "record",
     "weights_checksum",
@@ -38,5 +40,6 @@ __getattr__, __dir__ = lazy(
     bundle=["Bundle", "read_bundle", "weights_checksum", "write_bundle"],
     compare=["Comparison"],
     diagnosis=["Diagnosis", "diagnose"],
+    making=["make"],
     recording=["check", "diff", "record"],
 )

@@ -102,6 +102,36 @@ def _parser() -> Parser:
     diagnose.add_argument("--bundle", type=Path, required=True, metavar="FILE", help="what the port computed")
     _shown(diagnose)
     diagnose.set_defaults(run=_diagnose)
+
+    make = commands.add_parser(
+        "make",
+        help="make a small random checkpoint in the published form, with its truth",
+        description="Make a small random checkpoint in the published form, with bundles of the truth in it: "
+        "to check a port without published weights.",
+    )
+    make.add_argument(
+        "--like", choices=("72b", "14b", "7b", "1.8b"), required=True, help="whose RoPE, NTK and LogN it has"
+    )
+    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    for name, default, text in (
+        ("layers", 2, "the number of layers"),
+        ("hidden", 256, "the hidden size"),
+        ("heads", 2, "the number of heads; 128 numbers each, as published, if hidden is 128 times it"),
+        ("intermediate", None, "twice the width of the MLP, as in config.json (default: in proportion)"),
+        ("seq-length", 16, "the trained length; the truth is 4 times as long"),
+        ("vocab", None, "rows of the embedding (default: 1024; with --vocabulary: as published)"),
+        ("seed", 0, "the same seed gives the same weights"),
+    ):
+        shown = "" if default is None else " (default: %(default)s)"
+        make.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text + shown)
+    make.add_argument("--vocabulary", type=Path, metavar="FILE", help="a qwen.tiktoken to copy into it")
+    make.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="the dtype of the weights (default: bfloat16; with --gptq float16)",
+    )
+    make.add_argument("--gptq", type=int, choices=(4, 8), help="as a GPTQ release, in so many bits")
+    make.set_defaults(run=_make)
     return parser
 
 
@@ -169,6 +199,37 @@ def _encoded(args: argparse.Namespace, folder: Path) -> torch.Tensor:
     prompt = read_prompt(args.prompt, None)
     ids = encoded_prompt(tokenizer, prompt, args.allow_special, "give it with --prompt or on stdin")
     return torch.tensor([ids], device="cpu")
+
+
+def _make(args: argparse.Namespace) -> int:
+    from qwen_ref.parity.making import PADDED, TRUTH, make
+
+    with Progress("making", unit="%") as progress:
+        truth = make(
+            args.out,
+            args.like,
+            layers=args.layers,
+            hidden=args.hidden,
+            heads=args.heads,
+            intermediate=args.intermediate,
+            seq_length=args.seq_length,
+            vocab=args.vocab,
+            vocabulary=args.vocabulary,
+            dtype=args.dtype,
+            seed=args.seed,
+            gptq=args.gptq,
+            progress=progress.update,
+        )
+    form = f"GPTQ in {args.gptq} bits" if args.gptq else args.dtype or "bfloat16"
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    T = truth.input_ids.shape[1]
+    say(
+        f"{args.out}: {args.layers} layers like the {args.like.upper()}'s, {form}, {size / 1e6:,.1f} MB; "
+        f"{TRUTH} has {T} positions, the last {T - truth.prefill_length} decoded, {PADDED} a padded batch; "
+        "next: run your port on their input_ids, write a bundle, and give it to python -m qwen_ref.parity "
+        f"diagnose --model {args.out} --bundle FILE"
+    )
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

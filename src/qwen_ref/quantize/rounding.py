@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref.config import InputError, either
-from qwen_ref.quantize.config import INT4_GROUPS, check_bits
+from qwen_ref.quantize.config import INT4_GROUPS, GPTQConfig, check_bits
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -156,6 +156,44 @@ def dequantize_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tens
     ):
         columns.copy_(((unpack(words, bits, dim=0) - zeros[g]) * scales[g]).t())
     return weight
+
+
+def gptq_steps(group: Tensor, config: GPTQConfig) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for each output of a group (out, inputs), which reach over all of it and 0.
+
+    Raises ValueError for weights that are too large for float16 scales.
+    """
+    top = 2**config.bits - 1
+    low, high = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
+    if config.sym:
+        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+    else:  # many readers take a zero point of 0 for 2^bits: none is written, so a step is below 0
+        low = torch.minimum(low, -high / (top - 1))
+    scale = ((high - low) / top).to(torch.float16)
+    if not torch.isfinite(scale).all():
+        raise InputError(f"weights up to {group.abs().max():g} are too large for float16 scales")
+    scale[scale == 0] = 1
+    if config.sym:
+        return scale, torch.full_like(scale, (top + 1) // 2, dtype=torch.int32)
+    return scale, (-low / scale.double()).round().clamp(1, top).int()
+
+
+def pack_gptq(q: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> dict[str, Tensor]:
+    """What dequantize_gptq reads, by its names: q (in, out), zero points (groups, out), none of them 0."""
+    return {
+        "qweight": pack(q, bits, dim=0),
+        "qzeros": pack(zeros - 1, bits, dim=1),
+        "scales": scales.contiguous(),
+        "g_idx": g_idx,
+    }
+
+
+def pack(values: Tensor, bits: int, dim: int) -> Tensor:
+    """Unsigned numbers of so many bits → int32 words along a dimension, the first in the lowest bits."""
+    parts = values.long().unflatten(dim, (-1, 32 // bits))
+    shifts = torch.arange(0, 32, bits, device=values.device)
+    words = (parts << shifts.view([-1 if d == dim + 1 else 1 for d in range(parts.ndim)])).sum(dim=dim + 1)
+    return torch.where(words >= 2**31, words - 2**32, words).int().contiguous()
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
