@@ -220,14 +220,15 @@ def _make(args: argparse.Namespace) -> int:
             gptq=args.gptq,
             progress=progress.update,
         )
+    layers = "1 layer" if args.layers == 1 else f"{args.layers} layers"
     form = f"GPTQ in {args.gptq} bits" if args.gptq else args.dtype or "bfloat16"
     size = sum(file.stat().st_size for file in args.out.iterdir())
-    T = truth.input_ids.shape[1]
+    T, first = truth.input_ids.shape[1], truth.prefill_length
     say(
-        f"{args.out}: {args.layers} layers like the {args.like.upper()}'s, {form}, {size / 1e6:,.1f} MB; "
-        f"{TRUTH} has {T} positions, the last {T - truth.prefill_length} decoded, {PADDED} a padded batch; "
-        "next: run your port on their input_ids, write a bundle, and give it to python -m qwen_ref.parity "
-        f"diagnose --model {args.out} --bundle FILE"
+        f"{args.out}: {layers} like the {args.like.upper()}'s, {form}, {size / 1e6:,.1f} MB; {TRUTH} has {T} "
+        f"positions, the last {T - first} decoded, {PADDED} a padded batch; next: run your port on their "
+        f"input_ids, write a bundle, and give it to python -m qwen_ref.parity diagnose --model {args.out} "
+        "--bundle FILE"
     )
     return 0
 

@@ -48,8 +48,9 @@ _GROUP = 128  # inputs that share a scale in the GPTQ releases
 
 # RMS of what a matrix is applied to, as it turns out with the scales below.
 _NORMED = math.sqrt(1 + 1 / 12)  # of a norm's output: of its weights, which are uniform from 0.5 to 1.5
-_MIXED = 1.15  # the mean of the values that a query sees: their bias, and what is left of the rest
-_PRODUCT = 1.25  # up · silu(gate)
+_MIXED = 1.15  # the mean of the values that a query sees: their bias, and what is left of the rest; × _NARROW
+_PRODUCT = 1.3  # up · silu(gate); × _NARROW
+_NARROW = 1 / 8  # of values and up, so that the matrices behind them have weights as large as the others
 _BRANCH = 0.03  # wanted of what attention or the MLP adds to the stream
 _GATE = 2.0  # wanted of the gates
 _LOGITS = 3.0  # wanted of the logits
@@ -296,15 +297,17 @@ def _draw(spec: TensorSpec, config: QwenConfig, generator: torch.Generator) -> T
     if part == "embed.weight":  # rows of different size: an epsilon counts more in some
         rows = torch.rand(spec.shape[0], 1, generator=generator, dtype=torch.float32, device="cpu")
         return x * (0.01 + 0.02 * rows)
+    if part.startswith("attn.qkv"):
+        x[2 * len(x) // 3 :] *= _NARROW
     if part.endswith(".bias"):
         return x
     inputs = spec.shape[1]
     from_to = {
         "attn.qkv.weight": (_NORMED, 1.0),
-        "attn.out.weight": (_MIXED, _BRANCH),
+        "attn.out.weight": (_MIXED * _NARROW, _BRANCH),
         "mlp.gate.weight": (_NORMED, _GATE),
-        "mlp.up.weight": (_NORMED, 1.0),
-        "mlp.down.weight": (_PRODUCT, _BRANCH),
+        "mlp.up.weight": (_NORMED, _NARROW),
+        "mlp.down.weight": (_PRODUCT * _NARROW, _BRANCH),
         "lm_head.weight": (_NORMED, _LOGITS),
     }
     read, wanted = from_to[part]
