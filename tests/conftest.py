@@ -51,6 +51,7 @@ KERNELS = {
         "test_parity_kit",
         "test_numpy_reference",
         "test_diagnose",
+        "test_make",
         "test_quantize",
     ),
     *(

@@ -294,7 +294,7 @@ def test_help_of_every_command_needs_neither_torch_nor_numpy() -> None:
     """But for checkpoint's, which is one of the seven."""
     inspect = ["qwen_ref.checkpoint", "--help"]
     cases = [[f"qwen_ref.{name}", "--help"] for name in COMMANDS]
-    cases += [["qwen_ref.parity", each, "--help"] for each in ("record", "check", "diff", "diagnose")]
+    cases += [["qwen_ref.parity", each, "--help"] for each in ("record", "check", "diff", "diagnose", "make")]
     cases.remove(inspect)
     answers = dict(zip(map(tuple, cases), each_apart(cases, ("torch", "numpy")), strict=True))
     answers[tuple(inspect)], *_ = each_apart([inspect])
@@ -347,7 +347,7 @@ from qwen_ref.decoding import PrefixCache, TextStream, generate_lookup
 from qwen_ref.chat import Conversation, build_context, reply
 from qwen_ref.perplexity import score
 from qwen_ref.trace import trace
-from qwen_ref.parity import check, diagnose, diff, read_bundle, record, write_bundle
+from qwen_ref.parity import check, diagnose, diff, make, read_bundle, record, write_bundle
 from qwen_ref.lookup import generate_lookup
 import qwen_ref; qwen_ref.sampling.probabilities
 import qwen_ref; qwen_ref.chat.build_context

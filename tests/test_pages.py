@@ -30,6 +30,7 @@ DOCUMENTED = (
         "HarnessModel",
     ),
     *("Conversation", "reply", "trace", "write_bundle", "record", "check", "diff", "diagnose", "RankLost"),
+    "parity.make",
 )
 SEVEN = {"config", "tokenizer", "model", "parallel", "checkpoint", "sampling", "generate"}
 
