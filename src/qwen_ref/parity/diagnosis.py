@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.commands.cli import finite
-from qwen_ref.parity.bundle import Bundle, layer_of, meaning, stage_widths
+from qwen_ref.parity.bundle import LAYER_STAGES, Bundle, layer_of, meaning, stage_widths
 from qwen_ref.parity.compare import (
     FACTOR,
     Comparison,
@@ -33,13 +33,14 @@ from qwen_ref.parity.compare import (
     same_columns,
 )
 from qwen_ref.parity.forward import Change
-from qwen_ref.parity.guesses import guesses, inputs_before
+from qwen_ref.parity.guesses import inputs_before, leaving, sizes
 from qwen_ref.parity.mistakes import (
     CLAMPED,
     NONE,
     Mistake,
     choices,
     in_single_layers,
+    layer_lists,
     made,
     mistakes,
     norm_epsilon,
@@ -65,9 +66,6 @@ MARGIN = 3.0
 # with the port's own choice need not agree with it to float32's rounding. It must be this much nearer.
 _MARGIN_OF_CHOICES = 10.0
 
-# Within rounding, a mistake whose effect is as large as the rounding brings the run with it nearer by this
-# factor. For right ports no mistake brought a run nearer by more than a tenth.
-_MARGIN_WITHIN = 1.5
 _LEAST = 0.1  # tolerances: a difference below that is less than rounding usually makes
 
 # "Computed in float16" is judged by size. Six ways of adding (one pass, steps, NumPy, blocks of 16, partial
@@ -99,7 +97,7 @@ _FITTED_LENGTH = 256  # positions to which a base or epsilon is fitted
 
 # Seconds that the parts of a search may take, as estimated: on two cores with AVX2 a small model takes far
 # less, and one of 1.8 billion parameters is kept within ten minutes.
-_BUDGETS = {"mistakes": 150.0, "single layers": 120.0, "pairs": 60.0, "fits": 60.0, "within": 200.0}
+_BUDGETS = {"choices": 60.0, "mistakes": 150.0, "single layers": 120.0, "pairs": 60.0, "fits": 60.0, "within": 200.0}
 _OPERATIONS = 1e11  # a second, of products of matrices
 _BYTES = 8e9  # a second, from memory
 _OVERHEAD = 4e-4  # seconds a layer, in calls of torch
@@ -246,7 +244,14 @@ class _Search:
         if self.comparison.within:
             return self._within(none)
         self.window = self._window()
-        ranking, fitting = self._singles(none)
+        self.places = self._wrong_steps()
+        if self.places:
+            shown = ", ".join(self.places[:4]) + (f" and {len(self.places) - 4} more" if len(self.places) > 4 else "")
+            self.notes.append(f"computed from the port's own numbers before them, these are wrong: {shown}")
+        ranking = self._chosen(none)
+        fitting = self._fitting(ranking, none)
+        if not fitting:
+            ranking, fitting = self._singles(none)
         if not fitting:
             sized = self._computed_in(())
             fitting = [h for h in sized if self._numbers_of(h.dtype)]
@@ -327,7 +332,7 @@ class _Search:
         known = [self.known[text] for text in hypothesis.mistakes]
         if any(mistake.dtype or (half and mistake.usual_in_half) for mistake in known):
             return False
-        return none.excess > _LEAST and hypothesis.excess * _MARGIN_WITHIN < none.excess
+        return none.excess > _LEAST and hypothesis.excess * MARGIN < none.excess
 
     def _may_be(self, mistake: Mistake) -> bool:
         """A finer dtype than the declared one is no mistake; without overflow, clamping changes nothing."""
@@ -345,28 +350,47 @@ class _Search:
         pads = int((~self.theirs.real).sum(dim=-1).max())
         return min(T, max(first, pads) + _AFTER)
 
-    def _singles(self, none: Hypothesis) -> tuple[list[Hypothesis], list[Hypothesis]]:
-        """The best of all single mistakes and choices, and those that fit."""
-        tried = [m for m in mistakes(self.config) if self._may_be(m)]
+    def _chosen(self, none: Hypothesis) -> list[Hypothesis]:
+        """The best choices. They come first: a port that rounds otherwise needs no other explanation."""
         decoded = self.theirs.prefill_length < self.theirs.input_ids.shape[1]
-        tried += [m for m in choices() if decoded or "decode steps" not in m.text]
-        tried = [m for m in tried if decoded or not m.text.startswith("in decode steps")]
-        tried += guesses(self.trials, self.window)
-        tried += inputs_before(self.trials)
-        residuals = self._screened(self._affordable(tried, "mistakes"))
-        layers = self._suspects()
-        single = list(in_single_layers(self.config, layers))
-        single = [m for m in single if decoded or not m.text.startswith("in decode steps")]
-        residuals |= self._screened(self._affordable(single, "single layers"))
-        ranking = self._confirmed(residuals, none)
-        return ranking, self._fitting(ranking, none)
+        tried = [m for m in choices() if decoded or "decode steps" not in m.text]
+        return self._confirmed(self._screened(self._affordable(tried, "choices")), none)
+
+    def _singles(self, none: Hypothesis) -> tuple[list[Hypothesis], list[Hypothesis]]:
+        """The best of all single mistakes, and those that fit. Cheap and common ones come first."""
+        T, prompt = self.theirs.input_ids.shape[1], self.theirs.prefill_length
+        ranking: list[Hypothesis] = []
+
+        def searched(tried: Iterable[Mistake], part: str) -> list[Hypothesis]:
+            nonlocal ranking
+            worth = [m for m in tried if self._may_be(m) and (prompt < T or "decode" not in m.text)]
+            found = self._confirmed(self._screened(self._affordable(worth, part)), none)
+            ranking = sorted([*ranking, *found], key=_rank)
+            return self._fitting(ranking, none)
+
+        outgoing = leaving(self.trials) if "logits" in self.theirs.stages else []
+        fitting = searched([*mistakes(self.config), *outgoing], "mistakes")
+        if not fitting:
+            more = [*layer_lists(self.config), *inputs_before(self.trials), *sizes(self.trials)]
+            fitting = searched(more, "mistakes")
+        if not fitting:
+            fitting = searched(in_single_layers(self.config, self._suspects()), "single layers")
+        return ranking, fitting
 
     def _suspects(self) -> list[int]:
         """The layers in which a single mistake may be; the last first."""
-        first = self.comparison.first_beyond
-        layer = None if first is None else layer_of(first.stage)
-        layers = list(range(self.config.num_hidden_layers))[::-1]
-        return layers if layer is None or first is None or len(self.theirs.stages) < 8 else [layer]
+        layers = range(self.config.num_hidden_layers)[::-1]
+        wrong = {layer for stage in self.places if (layer := layer_of(stage)) is not None}
+        return [layer for layer in layers if not self.places or layer in wrong]
+
+    def _wrong_steps(self) -> list[str]:
+        """With all stages of a layer there: those that are wrong although what they are computed from is the
+        port's own.
+        """
+        if len(self.theirs.stages) < len(LAYER_STAGES):
+            return []
+        results = self._results(self.trials.measure_steps(), self.tolerances)
+        return [result.stage for result in results if not result.within]
 
     def _screened(self, tried: Sequence[Mistake]) -> dict[str, float]:
         self.known |= {mistake.text: mistake for mistake in tried}
@@ -497,7 +521,7 @@ class _Search:
         text = f"computed in {dtype}"
         run = self.trials.run(together((*known, Mistake(text, dtype=dtype))))
         own = judged_by(run, self.theirs, text=False).rounding(last).all
-        part = not self._numbers_of(dtype) and own > error / 2
+        part = ratios[dtype] < _FINER or (not self._numbers_of(dtype) and own > error / 2)
         if part:
             text = f"a part computed in {dtype}"
         self.known.setdefault(text, Mistake(text, dtype=dtype, sized=True, choice=part))

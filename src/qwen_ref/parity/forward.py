@@ -48,6 +48,8 @@ from qwen_ref.parity.stages import Checkpoint, Keep, head
 
 # How a step is done instead: (the run, the step as it was, its inputs) → its value.
 How = Callable[..., Any]
+Hand = Callable[[str, Tensor], Tensor]  # (stage within a layer, its value) → the value to go on with
+Given = Callable[[str], "Tensor | None"]
 
 
 class Change(NamedTuple):
@@ -170,9 +172,9 @@ class Forward:
     def look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(ids, weight).to(self.dtype)
 
-    def block(self, x: Tensor, layer: int, hand: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    def block(self, x: Tensor, layer: int, hand: Hand | None = None) -> Tensor:
         """A layer: x (n·B, T, D) → (n·B, T, D), n variants side by side."""
-        hand = hand or _drop
+        hand = hand or _go_on
         self.layer = layer
         self.source = source = self.step("source", _same, layer)
         self.x = x  # what the layer reads: a change may need it
@@ -180,68 +182,55 @@ class Forward:
         tables = (self.cos, self.sin, self.factors, self.sees)
         cos, sin, factors, mask = (table if table is None else copies(table, len(x)) for table in tables)
 
-        h = step("attn_norm", self.norm, x, own("attn_norm.weight"))
-        hand("attn_norm", h)
+        h = hand("attn_norm", step("attn_norm", self.norm, x, own("attn_norm.weight")))
         qkv = step("qkv", self.linear, h, own("attn.qkv.weight"), own("attn.qkv.bias"))
         q, k, v = qkv.unflatten(-1, (3, -1, K)).unbind(dim=2)  # (B, T, H, K) each
-        q, k, v = step("q", _same, q), step("k", _same, k), step("v", _same, v)
-        hand("attn.q", q)
-        hand("attn.k", k)
-        hand("attn.v", v)
-        q, k = step("rotate_q", model.rotate, q, cos, sin), step("rotate_k", model.rotate, k, cos, sin)
-        hand("attn.q_rotated", q)
-        hand("attn.k_rotated", k)
-        q = step("scale_q", _scale, q, factors)
-        hand("attn.q_scaled", q)
+        q, k, v = (hand(f"attn.{part}", step(part, _same, x)) for part, x in (("q", q), ("k", k), ("v", v)))
+        q = hand("attn.q_rotated", step("rotate_q", model.rotate, q, cos, sin))
+        k = hand("attn.k_rotated", step("rotate_k", model.rotate, k, cos, sin))
+        q = hand("attn.q_scaled", step("scale_q", _scale, q, factors))
         k, v = step("keys", _same, k), step("values", _same, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
-        mixed = step("attend", self.attend, q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, D)
-        hand("attn.mixed", mixed)
-        out = step("out", self.linear, mixed, own("attn.out.weight"))
-        hand("attn.out", out)
-        x = step("attn_add", torch.add, x, out)
-        hand("attn_residual", x)
+        mixed = step("attend", self.attend, q, k, v, mask)  # (B, H, T, K)
+        mixed = hand("attn.mixed", mixed.transpose(1, 2).flatten(2))  # (B, T, D)
+        out = hand("attn.out", step("out", self.linear, mixed, own("attn.out.weight")))
+        x = hand("attn_residual", step("attn_add", torch.add, x, out))
 
-        h = step("mlp_norm", self.norm, x, own("mlp_norm.weight"))
-        hand("mlp_norm", h)
-        gate = step("gate", self.linear, h, own("mlp.gate.weight"))
-        hand("mlp.gate", gate)
-        up = step("up", self.linear, h, own("mlp.up.weight"))
-        hand("mlp.up", up)
-        product = step("product", torch.mul, up, step("act", F.silu, gate))
-        hand("mlp.product", product)
-        down = step("down", self.linear, product, own("mlp.down.weight"))
-        hand("mlp.down", down)
-        x = step("mlp_add", torch.add, x, down)
-        hand("residual", x)
-        return x
+        h = hand("mlp_norm", step("mlp_norm", self.norm, x, own("mlp_norm.weight")))
+        gate = hand("mlp.gate", step("gate", self.linear, h, own("mlp.gate.weight")))
+        up = hand("mlp.up", step("up", self.linear, h, own("mlp.up.weight")))
+        product = hand("mlp.product", step("product", torch.mul, up, step("act", F.silu, gate)))
+        down = hand("mlp.down", step("down", self.linear, product, own("mlp.down.weight")))
+        return hand("residual", step("mlp_add", torch.add, x, down))
 
-    def finish(self, x: Tensor, hand: Callable[[str, Tensor], None] | None = None) -> Tensor:
+    def finish(self, x: Tensor, hand: Hand | None = None) -> Tensor:
         """The final norm and the output head: x (n·B, T, D) → logits (n·B, T, V)."""
-        hand = hand or _drop
+        hand = hand or _go_on
         self.layer = self.config.num_hidden_layers
-        h = self.step("norm", self.norm, x, self.weights("norm.weight"))
-        hand("norm", h)
+        h = hand("norm", self.step("norm", self.norm, x, self.weights("norm.weight")))
         logits = self.step("logits", head, h, self.weights("lm_head.weight"))
-        logits = self.step("output", _same, logits)
-        hand("logits", logits)
-        return logits
+        return hand("logits", self.step("output", _same, logits))
 
     @property
     def layers(self) -> list[int]:
         return self.step("layers", list, range(self.config.num_hidden_layers))
 
-    def run(self, keep: Keep, only: Sequence[str] | None = None) -> None:
-        """All of it; keep is called with each stage that is wanted, as Port.run does."""
+    def run(self, keep: Keep, only: Sequence[str] | None = None, given: Given | None = None) -> None:
+        """All of it; keep is called with each stage that is wanted, as Port.run does.
+
+        given: a stage's name → its value, or None. Where there is one, the run goes on from it: what is kept
+        is then what each step makes of another implementation's numbers.
+        """
         wanted = None if only is None else set(only)
 
-        def hand(stage: str, value: Tensor) -> None:
+        def hand(stage: str, value: Tensor) -> Tensor:
             if wanted is None or stage in wanted:
                 keep(stage, value.flatten(2), 0)
+            instead = None if given is None else given(stage)
+            return value if instead is None else instead.to(self.dtype).view_as(value)
 
         with torch.inference_mode():
-            x = self.start()
-            hand("embed", x)
+            x = hand("embed", self.start())
             for number, layer in enumerate(self.layers):
                 x = self.block(x, layer, lambda stage, value, n=number: hand(f"blocks.{n}.{stage}", value))
             self.finish(x, hand)
@@ -263,8 +252,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _drop(stage: str, value: Tensor) -> None:
-    pass
+def _go_on(stage: str, value: Tensor) -> Tensor:
+    return value
 
 
 def _scale(q: Tensor, factors: Tensor | None) -> Tensor:

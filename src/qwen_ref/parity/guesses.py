@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.parity.forward import Change, Forward
-from qwen_ref.parity.mistakes import NONE, Mistake, chunked, decoded_moved, made, moved_alike, windowed
+from qwen_ref.parity.mistakes import NONE, Mistake, chunked, decoded_moved, made, moved_alike, windowed, with_frequencies
 from qwen_ref.parity.trials import Trials
 
 _FEW = 160  # positions: up to here every size of a chunk or a window is tried
@@ -22,21 +22,14 @@ _SHIFTS = 160  # positions by which decode steps may be off
 _TOKENS = 4096  # a vocabulary in which every token is tried before the ids
 
 
-def guesses(trials: Trials, window: int) -> list[Mistake]:
-    """All but the tokens before the ids. window: positions up to a little behind the first wrong one."""
-    found = [*_sizes(trials, window)]
-    if "logits" in trials.theirs.stages:
-        found += _leaving(trials)
-    return found
-
-
-def _sizes(trials: Trials, window: int) -> Iterator[Mistake]:
+def sizes(trials: Trials) -> Iterator[Mistake]:
+    """Windows and chunks of every size that fits, and positions or an α that an earlier prompt left behind."""
     T, prompt = trials.ids.shape[1], trials.theirs.prefill_length
     powers = [2**power for power in range(1, 15)]
-    sizes = sorted({*range(2, min(T, _FEW)), *(size for size in powers if size < T)})
-    for size in sizes:
+    every = sorted({*range(2, min(T, _FEW)), *(size for size in powers if size < T)})
+    for size in every:
         yield Mistake(f"attention sees a window of the last {size} keys", made(windowed(size)))
-    for size in sizes:
+    for size in every:
         if size >= prompt:
             break
         for text, hows in chunked(size).items():
@@ -56,14 +49,8 @@ def _sizes(trials: Trials, window: int) -> Iterator[Mistake]:
     if trials.config.use_dynamic_ntk:
         for power in range(1, 8):
             alpha = 2**power - 1
-            how = _alpha(alpha)
+            how = with_frequencies(alpha=lambda n, s, alpha=alpha: alpha)
             yield Mistake(f"NTK's α is {alpha}: that of another prompt?", made((("rotate_q", how), ("rotate_k", how))))
-
-
-def _alpha(alpha: int) -> Callable:
-    from qwen_ref.parity.mistakes import with_frequencies
-
-    return with_frequencies(alpha=lambda n, s: alpha)
 
 
 # What is done to logits
@@ -75,7 +62,8 @@ def _output(text: str, change: Callable[[Tensor], Tensor], **options: bool) -> M
     return Mistake(text, (Change("output", how),), **options)
 
 
-def _leaving(trials: Trials) -> Iterator[Mistake]:
+def leaving(trials: Trials) -> Iterator[Mistake]:
+    """What is done to logits before they are handed over."""
     kept: list[Tensor] = []
     trials.run(NONE).run(lambda stage, value, start: kept.append(value), ["logits"])
     ours, theirs = kept[0].double(), trials.theirs.stage("logits").double()

@@ -99,7 +99,7 @@ known = functools.partial(slip, common=True)
 def mistakes(config: QwenConfig) -> list[Mistake]:
     """Every mistake and choice that is the same in all layers, or outside of them."""
     layered = [each.in_all() for each in slips(config)]
-    found = [*layered, *_outside(config), *_layer_lists(config), *_inputs(config), *_precisions(config)]
+    found = [*layered, *_outside(config), *_inputs(config), *_precisions(config)]
     needs = {"LogN": config.use_logn_attn, "NTK": config.use_dynamic_ntk}
     return [
         mistake
@@ -238,7 +238,8 @@ def _rotation(config: QwenConfig) -> Iterator[Slip]:
     for base in (1e4, 1e5, 5e5, 1e6, 1e7):
         if base != config.rotary_emb_base:
             yield Slip(f"RoPE base {base:g} for {config.rotary_emb_base:g}", rope_base(base), common=True)
-    yield known("RoPE positions counted from 1", both, _moved(lambda run: run.positions + 1))
+    # Nobody can see it but for its rounding: only differences of positions count.
+    yield known("RoPE positions counted from 1", both, _moved(lambda run: run.positions + 1), choice=True)
     moved: dict[str, Callable[[Forward, Tensor], Tensor]] = {
         "one too high": lambda run, at: at + 1,
         "one too low": lambda run, at: at - 1,
@@ -1155,7 +1156,10 @@ def _change(text: str, step: str, how: How, **options: Any) -> Mistake:
 
 
 def _outside(config: QwenConfig) -> Iterator[Mistake]:
-    D = config.hidden_size
+    D, L = config.hidden_size, config.num_hidden_layers
+    if L > 1:
+        for text, kept in (("last layer dropped", range(L - 1)), ("first layer dropped", range(1, L))):
+            yield _change(text, "layers", lambda run, right, layers, kept=kept: list(kept), common=True)
     yield _change("head tied: logits with the embedding's matrix", "logits",
                   lambda run, right, h, w: right(h, run.weights("embed.weight")), common=True)  # fmt: skip
     yield _change("embedding tied: ids looked up in the head's matrix", "embed",
@@ -1178,6 +1182,15 @@ def _outside(config: QwenConfig) -> Iterator[Mistake]:
                       lambda run, right, ids, w, by=by: right((ids + by) % V, w))  # fmt: skip
         yield _change(f"head rows shifted: each logit has the row {text}", "logits",
                       lambda run, right, h, w, by=by: right(h, w).roll(-by, -1))  # fmt: skip
+    for end, fill in (("a row of zeros", torch.zeros_like), ("the last row again", lambda row: row)):
+        yield _change(f"head rows shifted: each logit has the row one further on, the last one {end}", "logits",
+                      lambda run, right, h, w, fill=fill: right(h, torch.cat((w[1:], fill(w[-1:])))))  # fmt: skip
+        first = end.replace("last", "first")
+        yield _change(f"head rows shifted: each logit has the row one before, the first one {first}", "logits",
+                      lambda run, right, h, w, fill=fill: right(h, torch.cat((fill(w[:1]), w[:-1]))))  # fmt: skip
+    for by, text in ((1, "one further on"), (-1, "one before")):
+        yield _change(f"embedding rows shifted: each id has the row {text}, at the end its own", "embed",
+                      lambda run, right, ids, w, by=by: right((ids + by).clamp(0, V - 1), w))  # fmt: skip
     yield _change("embedding normalised", "embed", lambda run, right, ids, w: _rms(
         right(ids, w).to(run.wide), config.layer_norm_epsilon).to(run.dtype))  # fmt: skip
     yield _change("embedding normalised, with layer 0's ln_1", "embed", lambda run, right, ids, w: run.norm(
@@ -1198,7 +1211,8 @@ def _sinusoids(run: Forward, D: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).to(run.dtype)
 
 
-def _layer_lists(config: QwenConfig) -> Iterator[Mistake]:
+def layer_lists(config: QwenConfig) -> Iterator[Mistake]:
+    """Layers left out, run twice, in another order, one in place of another."""
     L = config.num_hidden_layers
     if L == 1:
         return
@@ -1207,8 +1221,6 @@ def _layer_lists(config: QwenConfig) -> Iterator[Mistake]:
         return _change(text, "layers", lambda run, right, layers: order, **options)
 
     right = list(range(L))
-    yield listed("last layer dropped", right[:-1], common=True)
-    yield listed("first layer dropped", right[1:], common=True)
     yield listed("layers in reverse order", right[::-1])
     yield listed("layers rolled by one", right[1:] + right[:1])
     yield listed("all layers run twice", right * 2)

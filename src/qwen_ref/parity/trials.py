@@ -18,9 +18,9 @@ from qwen_ref.checkpoint import DTYPES
 from qwen_ref.commands.sizes import memory_left
 from qwen_ref.model import ntk_alpha
 from qwen_ref.parity.bundle import Bundle
-from qwen_ref.parity.compare import Measure
-from qwen_ref.parity.forward import Change, Forward, Weights
-from qwen_ref.parity.mistakes import Mistake
+from qwen_ref.parity.compare import Measure, same_columns
+from qwen_ref.parity.forward import Change, Forward, Given, Weights
+from qwen_ref.parity.mistakes import NONE, Mistake
 from qwen_ref.parity.recording import Keep, Work, held_against
 from qwen_ref.parity.stages import Checkpoint
 
@@ -66,6 +66,18 @@ class Trials:
         self.count += 1
         self.work.did(self.checkpoint.bytes)
         return held_against(self.run(mistake), self.theirs, text=False)
+
+    def measure_steps(self) -> Measure:
+        """Of each stage that the port has: what the step makes of the port's own numbers before it."""
+        measure = Measure(self.theirs.input_ids, self.theirs.real, text=False)
+        stages = set(self.theirs.stages)
+
+        def keep(stage: str, value: Tensor, start: int) -> None:
+            measure.add(stage, *same_columns(self.theirs.stage(stage), value), start)
+
+        given = lambda stage: self.theirs.stage(stage) if stage in stages - {"logits"} else None  # noqa: E731
+        self.run(NONE).run(keep, self.theirs.stages, given)
+        return measure
 
     # Screening
 
@@ -184,7 +196,7 @@ class Run:
     base: tuple[Change, ...]
     length: int | None = None
 
-    def run(self, keep: Keep, only: Sequence[str] | None = None) -> None:
+    def run(self, keep: Keep, only: Sequence[str] | None = None, given: Given | None = None) -> None:
         mistake, trials = self.mistake, self.trials
         ids = trials.ids[:, : self.length]
         changes = (*self.base, *mistake.changes)
@@ -198,7 +210,7 @@ class Run:
             run.run(lambda stage, value, start: keep(stage, value[:, shown], start), only)
             return
         if not mistake.uncached:
-            Forward(weights, ids, trials.padding, prefill, prompt, changes).run(keep, only)
+            Forward(weights, ids, trials.padding, prefill, prompt, changes).run(keep, only, given)
             return
         # Every decode step was a prefill: its α holds for all that it computes.
         ends = [prompt, *range(prompt + 1, ids.shape[1] + 1)]
