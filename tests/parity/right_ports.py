@@ -81,18 +81,7 @@ class Port:
 
     def exact(self) -> Port:
         """The same order of everything, in float64 throughout."""
-        order = (
-            "block",
-            "reverse",
-            "ranks",
-            "bias_after",
-            "norm",
-            "flash",
-            "scale",
-            "chunk",
-            "swiglu",
-            "sigmoid",
-        )
+        order = "block reverse ranks bias_after norm flash scale chunk swiglu sigmoid".split()
         kept: dict[str, Any] = {name: getattr(self, name) for name in order}
         return Port("float64", "float64", sums="float64", mean="float64", rope="float64", **kept)
 
@@ -222,13 +211,12 @@ def checkpoint(folder: Path, weights: str, vectors: str) -> tuple[dict[str, Any]
         data = file.read_bytes()
         header = int.from_bytes(data[:8], "little")
         for name, entry in json.loads(data[8 : 8 + header]).items():
-            if name == "__metadata__":
-                continue
-            first, last = (8 + header + offset for offset in entry["data_offsets"])
-            assert entry["dtype"] == "BF16"
-            bits = np.frombuffer(data[first:last], "<u2").astype(np.uint32) << 16
-            value = bits.view(np.float32).reshape(entry["shape"])
-            tensors[name] = rounded(value, weights if value.ndim == 2 else vectors)
+            if name != "__metadata__":
+                assert entry["dtype"] == "BF16"
+                first, last = (8 + header + offset for offset in entry["data_offsets"])
+                bits = np.frombuffer(data[first:last], "<u2").astype(np.uint32) << 16
+                value = bits.view(np.float32).reshape(entry["shape"])
+                tensors[name] = rounded(value, weights if value.ndim == 2 else vectors)
     return config, tensors
 
 
@@ -288,10 +276,8 @@ def compute(folder: Path, ids: Array, prefill: int, port: Port) -> dict[str, Arr
                 k, v = np.concatenate(keys, axis=1), np.concatenate(values, axis=1)
             mixed = port.attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), start)
             mixed = keep(f"{here}.attn.mixed", mixed.swapaxes(1, 2).reshape(B, end - start, H * K))
-            attended = port.out(
-                port.product(mixed, tensors[f"{block}.attn.c_proj.weight"], row_parallel=True)
-            )
-            x = port.out(x + keep(f"{here}.attn.out", attended), port.residual)
+            out = port.out(port.product(mixed, tensors[f"{block}.attn.c_proj.weight"], row_parallel=True))
+            x = port.out(x + keep(f"{here}.attn.out", out), port.residual)
             keep(f"{here}.attn_residual", x)
 
             normed = keep(f"{here}.mlp_norm", port.rms_norm(x, tensors[f"{block}.ln_2.weight"], epsilon))
