@@ -81,8 +81,12 @@ class Port:
 
     def exact(self) -> Port:
         """The same order of everything, in float64 throughout."""
-        order = "block reverse ranks bias_after norm flash scale chunk swiglu sigmoid".split()
-        kept: dict[str, Any] = {name: getattr(self, name) for name in order}
+        kept: dict[str, Any] = {
+            name: getattr(self, name) for name in ("block", "reverse", "ranks", "bias_after")
+        }
+        kept |= {
+            name: getattr(self, name) for name in ("norm", "flash", "scale", "chunk", "swiglu", "sigmoid")
+        }
         return Port("float64", "float64", sums="float64", mean="float64", rope="float64", **kept)
 
     def coarsest(self) -> str:
