@@ -135,7 +135,9 @@ class Bundle:
     rounding: dict[str, dict[str, tuple[float, float]]]
     _file: safe_open
     _places: dict[str, tuple[str, int | None]]  # stage → (tensor's name, which third of it; None: all)
-    fill: float | None = None  # logits with this value are no scores: they were filtered out, and are read as 0
+    fill: float | None = (
+        None  # logits with this value are no scores: they were filtered out, and are read as 0
+    )
 
     @property
     def computed_in(self) -> str:

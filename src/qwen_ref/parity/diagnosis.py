@@ -34,19 +34,12 @@ from qwen_ref.parity.compare import (
 )
 from qwen_ref.parity.forward import Change
 from qwen_ref.parity.guesses import inputs_before, leaving, sizes
-from qwen_ref.parity.mistakes import (
-    CLAMPED,
-    NONE,
-    Mistake,
-    choices,
-    in_single_layers,
-    layer_lists,
-    made,
-    mistakes,
-    norm_epsilon,
-    products_in,
-    rope_base,
-)
+from qwen_ref.parity.mistakes import in_single_layers, mistakes
+from qwen_ref.parity.mistakes.choices import CLAMPED, choices, products_in
+from qwen_ref.parity.mistakes.grammar import NONE, Mistake, made
+from qwen_ref.parity.mistakes.norms import norm_epsilon
+from qwen_ref.parity.mistakes.outside import layer_lists
+from qwen_ref.parity.mistakes.rotation import rope_base
 from qwen_ref.parity.recording import (
     ROUNDING_DTYPES,
     Progress,
@@ -97,7 +90,14 @@ _FITTED_LENGTH = 256  # positions to which a base or epsilon is fitted
 
 # Seconds that the parts of a search may take, as estimated: on two cores with AVX2 a small model takes far
 # less, and one of 1.8 billion parameters is kept within ten minutes.
-_BUDGETS = {"choices": 60.0, "mistakes": 150.0, "single layers": 120.0, "pairs": 60.0, "fits": 60.0, "within": 200.0}
+_BUDGETS = {
+    "choices": 60.0,
+    "mistakes": 150.0,
+    "single layers": 120.0,
+    "pairs": 60.0,
+    "fits": 60.0,
+    "within": 200.0,
+}
 _OPERATIONS = 1e11  # a second, of products of matrices
 _BYTES = 8e9  # a second, from memory
 _OVERHEAD = 4e-4  # seconds a layer, in calls of torch
@@ -246,7 +246,9 @@ class _Search:
         self.window = self._window()
         self.places = self._wrong_steps()
         if self.places:
-            shown = ", ".join(self.places[:4]) + (f" and {len(self.places) - 4} more" if len(self.places) > 4 else "")
+            shown = ", ".join(self.places[:4]) + (
+                f" and {len(self.places) - 4} more" if len(self.places) > 4 else ""
+            )
             self.notes.append(f"computed from the port's own numbers before them, these are wrong: {shown}")
         ranking = self._chosen(none)
         fitting = self._fitting(ranking, none)
@@ -661,13 +663,16 @@ class _Search:
             positions = B * (T if mistake.whole or part == "within" else length)
             cost = share * 2 * parameters * positions / _OPERATIONS
             cost += 0 if single else share * 4 * parameters / _BYTES
+            cost += (last - max(first, 0) + 1) / L * 40 * parameters / _BYTES if mistake.costly else 0
             cost += _OVERHEAD * max(last - max(first, 0), 1)
             total += cost
             if total > _BUDGETS[part]:
                 break
             kept.append(mistake)
         if len(kept) < len(tried) and part != "pairs":
-            self.notes.append(f"{len(tried) - len(kept):,} of {len(tried):,} hypotheses were not tried, to save time")
+            self.notes.append(
+                f"{len(tried) - len(kept):,} of {len(tried):,} hypotheses were not tried, to save time"
+            )
         self.work.expect(int(self.checkpoint.bytes * len(kept)))
         return kept
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.parity.forward import Change, Forward
-from qwen_ref.parity.mistakes import NONE, Mistake, chunked, decoded_moved, made, moved_alike, windowed, with_frequencies
+from qwen_ref.parity.mistakes.attention import chunked, windowed
+from qwen_ref.parity.mistakes.grammar import NONE, Mistake, made
+from qwen_ref.parity.mistakes.rotation import decoded_moved, moved_alike, with_frequencies
 from qwen_ref.parity.trials import Trials
 
 _FEW = 160  # positions: up to here every size of a chunk or a window is tried
@@ -50,7 +52,9 @@ def sizes(trials: Trials) -> Iterator[Mistake]:
         for power in range(1, 8):
             alpha = 2**power - 1
             how = with_frequencies(alpha=lambda n, s, alpha=alpha: alpha)
-            yield Mistake(f"NTK's α is {alpha}: that of another prompt?", made((("rotate_q", how), ("rotate_k", how))))
+            yield Mistake(
+                f"NTK's α is {alpha}: that of another prompt?", made((("rotate_q", how), ("rotate_k", how)))
+            )
 
 
 # What is done to logits
@@ -67,7 +71,7 @@ def leaving(trials: Trials) -> Iterator[Mistake]:
     kept: list[Tensor] = []
     trials.run(NONE).run(lambda stage, value, start: kept.append(value), ["logits"])
     ours, theirs = kept[0].double(), trials.theirs.stage("logits").double()
-    T, V = ours.shape[1], theirs.shape[-1]
+    V = theirs.shape[-1]
     fill, real = trials.theirs.fill, trials.theirs.real
     yield _output("log-softmax handed over as logits", lambda x: x.log_softmax(-1), common=True)
     yield _output("softmax handed over as logits: probabilities", lambda x: x.softmax(-1), common=True)
@@ -84,9 +88,13 @@ def leaving(trials: Trials) -> Iterator[Mistake]:
         yield _shifted(theirs, by, whose)
     for by in (1, -1):
         way = "one further on" if by > 0 else "one before"
-        yield _output(f"logits of ids rolled: each id has the logit of the one {way}", lambda x, by=by: x.roll(-by, -1))
+        yield _output(
+            f"logits of ids rolled: each id has the logit of the one {way}", lambda x, by=by: x.roll(-by, -1)
+        )
     for dtype in ("bfloat16", "float16"):
-        yield _output(f"logits rounded to {dtype}", lambda x, dtype=dtype: x.to(DTYPES[dtype]).double(), choice=True)
+        yield _output(
+            f"logits rounded to {dtype}", lambda x, dtype=dtype: x.to(DTYPES[dtype]).double(), choice=True
+        )
 
     o, t = ours[real][:, :V], theirs[real]  # (tokens, V)
     if fill is not None:
@@ -171,7 +179,10 @@ def _penalised(trials: Trials, o: Tensor, t: Tensor) -> Iterator[Mistake]:
     if T * V > 2**26:
         return
     counts = torch.nn.functional.one_hot(trials.ids, V).double().cumsum(1)  # (1, T, V), own id counted
-    for text, times in (("", counts), (", its own not counted", counts.roll(1, 1).index_fill(1, torch.tensor([0]), 0))):
+    for text, times in (
+        ("", counts),
+        (", its own not counted", counts.roll(1, 1).index_fill(1, torch.tensor([0]), 0)),
+    ):
         seen = (times[0] > 0)[:, : t.shape[-1]]
         if not bool(seen.any()):
             continue
@@ -191,8 +202,9 @@ def _penalised(trials: Trials, o: Tensor, t: Tensor) -> Iterator[Mistake]:
                 penalty = _short(penalty)
                 yield _output(
                     f"{kind} penalty {penalty:g}{text}",
-                    lambda x, p=penalty, n=times, kind=kind: x
-                    - p * (n if kind == "frequency" else (n > 0).double())[:, : x.shape[1]],
+                    lambda x, p=penalty, n=times, kind=kind: (
+                        x - p * (n if kind == "frequency" else (n > 0).double())[:, : x.shape[1]]
+                    ),
                 )
 
 

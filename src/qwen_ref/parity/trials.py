@@ -20,7 +20,7 @@ from qwen_ref.model import ntk_alpha
 from qwen_ref.parity.bundle import Bundle
 from qwen_ref.parity.compare import Measure, same_columns
 from qwen_ref.parity.forward import Change, Forward, Given, Weights
-from qwen_ref.parity.mistakes import NONE, Mistake
+from qwen_ref.parity.mistakes.grammar import NONE, Mistake
 from qwen_ref.parity.recording import Keep, Work, held_against
 from qwen_ref.parity.stages import Checkpoint
 
@@ -124,7 +124,9 @@ class Trials:
             for mistake in mistakes:
                 first, last = mistake.span(L)
                 changes = (*self.base, *mistake.changes)
-                if any(change.step in ("ids", "positions", "frequencies", "layers") for change in mistake.changes):
+                if any(
+                    change.step in ("ids", "positions", "frequencies", "layers") for change in mistake.changes
+                ):
                     run = self._forward(dtype, to, changes)
                     x = run.start()
                     for layer in run.layers:
@@ -222,7 +224,9 @@ class Run:
                 continue
             here = min(end, ids.shape[1])
             run = Forward(weights, ids[:, :here], trials.padding, min(prefill, here), end, changes)
-            run.run(lambda stage, value, _, start=start: kept.setdefault(stage, []).append(value[:, start:]), only)
+            run.run(
+                lambda stage, value, _, start=start: kept.setdefault(stage, []).append(value[:, start:]), only
+            )
             start = here
         for stage, parts in kept.items():
             keep(stage, torch.cat(parts, dim=1), 0)
