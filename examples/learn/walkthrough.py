@@ -531,28 +531,28 @@ album.show(
 # ### Which of these heads matter?
 #
 # A weight says where a head looks. It does not say what the model does with that. So we make an experiment:
-# in one head or in several, the last token may not see `␣Japan`; everything else stays the same. The parity
-# kit's `Port` lets us replace torch's attention by our own, here with a mask that also hides `␣Japan`.
+# in one head or in several, the last token may not see `␣Japan`; everything else stays the same. Each
+# layer's attention has a method `mix`. We replace it by our own, with a mask that also hides `␣Japan`.
 
 
 # %%
 def probability_without(heads: list[tuple[int, int]]) -> float:
     """The probability of ' Tokyo' if the last token may not see ' Japan' in these (layer, head)."""
-    layers_done, seen = [], {}
 
-    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+    def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: None, cache: None, layer: int) -> torch.Tensor:
         allowed = mask.repeat(1, tiny.num_attention_heads, 1, 1)  # (1, H, T, T)
-        for layer, head in heads:
-            if layer == len(layers_done):
+        for blind, head in heads:
+            if blind == layer:
                 allowed[0, head, -1, country] = False
-        layers_done.append(True)
         # softmax(q kᵀ / √K + mask) v
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
-    port = Port(Checkpoint(folder), "float32", ids)
-    port.scaled_dot_product_attention = masked
-    port.run(lambda stage, value, start: seen.update({stage: value}), only=["logits"])
-    return float(seen["logits"][0, -1].softmax(dim=-1)[tokenizer.encode(" Tokyo")[0]])
+    for block in model.blocks:
+        block.attn.mix = mix
+    logits = model(ids)
+    for block in model.blocks:
+        del block.attn.mix
+    return float(logits[0, -1].softmax(dim=-1)[tokenizer.encode(" Tokyo")[0]])
 
 
 others = [(n, head) for n in range(tiny.num_hidden_layers) for head in range(4) if (n, head) != (0, 0)]

@@ -19,8 +19,12 @@ from conftest import GOLDEN, change_tensors
 from qwen_ref import parity
 from qwen_ref.parity import diagnosis
 from qwen_ref.parity.diagnosis import Diagnosis, Hypothesis, _rank
+from qwen_ref.checkpoint import DTYPES
+from qwen_ref.parity.forward import Forward, Weights
 from qwen_ref.parity.mistakes import mistakes
-from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.parity.mistakes.choices import CLAMPED
+from qwen_ref.parity.mistakes.grammar import Mistake
+from qwen_ref.parity.stages import Checkpoint
 
 # The port's name of a mistake → what the kit must say.
 SAID = {
@@ -146,7 +150,8 @@ def test_a_mistake_is_named_from_the_logits_alone(tmp_path: Path, name: str) -> 
     check_named(diagnosis, [SAID[name]])
     # With LogN, a table that is read one further on is the same as positions that are.
     same = name in ("positions_from_1", "logn_p_plus_2")
-    assert [len(names) for names in diagnosis.alike] == ([1] if same else [])
+    common = {mistake.text for mistake in mistakes(Checkpoint(GOLDEN / "ntk_logn").config) if mistake.common}
+    assert len([names for names in diagnosis.alike if set(names) <= common]) == same
     assert diagnosis.first_divergence == "logits"
 
 
@@ -168,7 +173,6 @@ def test_a_mistake_is_named_from_the_logits_alone(tmp_path: Path, name: str) -> 
 def test_stages_say_where_it_begins(tmp_path: Path, name: str, first: str) -> None:
     diagnosis = planted(tmp_path, (name,), stages="all")
     check_named(diagnosis, [SAID[name]])
-    assert diagnosis.alike == []
     assert diagnosis.first_divergence == first
 
 
@@ -382,10 +386,9 @@ def test_the_dtype_is_named_from_all_stages(tmp_path: Path, dtype: str, declared
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_products_in_half_are_named_with_a_note(tmp_path: Path, dtype: str) -> None:
+def test_products_in_half_are_a_choice(tmp_path: Path, dtype: str) -> None:
     found = computed(tmp_path, ProductsOnly, dtype, "float32")
-    assert found.found == (f"computed in {dtype}",)
-    assert any(f"logits are no {dtype} numbers: a part may" in note for note in found.notes)
+    assert (found.verdict, found.found, found.choices) == ("choice", (f"{dtype} products",), (f"{dtype} products",))
 
 
 @pytest.mark.parametrize("port", [*ORDERS, ProductsOnly])
@@ -431,6 +434,7 @@ def test_a_mistake_as_large_as_a_dtypes_rounding_is_not_called_that(
         "mistakes",
         lambda config: [m for m in known(config) if not any(text in m.text for text in said)],
     )
+    monkeypatch.setattr(diagnosis, "in_single_layers", lambda config, layers: [])
     monkeypatch.setattr(diagnosis._Search, "_pairs", lambda self, ranking: [])
     if name == "eps_1e-3":  # all positions are wrong alike: the number is found
         assert planted(tmp_path, (name,), length=150).found == ("layer_norm_epsilon 0.001 for 1e-06",)
@@ -447,18 +451,26 @@ def test_clamped_overflow_is_named_in_another_order(tmp_path: Path, overflowing:
 # The kit's own mistakes, where the NumPy port has none like it
 
 
+def run_here(
+    folder: Path, mistake: Mistake, dtype: str, ids: torch.Tensor, stages: list[str], **more: object
+) -> dict[str, torch.Tensor]:
+    """What the kit's own forward pass computes with a mistake."""
+    found: dict[str, torch.Tensor] = {}
+    weights = Weights(Checkpoint(folder), DTYPES[mistake.dtype or dtype], True, lambda count: None)
+    run = Forward(weights, ids, changes=mistake.changes, **more)
+    run.run(lambda stage, value, start: found.update({stage: value}), stages)
+    return found
+
+
 def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: list[str]) -> Diagnosis:
     """What the kit says of its own mistake, on a padded batch with cached steps."""
-    checkpoint = Checkpoint(folder)
     ids = torch.randint(0, 320, (2, 72))
     mask = torch.ones_like(ids)
     mask[1, :6] = 0  # 64 tokens of 70: with and without padding, α differs
-    port = Port(checkpoint, dtype, ids, mask, prefill_length=70)
-    mistake = next(mistake for mistake in mistakes(checkpoint.config) if mistake.text.startswith(text))
-    mistake.make(port)
-    found: dict[str, list[torch.Tensor]] = {}
-    port.run(lambda stage, value, start: found.setdefault(stage, []).append(value), stages)
-    values = {stage: torch.cat(parts, dim=1) for stage, parts in found.items()}
+    config = Checkpoint(folder).config
+    mistake = next(mistake for mistake in mistakes(config) if mistake.text.startswith(text))
+    padding = torch.tensor([0, 6])
+    values = run_here(folder, mistake, dtype, ids, stages, padding=padding, prefill_length=70)
     parity.write_bundle(tmp_path / "port", ids, values, dtype=dtype, attention_mask=mask, prefill_length=70)
     return parity.diagnose(folder, tmp_path / "port")
 
@@ -475,7 +487,7 @@ def planted_here(tmp_path: Path, folder: Path, text: str, dtype: str, stages: li
             "RoPE in float16",
             "rows of c_attn stored",
         ),
-        *("padding counted in positions", "padding counted in NTK's α", "RoPE positions counted from 1"),
+        *("padding counted in positions", "padding counted in NTK's α"),
         *(
             "LogN: natural logarithm",
             "layer_norm_epsilon 1e-08",
@@ -498,8 +510,15 @@ def test_a_layer_that_the_port_has_was_not_dropped(tmp_path: Path) -> None:
     assert dropped.excess == np.inf
 
 
-@pytest.mark.parametrize("text", ["norm weight applied before", "norm computed in the model's dtype"])
-def test_what_only_half_precision_shows_is_named_by_its_bits(tmp_path: Path, text: str) -> None:
+def test_a_fused_norm_is_a_choice(tmp_path: Path) -> None:
+    text = "norm weight applied before"
+    diagnosis = planted_here(tmp_path, GOLDEN / "extended_base", text, "bfloat16", ["logits"])
+    assert (diagnosis.verdict, diagnosis.found) == ("rounding only", ())
+    assert any(f"a choice, no mistake: {text}" in note for note in diagnosis.notes)
+
+
+def test_what_only_half_precision_shows_is_named_by_its_bits(tmp_path: Path) -> None:
+    text = "norm computed in the model's dtype"
     diagnosis = planted_here(tmp_path, GOLDEN / "extended_base", text, "bfloat16", ["logits"])
     # Only bits can show it. They are equal because one machine's kernels computed both; the port of another
     # machine would be rounding only.
@@ -546,10 +565,9 @@ def test_nan_from_float16_overflow_is_named(tmp_path: Path, overflowing: Path, s
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_overflow_that_was_clamped_is_named(tmp_path: Path, overflowing: Path, dtype: str) -> None:
     ids = torch.randint(0, 320, (1, 20))
-    port = Port(Checkpoint(overflowing), "float16", ids)
-    port.saturates = True
-    kept: dict[str, torch.Tensor] = {}
-    port.run(lambda stage, value, start: kept.update({stage: value}), ["logits"])
+    config = Checkpoint(overflowing).config
+    clamped = next(mistake for mistake in mistakes(config) if mistake.text == CLAMPED)
+    kept = run_here(overflowing, clamped, "float16", ids, ["logits"])
     diagnosis = diagnosed(overflowing, tmp_path / "port", ids, kept, dtype=dtype)
     assert diagnosis.found == ("float16 overflow, clamped to 65504",)
 

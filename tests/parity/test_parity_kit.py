@@ -26,6 +26,7 @@ from qwen_ref.generate import generate
 from qwen_ref.parity.__main__ import main
 from qwen_ref.parity.bundle import stage_widths
 from qwen_ref.parity.compare import FACTOR, Comparison, Measure, Tolerances
+from qwen_ref.parity.forward import Change, Forward, Weights
 from qwen_ref.parity.stages import Checkpoint, Port
 
 cli = cli_of(main)
@@ -489,10 +490,10 @@ def test_worse_logits_are_described_with_their_tokens(cli: Callable, tmp_path: P
 
 def test_a_mistake_is_printed_with_its_margin(cli: Callable, tmp_path: Path) -> None:
     ids = torch.randint(0, 320, (1, 30))
-    port = Port(Checkpoint(NTK), "float32", ids)
-    port.rotate = lambda x, cos, sin: x
+    unturned = [Change(step, lambda run, right, x, cos, sin: x) for step in ("rotate_q", "rotate_k")]
     kept: dict[str, Tensor] = {}
-    port.run(lambda stage, value, start: kept.update({stage: value}), ["logits"])
+    run = Forward(Weights(Checkpoint(NTK), torch.float32, True, lambda count: None), ids, changes=unturned)
+    run.run(lambda stage, value, start: kept.update({stage: value}), ["logits"])
     parity.write_bundle(tmp_path / "port", ids, kept, dtype="float32")
     result = cli("diagnose", "--model", NTK, "--bundle", tmp_path / "port")
     assert result.code == 1

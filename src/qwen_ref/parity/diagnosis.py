@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_ref.checkpoint import DTYPES
+from qwen_ref.checkpoint import DTYPES, weight_files
 from qwen_ref.commands.cli import finite
 from qwen_ref.parity.bundle import LAYER_STAGES, Bundle, layer_of, meaning, stage_widths
 from qwen_ref.parity.compare import (
@@ -57,7 +58,9 @@ MARGIN = 3.0
 
 # A choice accuses nobody. Rounding to few bits turns over where two runs differ by their last bit, so a run
 # with the port's own choice need not agree with it to float32's rounding. It must be this much nearer.
+# One that makes the difference mere rounding explains it if it is nearer by the second factor.
 _MARGIN_OF_CHOICES = 10.0
+_MARGIN_WITHIN = 1.5
 
 _LEAST = 0.1  # tolerances: a difference below that is less than rounding usually makes
 
@@ -74,6 +77,7 @@ _FAINT = 1 / 64
 # are 0.8 and more if all is in one dtype, and 0.4 to 0.6 if only the products are.
 _FINER = 0.7
 _HALVES = ("bfloat16", "float16")
+_LEAST_OF_GRID = 1 / 16  # the share of a dtype's rounding that the output head alone may have
 
 _SURE = 0.4  # tolerances: rounding takes a quarter of its own tolerance, this is a little more
 _NOISE = 0.5  # the largest relative error that is still called rounding
@@ -249,7 +253,9 @@ class _Search:
             shown = ", ".join(self.places[:4]) + (
                 f" and {len(self.places) - 4} more" if len(self.places) > 4 else ""
             )
-            self.notes.append(f"computed from the port's own numbers before them, these are wrong: {shown}")
+            self.notes.append(
+                f"computed from the port's own numbers before them, these are wrong: {shown}{self._in_a_file()}"
+            )
         ranking = self._chosen(none)
         fitting = self._fitting(ranking, none)
         if not fitting:
@@ -394,6 +400,17 @@ class _Search:
         results = self._results(self.trials.measure_steps(), self.tolerances)
         return [result.stage for result in results if not result.within]
 
+    def _in_a_file(self) -> str:
+        """Where the weights of all wrong steps are, if that is one file of several."""
+        names = {_WEIGHTS.get(re.sub(r"^blocks\.\d+\.", "", stage), "") for stage in self.places}
+        files = {
+            self.checkpoint.file_of(re.sub(r"^(blocks\.\d+\.)?.*", rf"\g<1>{weight}", stage, count=1))
+            for stage in self.places
+            if (weight := _WEIGHTS.get(re.sub(r"^blocks\.\d+\.", "", stage)))
+        }
+        alone = "" in names or len(files) != 1 or len(weight_files(self.checkpoint.folder)) == 1
+        return "" if alone else f"; the weights of all of them are in {files.pop()}"
+
     def _screened(self, tried: Sequence[Mistake]) -> dict[str, float]:
         self.known |= {mistake.text: mistake for mistake in tried}
         if "logits" in self.theirs.stages:
@@ -435,9 +452,10 @@ class _Search:
         fitting = []
         for h in sorted(ranking, key=_rank)[:_MOST_FINALISTS]:
             kinds = [self.known[text] for text in h.mistakes]
-            if any(kind.sized for kind in kinds) or not h.excess * MARGIN < none.excess:
-                continue
             chosen = all(kind.choice for kind in kinds)
+            margin = _MARGIN_WITHIN if chosen else MARGIN
+            if any(kind.sized for kind in kinds) or not h.excess * margin < none.excess:
+                continue
             if (
                 h.excess <= 1
                 or (chosen and h.excess * _MARGIN_OF_CHOICES < none.excess)
@@ -518,7 +536,8 @@ class _Search:
         results = self._results(theirs, tolerances)
         worst = max(results, key=lambda result: result.excess)
         everywhere = theirs.positions(last) >= _FAINT * ours[dtype].positions(last)
-        if not worst.within or worst.tolerance > _NOISE or ratios[dtype] < 1 / FACTOR or not everywhere.all():
+        least = _LEAST_OF_GRID if self._numbers_of(dtype) else 1 / FACTOR
+        if not worst.within or worst.tolerance > _NOISE or ratios[dtype] < least or not everywhere.all():
             return []
         text = f"computed in {dtype}"
         run = self.trials.run(together((*known, Mistake(text, dtype=dtype))))
@@ -697,6 +716,18 @@ def _alike(best: Hypothesis) -> float:
     """Up to which excess another hypothesis explains the port as well as the best."""
     return max(2 * best.excess, 0.02)
 
+
+# The weight that a stage is computed with.
+_WEIGHTS = {
+    "embed": "embed.weight",
+    "attn_norm": "attn_norm.weight",
+    **{f"attn.{part}": "attn.qkv.weight" for part in "qkv"},
+    "attn.out": "attn.out.weight",
+    "mlp_norm": "mlp_norm.weight",
+    **{f"mlp.{part}": f"mlp.{part}.weight" for part in ("gate", "up", "down")},
+    "norm": "norm.weight",
+    "logits": "lm_head.weight",
+}
 
 _EXPONENTS = {rope_base: (0.01, 12.0), norm_epsilon: (-30.0, 0.0)}  # of ten, as a configuration allows them
 

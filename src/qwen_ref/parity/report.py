@@ -123,7 +123,7 @@ def _logits_lines(logits: LogitsResult, decode: Decode | None) -> Iterator[str]:
 
 def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
     """The ranking, then the verdict."""
-    yield f"{diagnosis.bundle} ({diagnosis.dtype}): {diagnosis.tried} hypotheses"
+    yield f"{diagnosis.bundle} ({diagnosis.dtype}): {diagnosis.tried:,} hypotheses in {diagnosis.seconds:.1f} s"
     for note in diagnosis.notes:
         yield f"note: {note}"
     if diagnosis.invisible:
@@ -146,6 +146,9 @@ def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
     yield from _verdict(diagnosis)
 
 
+_MOST_ALIKE = 4  # explanations that give the same numbers
+
+
 def _short(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:,.2f}"
 
@@ -156,16 +159,31 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.verdict == "rounding only":
         yield "rounding only: nothing is wrong that this dtype could show"
         return
+    if diagnosis.verdict == "choice":
+        yield f"a choice, no mistake: {best.text}"
+        yield "  it rounds more than the dtype that is declared, and explains all the difference"
+        return
     if diagnosis.verdict == "none of these":
         assert diagnosis.first_divergence is not None
         yield f"none of these; first divergence at {diagnosis.first_divergence}"
         yield f"look at {meaning(diagnosis.first_divergence)}; nearest was: {best.text}"
+        if diagnosis.comparison is not None and len(diagnosis.comparison.stages) == 1:
+            yield (
+                "logits alone do not tell which weights differ (compare weights_sha256), or a mistake that "
+                "nobody listed: a bundle with more stages says where it begins"
+            )
         return
-    yield f"the mistake: {best.text}" if len(best.mistakes) == 1 else f"the mistakes: {best.text}"
+    found = " + ".join(diagnosis.found)
+    yield f"the mistake: {found}" if len(diagnosis.found) == 1 else f"the mistakes: {found}"
+    if diagnosis.choices:
+        yield f"  and a choice, which is no mistake: {' + '.join(diagnosis.choices)}"
     if diagnosis.first_divergence is None:
         yield "  (what it changes is no more than this dtype rounds; the rounding itself gave it away)"
-    for name in sorted(alike):
+    shown = [" + ".join(names) for names in diagnosis.alike][:_MOST_ALIKE]
+    for name in shown:
         yield f"  or, with the same numbers for these ids: {name}"
+    if len(alike) > len(shown):
+        yield f"  or {len(alike) - len(shown)} more (--json)"
     second = next((h for h in others if h.text not in alike), None)
     if second is not None:
         far = second.excess / best.excess if best.excess else math.inf

@@ -14,7 +14,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qwen_ref.checkpoint import DTYPES, NoInitialisation, compute_dtype, dtype_name, tensor_table
+from qwen_ref.checkpoint import (
+    DTYPES,
+    NoInitialisation,
+    compute_dtype,
+    dtype_name,
+    read_headers,
+    tensor_table,
+    weight_files,
+)
 from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError
 from qwen_ref.loading.loader import check_values, open_checkpoint
@@ -40,6 +48,22 @@ class Checkpoint:
     def weight(self, name: str) -> Tensor:
         """A weight: a view of the mapped file, or dequantised."""
         return self.stored[self._published[name]].read()
+
+    def steps(self, name: str) -> Tensor | None:
+        """The step between two neighbouring values of each number of a packed weight; None if it is not packed."""
+        packed = self.stored[self._published[name]].packed
+        if packed is None:
+            return None
+        *_, scales, groups = (part.read() for part in packed.parts)
+        return scales[groups.long()].t().float()  # (in, out) → (out, in)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a weight, or the first of its parts."""
+        published = self._published[name]
+        for path in weight_files(self.folder):
+            if any(tensor.startswith(published.removesuffix("weight")) for tensor in read_headers(path)):
+                return path.name
+        raise KeyError(name)
 
     def dtype(self, name: str) -> str:
         """The name of the dtype to compute in, also for "auto"; ValueError for an unknown one."""

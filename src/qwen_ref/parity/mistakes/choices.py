@@ -73,6 +73,7 @@ def choices() -> tuple[Mistake, ...]:
     """Roundings that a right port may do, one by one and together. Each belongs to the activations' dtype,
     which may be finer than the declared one.
     """
+    found: list[Mistake] = []
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     caches: dict[str, tuple[tuple[str, How], ...]] = {"": ()}
     for name, dtype in half.items():
@@ -85,11 +86,13 @@ def choices() -> tuple[Mistake, ...]:
         caches[text] = _cached(_int8(over))
         caches[f"{text}, read in decode steps only"] = _cached(_int8(over), True)
     products = {"": ()} | {f"{name} products": products_in(dtype) for name, dtype in half.items()}
+    for name, dtype in half.items():
+        head = tuple(each for each in products_in(dtype) if each[0] == "logits")
+        found.append(Mistake(f"{name} product of the head", made(head), choice=True))
     mixing: dict[str, tuple[tuple[str, How], ...]] = {"": ()}
     for name, dtype in half.items():
         mixing[f"attention probabilities rounded to {name}"] = (("attend", attention(round_p=dtype)),)
     mixing["queries rounded to float16"] = (("attend", attention(round_q=torch.float16)),)
-    found = []
     for product, a in products.items():
         for cache, b in caches.items():
             for mix, c in mixing.items():

@@ -23,6 +23,21 @@ _NAMES = {
 _OURS = {"qkv": "attn.qkv", "out": "attn.out", "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
 
 
+def _from_neighbour(parts: str, by: int, bias: bool) -> How:
+    """c_attn with some thirds of another layer's weight; bias: and of its bias."""
+
+    def how(run: Forward, right: Callable, x: Tensor, weight: Tensor, own: Tensor) -> Tensor:
+        layer = (run.source + by) % run.config.num_hidden_layers
+
+        def mixed(ours: Tensor, name: str) -> Tensor:
+            thirds = zip("qkv", ours.chunk(3), run.own(name, layer).chunk(3), strict=True)
+            return torch.cat([theirs if part in parts else ours for part, ours, theirs in thirds])
+
+        return right(x, mixed(weight, "attn.qkv.weight"), mixed(own, "attn.qkv.bias") if bias else own)
+
+    return how
+
+
 def weighed(change: Callable[[Tensor], Tensor], bias: bool = False) -> How:
     """A product with a changed weight; bias: changed likewise."""
 
@@ -97,15 +112,33 @@ def _quantised(bits: int, size: int, by: float, kind: str) -> Callable[[Tensor],
     return change
 
 
+def _unpacked(step: str, by: int) -> How:
+    """The packed weights of a GPTQ checkpoint with other zero points; others as they are."""
+
+    def how(run: Forward, right: Callable, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        size = run.weights.checkpoint.steps(f"blocks.{run.source}.{_OURS[step]}.weight")
+        return right(x, weight if size is None else (weight - by * size).to(weight.dtype), *bias)
+
+    return how
+
+
 def of_quantising(config: QwenConfig) -> Iterator[Slip]:
     """Zero points off by one, in all matrices and in each: these take the longest, and come last."""
     steps = [*((name, step) for step, name in _NAMES.items()), ("all matrices", " ".join(ALL))]
+    for by, off in ((1, "one too high"), (-1, "one too low")):
+        for name, step in steps:
+            hows = tuple((each, _unpacked(each, by)) for each in step.split())
+            yield Slip(f"{name} of the GPTQ checkpoint: zero points {off}", hows, alone=step in _NAMES)
     for bits in (4, 8):
         for size in (32, 64, 128):
             if size > config.hidden_size or (bits == 8 and size != 128):
                 continue
             for kind in _ROUNDINGS:
                 for by, off in ((1, "one too high"), (-1, "one too low")):
+                    for part in "qkv":
+                        text = f"the {part} third of c_attn quantised to {bits} bits, groups of {size}, {kind}: zero point {off}"
+                        how = weighed(_third(_quantised(bits, size, by, kind), part))
+                        yield slip(text, "qkv", how, costly=True)
                     for name, step in steps:
                         text = f"{name} quantised to {bits} bits, groups of {size}, {kind}: zero point {off}"
                         how = weighed(_quantised(bits, size, by, kind))
@@ -145,6 +178,9 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_OF_THIRDS = [text for text in _WEIGHTS if text.startswith(("rows", "columns", "even rows", "with its", "dou", "hal"))]
+
+
 def of_matrices(config: QwenConfig) -> Iterator[Slip]:
     H, K = config.num_attention_heads, config.kv_channels
     swapped = (
@@ -174,6 +210,8 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
         yield slip(
             f"the {part} third of c_attn zero: never loaded", "qkv", weighed(_third(torch.zeros_like, part))
         )
+        for text in _OF_THIRDS:
+            yield slip(f"the {part} third of c_attn: {text}", "qkv", weighed(_third(_WEIGHTS[text], part)))
         rest = "".join(letter for letter in "qkv" if letter != part)
         yield slip(f"bias of {part} missing", "qkv", _biased(_third_of_bias(rest)))
         yield slip(f"bias of {rest[0]} and {rest[1]} missing", "qkv", _biased(_third_of_bias(part)))
@@ -184,6 +222,13 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
     yield slip("rows of c_attn read head by head, its bias as it is", "qkv", weighed(by_head))
     yield slip("bias of the next layer's c_attn", "qkv", lambda run, right, h, w, b: right(
         h, w, run.own("attn.qkv.bias", (run.source + 1) % config.num_hidden_layers)))  # fmt: skip
+    for by, whose in ((1, "next"), (-1, "previous")):
+        text = f"c_attn of the {whose} layer, with its own bias"
+        yield slip(text, "qkv", _from_neighbour("qkv", by, False))
+        for part in "qkv":
+            for bias, rest in ((True, ""), (False, ", with its own bias")):
+                text = f"the {part} third of the {whose} layer's c_attn{rest}"
+                yield slip(text, "qkv", _from_neighbour(part, by, bias))
     for step, name in _NAMES.items():
         for by, whose in ((1, "next"), (-1, "previous")):
             yield slip(f"{name} of the {whose} layer", step, neighbours(f"{_OURS[step]}.weight", by))
