@@ -170,11 +170,21 @@ def about_llama() -> dict[str, str]:
 class LlamaModel:
     """A GGUF in llama.cpp, on the CPU, and a cache for one sequence.
 
-    Whatever is not said here has llama.cpp's default: the cache is float16, flash attention is its choice.
+    cache: the form of its keys and values, one of FORMS; float16 is llama.cpp's default. flash: whether it
+    may use flash attention, which rounds keys and values to float16 even where the cache is float32. Whatever
+    is not said here has llama.cpp's default.
     Raises ValueError, with llama.cpp's own words, where the file cannot be loaded.
     """
 
-    def __init__(self, file: Path, config: QwenConfig, positions: int, threads: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        config: QwenConfig,
+        positions: int,
+        threads: int,
+        cache: str = "f16",
+        flash: bool = True,
+    ) -> None:
         self.config = config
         library, errors, _ = _library()
         of_model = library.llama_model_default_params()
@@ -185,6 +195,9 @@ class LlamaModel:
         settings.n_ubatch = min(_UBATCH, positions)
         settings.n_threads = settings.n_threads_batch = threads
         settings.offload_kqv = settings.op_offload = False
+        settings.type_k = settings.type_v = getattr(library, f"GGML_TYPE_{cache.upper()}")
+        if not flash:
+            settings.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = self._model and library.llama_init_from_model(self._model, settings)
         if not self._context:
             self.close()
@@ -201,6 +214,25 @@ class LlamaModel:
             raise RuntimeError(f"llama_decode returned {code}: {'; '.join(errors[-2:])}")
         logits = library.llama_get_logits_ith(self._context, -1)
         return torch.from_numpy(numpy.ctypeslib.as_array(logits, (self.config.vocab_size,)))
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits (T, V) of all positions of a new sequence, in float32, taken in one call."""
+        library, errors, _ = _library()
+        self.clear()
+        batch = library.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for position, token in enumerate(ids):
+                batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
+                batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+            code = library.llama_decode(self._context, batch)
+        finally:
+            library.llama_batch_free(batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode returned {code}: {'; '.join(errors[-2:])}")
+        rows = library.llama_get_logits(self._context)
+        shape = (len(ids), self.config.vocab_size)
+        return torch.from_numpy(numpy.ctypeslib.as_array(rows, shape).copy())
 
     def clear(self) -> None:
         """Forgets the sequence."""
