@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := 蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是
 
-.PHONY: run test slow kernels vocab lint bench parity eval readme walkthrough
+.PHONY: run test slow kernels vocab lint bench parity ports eval readme walkthrough
 
 # Completes the model card's quickstart prompt with the tiny checkpoint of weights/.
 run: .venv/installed
@@ -73,6 +73,14 @@ readme: .venv/eval vocab
 parity: .venv/transformers
 	$(BIN)/python examples/ports/parity_transformers.py
 	$(BIN)/python -m pytest tests/parity/test_parity_transformers.py
+
+# Records the engines that are installed, diagnoses the recordings, prints a table. RECORDINGS=DIR keeps the bundles.
+ports: .venv/transformers .venv/llama .venv/engines
+	$(BIN)/python examples/ports/all_ports.py $(if $(RECORDINGS),--recordings $(RECORDINGS))
+
+.venv/engines: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[engines]'
+	touch $@
 
 .venv/transformers: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers]'

@@ -33,6 +33,8 @@ SKIPPED = {
     "make ": "a target of make",
     "/train_": "trains for minutes",
     "/bench_": "measures for minutes",
+    "/record_": "needs an engine",
+    "/all_ports.py": "make ports runs it",
     "/long_prompt.py": "takes 11 GB of memory",
     "git checkout": "undoes changes",
 }

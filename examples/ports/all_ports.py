@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from wide_heads import write_wide_heads
 
 from qwen_ref import QwenConfig, parity
 from qwen_ref.commands.cli import Parser, run, say
@@ -46,6 +47,7 @@ ENGINES: dict[str, tuple[str, list[str]]] = {  # recorder → the engine, and th
     "paddle": ("PaddleNLP's QWen", ["--dtype float32"]),
     "ctranslate2": ("CTranslate2", ["--dtype float32", "--dtype float32 --form int8"]),
     "litgpt": ("LitGPT's Qwen2.5", ["--dtype float32", "--dtype bfloat16"]),
+    "fastllm": ("FastLLM's Qwen", ["--dtype float32", "--dtype float16"]),
 }
 
 CHECKPOINTS = {  # folder → lengths of the prompts, within the trained length and mostly beyond it
@@ -53,6 +55,10 @@ CHECKPOINTS = {  # folder → lengths of the prompts, within the trained length 
     "tests/golden/extended_base": (24, 100),
     "tests/golden/ntk_logn": (24, 100),
 }
+WIDE = {
+    "wide-extended_base": (24,),
+    "wide-ntk_logn": (24, 48),
+}  # the same with heads of 128, for FastLLM alone
 
 
 @dataclass
@@ -61,7 +67,7 @@ class Recording:
 
     engine: str
     options: str
-    checkpoint: str  # from the project's root
+    checkpoint: str  # from the project's root, or from the folder of the recordings
     length: int
     file: str
     versions: str = ""
@@ -72,28 +78,41 @@ class Recording:
         return self.options.removeprefix("--dtype ").replace(" --", ", ")
 
 
+def folder_of(checkpoint: str, recordings: Path) -> Path:
+    return recordings / checkpoint if checkpoint in WIDE else ROOT / checkpoint
+
+
 def record(folder: Path, names: list[str], pythons: dict[str, str]) -> Iterator[Recording]:
     """Runs the recorders; their bundles lie in the folder."""
     # Sources of variation: one thread each, and so one order of adding.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    for checkpoint, lengths in CHECKPOINTS.items():
-        config = QwenConfig.from_json(ROOT / checkpoint / "config.json")
+    if "fastllm" in names:
+        for checkpoint in WIDE:
+            write_wide_heads(
+                folder / checkpoint, ROOT / "tests" / "golden" / checkpoint.removeprefix("wide-")
+            )
+    for checkpoint, lengths in (CHECKPOINTS | WIDE).items():
+        place = folder_of(checkpoint, folder)
+        config = QwenConfig.from_json(place / "config.json")
         for length in lengths:
             seeded = torch.Generator().manual_seed(length)
             ids = torch.randint(config.vocab_size, (length,), generator=seeded)
             prompt = folder / f"{Path(checkpoint).name}-{length}.ids"
             prompt.write_text(" ".join(map(str, ids.tolist())) + "\n")
             for name in names:
+                if (checkpoint in WIDE) != (name == "fastllm"):
+                    continue
                 engine, forms = ENGINES[name]
                 for options in forms:
                     words = [name, *options.replace("--", "").split(), prompt.stem]
                     file = "-".join(word for word in words if word != "dtype") + ".safetensors"
                     row = Recording(engine, options, checkpoint, length, file)
                     command = [pythons.get(name, sys.executable), str(HERE / f"record_{name}.py")]
-                    command += ["--model", str(ROOT / checkpoint), "--ids", str(prompt)]
+                    command += ["--model", str(place), "--ids", str(prompt)]
                     command += ["--out", str(folder / file), *options.split()]
+                    (folder / file).unlink(missing_ok=True)
                     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-                    if done.returncode == 0:
+                    if (folder / file).exists():  # an engine may end the process with exit code 0
                         row.versions = done.stdout.strip().splitlines()[-1]
                     else:
                         row.problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -112,7 +131,7 @@ def table(folder: Path, recordings: list[Recording]) -> Iterator[str]:
     for row in recordings:
         verdict, residual = row.problem.replace("|", "/"), ""
         if not row.problem:
-            found = parity.diagnose(ROOT / row.checkpoint, folder / row.file)
+            found = parity.diagnose(folder_of(row.checkpoint, folder), folder / row.file)
             best = found.ranking[0] if found.ranking else None
             verdict = found.verdict + (": " if found.found else "") + " + ".join(found.found)
             if found.verdict == "none of these" and best:
@@ -150,15 +169,18 @@ def command(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.only_diagnose or args.recordings or Path(temporary)
         index = folder / INDEX
+        engines = {ENGINES[name][0] for name in args.engines}
         if args.only_diagnose:
             if not index.is_file():
                 raise InputError(f"{index} is not there; --recordings DIR makes it")
             recordings = [Recording(**row) for row in json.loads(index.read_text())]
-            engines = {ENGINES[name][0] for name in args.engines}
             recordings = [row for row in recordings if row.engine in engines]
         else:
             folder.mkdir(parents=True, exist_ok=True)
             recordings = list(record(folder, args.engines, dict(args.python)))
+            if index.is_file():  # of other engines, recorded before
+                there = [Recording(**row) for row in json.loads(index.read_text())]
+                recordings = [row for row in there if row.engine not in engines] + recordings
             index.write_text(json.dumps([asdict(row) for row in recordings], indent=1) + "\n")
         for line in table(folder, recordings):
             print(line, flush=True)

@@ -3,6 +3,7 @@
 It has dynamic NTK and LogN. On a CPU it computes in float32 alone: paddle has no `where` in bfloat16 there.
 
     pip install paddlepaddle paddlenlp 'aistudio-sdk<0.3'
+    pip install 'numpy>=2'  # one of its packages asks for less and does not need it
     python examples/ports/record_paddle.py --model DIR --ids FILE --out BUNDLE
 """
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy
@@ -154,9 +155,9 @@ IDS = torch.arange(300, 360)[None]
 PROMPT = 20  # of them; the others are decoded one at a time
 
 
-def logits(file: Path, config: QwenConfig) -> numpy.ndarray:
+def logits(file: Path, config: QwenConfig, **options: Any) -> numpy.ndarray:
     """llama.cpp's at the end of the prompt and at every later position (positions, V)."""
-    theirs = LlamaModel(file, config, IDS.shape[1], threads=1)
+    theirs = LlamaModel(file, config, IDS.shape[1], threads=1, **options)
     try:
         theirs.append([5, 6, 7])  # of a sequence before, which clear forgets
         theirs.clear()
@@ -193,18 +194,26 @@ def test_its_logits_are_ours(
 
 
 def test_in_float32_throughout_its_logits_are_ours_but_for_rounding(
-    ours: Qwen, tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch
+    ours: Qwen, tmp_path: Path, installed: None
 ) -> None:
     """Measured: 5e-7. Ours are as far from float64's."""
-    import llama_cpp
-
-    settings = llama_cpp.llama_context_default_params()
-    settings.type_k = settings.type_v = 0  # float32
-    settings.flash_attn_type = 0  # none
-    monkeypatch.setattr(llama_cpp, "llama_context_default_params", lambda: settings)
     Gguf(ours, "f32").write(tmp_path / "it.gguf")
-    found = torch.from_numpy(logits(tmp_path / "it.gguf", ours.config))
+    exact = {"cache": "f32", "flash": False}
+    found = torch.from_numpy(logits(tmp_path / "it.gguf", ours.config, **exact))
     assert relative_rms(found, ours(IDS)[0, PROMPT - 1 :]) < 5e-6
+    theirs = LlamaModel(tmp_path / "it.gguf", ours.config, IDS.shape[1], 1, **exact)
+    try:
+        theirs.append([5, 6, 7])  # of a sequence before, which `logits` forgets
+        assert relative_rms(theirs.logits(IDS[0].tolist()), ours(IDS)[0]) < 5e-6
+    finally:
+        theirs.close()
+
+
+def test_flash_attention_rounds_a_float32_cache(ours: Qwen, tmp_path: Path, installed: None) -> None:
+    """Measured: 4e-4, as with a float16 cache."""
+    Gguf(ours, "f32").write(tmp_path / "it.gguf")
+    found = torch.from_numpy(logits(tmp_path / "it.gguf", ours.config, cache="f32"))
+    assert relative_rms(found, ours(IDS)[0, PROMPT - 1 :]) > 1e-5
 
 
 def swapped(model: Qwen) -> None:
