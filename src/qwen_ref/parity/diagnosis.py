@@ -87,24 +87,25 @@ _OVERFLOW_AGREES = 0.9
 
 _SAMPLE = 64  # positions at which numbers are tested for their dtype
 _AFTER = 8  # positions behind the first wrong one that a screening looks at
+_AFTER_OF_LARGE = 2  # in a model of more bytes than
+_LARGE = 5e8
 _FINALISTS = 12  # the best of a screening, which are run in full
 _MOST_FINALISTS = 48  # if many more agree with the port so far
 _BETTER = 4  # the nearest, of which each is tried together with other mistakes and choices
 _FITTED_LENGTH = 256  # positions to which a base or epsilon is fitted
 
-# Seconds that the parts of a search may take, as estimated: on two cores with AVX2 a small model takes far
-# less, and one of 1.8 billion parameters is kept within ten minutes.
+# Seconds that the parts of a search may take, by what a run without mistakes takes. A small model takes far
+# less; one of 1.8 billion parameters is kept within ten minutes.
 _BUDGETS = {
-    "choices": 60.0,
+    "choices": 45.0,
     "mistakes": 150.0,
     "single layers": 120.0,
-    "pairs": 60.0,
-    "fits": 60.0,
+    "pairs": 45.0,
+    "fits": 45.0,
     "within": 200.0,
 }
-_OPERATIONS = 1e11  # a second, of products of matrices
-_BYTES = 8e9  # a second, from memory
-_OVERHEAD = 4e-4  # seconds a layer, in calls of torch
+_SIDE_BY_SIDE = 8  # so many times sooner layers run for a mistake if it shares them with others
+_COSTLY = 10  # so many times as long a layer takes in which a matrix is quantised
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class _Search:
             base = made(products_in(DTYPES[theirs.weights_dtype]))
         self.trials = Trials(checkpoint, theirs, base, work)
         self.known: dict[str, Mistake] = {}  # all that was tried, by its text
+        self.in_window: dict[str, float] = {}  # residuals of the screening
         self.notes: list[str] = []
         with temporary_record(
             self.trials.run(NONE, "float64", plain=True), theirs, torch.float64, checkpoint.config
@@ -243,11 +245,17 @@ class _Search:
     # The search
 
     def diagnosis(self) -> Diagnosis:
-        none = self._hypothesis((NONE,))
-        self.none = none
+        none = self._hypothesis((NONE,))  # the first one reads the weights
+        start = time.monotonic()
+        self._hypothesis((NONE,))
+        self.seconds = self.seconds_of_window = time.monotonic() - start
         if self.comparison.within:
             return self._within(none)
         self.window = self._window()
+        if "logits" in self.theirs.stages:
+            start = time.monotonic()
+            self.trials.screen([NONE], self.window)
+            self.seconds_of_window = time.monotonic() - start
         self.places = self._wrong_steps()
         if self.places:
             shown = ", ".join(self.places[:4]) + (
@@ -356,7 +364,8 @@ class _Search:
         (logits,) = (stage for stage in self.comparison.stages if stage.stage == "logits")
         first = T if logits.first_position is None else logits.first_position
         pads = int((~self.theirs.real).sum(dim=-1).max())
-        return min(T, max(first, pads) + _AFTER)
+        after = _AFTER if self.checkpoint.bytes < _LARGE else _AFTER_OF_LARGE
+        return min(T, max(first, pads) + after)
 
     def _chosen(self, none: Hypothesis) -> list[Hypothesis]:
         """The best choices. They come first: a port that rounds otherwise needs no other explanation."""
@@ -376,8 +385,9 @@ class _Search:
             ranking = sorted([*ranking, *found], key=_rank)
             return self._fitting(ranking, none)
 
-        outgoing = leaving(self.trials) if "logits" in self.theirs.stages else []
-        fitting = searched([*mistakes(self.config), *outgoing], "mistakes")
+        outgoing = list(leaving(self.trials)) if "logits" in self.theirs.stages else []
+        tried = sorted([*outgoing, *mistakes(self.config)], key=lambda m: (not m.common, m.costly))
+        fitting = searched(tried, "mistakes")
         if not fitting:
             more = [*layer_lists(self.config), *inputs_before(self.trials), *sizes(self.trials)]
             fitting = searched(more, "mistakes")
@@ -419,6 +429,7 @@ class _Search:
 
     def _confirmed(self, residuals: dict[str, float], none: Hypothesis) -> list[Hypothesis]:
         """Those that come nearest in a screening, run in full."""
+        self.in_window |= residuals
         order = sorted(residuals, key=lambda text: residuals[text])
         agree = 2 * self.tolerances.of(self.theirs.stages[-1]).all
         count = sum(residual <= agree for residual in residuals.values())
@@ -430,6 +441,7 @@ class _Search:
     def _hypothesis(self, tried: tuple[Mistake, ...]) -> Hypothesis:
         texts = tuple(mistake.text for mistake in tried if mistake is not NONE)
         self.known |= {mistake.text: mistake for mistake in tried}
+        self.work.expect(self.checkpoint.bytes)
         measure = self.trials.measure(together(tried))
         for index, stage in enumerate(self.theirs.stages):
             if stage not in measure.stages:  # they have a layer that this port lacks
@@ -652,47 +664,55 @@ class _Search:
         near = [self.known[text] for text in rank if not self.known[text].common]
         near = [m for m in near if not m.choice and not m.sized][:_BETTER]
         tried = sorted([*common, *near], key=lambda mistake: rank.get(mistake.text, len(rank)))
+        # What explains the first positions best has one of the mistakes; later positions show the other.
+        found: list[Hypothesis] = []
+        for one in sorted(tried, key=lambda mistake: self.in_window.get(mistake.text, math.inf))[:_BETTER]:
+            both = [(one, other) for other in tried if other is not one]
+            found += self._screened_pairs(self._worth(both), self.theirs.input_ids.shape[1])
+            if min((pair.excess for pair in found), default=math.inf) < _SURE:
+                return sorted(found, key=_rank)
         pairs = sorted(itertools.combinations(range(len(tried)), 2), key=sum)
         both = [(tried[i], tried[j]) for i, j in pairs]
-        count = len(self._affordable([NONE] * len(both), "pairs"))
-        if count < len(both):
+        worth = self._worth(both)
+        if len(worth) < len(both):
             self.notes.append(
-                f"{len(both) - count:,} of {len(both):,} pairs of mistakes were not tried, "
+                f"{len(both) - len(worth):,} of {len(both):,} pairs of mistakes were not tried, "
                 "to save time: a shorter prompt has room for all"
             )
-        named = {f"{a.text}\n{b.text}": (a, b) for a, b in both[:count]}
-        for a, b in both[:count]:
-            self.known |= {a.text: a, b.text: b}
-        joined = [replace(together(pair), text=text) for text, pair in named.items()]
+        return sorted([*found, *self._screened_pairs(worth, self.window)], key=_rank)
+
+    def _worth(self, pairs: list[tuple[Mistake, Mistake]]) -> list[tuple[Mistake, Mistake]]:
+        return pairs[: len(self._affordable([together(pair) for pair in pairs], "pairs"))]
+
+    def _screened_pairs(self, pairs: list[tuple[Mistake, Mistake]], window: int) -> list[Hypothesis]:
+        """The best of these pairs, in full."""
+        named = {together(pair).text: pair for pair in pairs}
+        for pair in pairs:
+            self.known |= {mistake.text: mistake for mistake in pair}
         if "logits" not in self.theirs.stages:
-            return [self._hypothesis(pair) for pair in named.values()]
-        residuals = self.trials.screen(joined, self.window)
+            return [self._hypothesis(pair) for pair in pairs]
+        residuals = self.trials.screen(map(together, pairs), window)
         nearest = sorted(residuals, key=lambda text: residuals[text])[:_FINALISTS]
         return sorted((self._hypothesis(named[text]) for text in nearest), key=_rank)
 
     def _affordable(self, tried: Sequence[Mistake], part: str) -> list[Mistake]:
-        """As many as the part's budget has room for; the work that they are is announced."""
-        L, (B, T) = self.config.num_hidden_layers, self.theirs.input_ids.shape
-        parameters, length = self.checkpoint.bytes / 2, getattr(self, "window", T)
+        """As many as the part's budget has room for, by what a run without mistakes takes here."""
+        L = self.config.num_hidden_layers
         kept, total = [], 0.0
         for mistake in tried:
             first, last = mistake.span(L)
             share = (L - max(first, 0)) / L if mistake.changes else 1.0
-            single = first == last and 0 <= first < L
-            positions = B * (T if mistake.whole or part == "within" else length)
-            cost = share * 2 * parameters * positions / _OPERATIONS
-            cost += 0 if single else share * 4 * parameters / _BYTES
-            cost += (last - max(first, 0) + 1) / L * 40 * parameters / _BYTES if mistake.costly else 0
-            cost += _OVERHEAD * max(last - max(first, 0), 1)
-            total += cost
+            if first == last and 0 <= first < L:  # its layer alone; the layers behind it run for many at once
+                share = 1 / L + share / _SIDE_BY_SIDE
+            share += (min(last, L - 1) - max(first, 0) + 1) / L * _COSTLY if mistake.costly else 0
+            total += share * (self.seconds if mistake.whole or part == "within" else self.seconds_of_window)
             if total > _BUDGETS[part]:
                 break
             kept.append(mistake)
         if len(kept) < len(tried) and part != "pairs":
-            self.notes.append(
-                f"{len(tried) - len(kept):,} of {len(tried):,} hypotheses were not tried, to save time"
-            )
-        self.work.expect(int(self.checkpoint.bytes * len(kept)))
+            left = len(tried) - len(kept)
+            self.notes.append(f"{left:,} of {len(tried):,} hypotheses ({part}) were not tried, to save time")
+        self.work.expect(self.checkpoint.bytes * len(kept))
         return kept
 
 

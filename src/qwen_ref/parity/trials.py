@@ -95,6 +95,7 @@ class Trials:
         for (to, dtype), group in groups.items():
             for part in self._parts(group, to):
                 found |= self._side_by_side(part, to, length, dtype)
+                self.work.did(self.checkpoint.bytes * len(part))
         self.count += len(found)
         return found
 

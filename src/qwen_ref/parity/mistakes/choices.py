@@ -43,10 +43,29 @@ def _cached(change: Callable[[Tensor], Tensor], decoded: bool = False) -> tuple[
     return (("attend", attend),)
 
 
+_ROUNDED = 2**22  # numbers of a matrix
+
+
 def products_in(dtype: torch.dtype) -> tuple[tuple[str, How], ...]:
-    """Only what enters a product with a weight is rounded."""
+    """Only what enters a product with a weight is rounded. Large matrices are left as they are: a published
+    checkpoint's are in half precision already, and to round them takes longer than the product.
+    """
     narrow = rounded_to(dtype)
-    how: How = lambda run, right, x, w, *bias: right(narrow(x), narrow(w), *bias)
+    how: How = lambda run, right, x, w, *bias: right(narrow(x), w if w.numel() > _ROUNDED else narrow(w), *bias)
+    return tuple((step, how) for step in (*ALL, "logits"))
+
+
+def _grouped(x: Tensor, size: int | None) -> Tensor:
+    groups = x.unflatten(-1, (-1, size if size and x.shape[-1] % size == 0 else x.shape[-1]))
+    return _int8((-1,))(groups).flatten(-2)
+
+
+def _in_8_bits(size: int | None, inputs: bool) -> tuple[tuple[str, How], ...]:
+    """Weights in 8 bits, and perhaps what enters their products. size: numbers that share a scale; None: a row."""
+
+    how: How = lambda run, right, x, w, *bias: right(
+        _grouped(x, size) if inputs else x, _grouped(w.to(x.dtype), size), *bias
+    )
     return tuple((step, how) for step in (*ALL, "logits"))
 
 
@@ -75,6 +94,13 @@ def choices() -> tuple[Mistake, ...]:
     """
     found: list[Mistake] = []
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    for size, scale in ((None, "a scale a row"), (32, "a scale for 32 numbers")):
+        for inputs in (False, True):
+            text = f"weights{' and what they multiply' if inputs else ''} in 8 bits, {scale}"
+            embedded = Change("embed", lambda run, right, ids, w, size=size: _grouped(right(ids, w), size))
+            hows = made(_in_8_bits(size, inputs))
+            found.append(Mistake(text, hows, choice=True, costly=True))
+            found.append(Mistake(f"{text}, and the embedding", (*hows, embedded), choice=True, costly=True))
     caches: dict[str, tuple[tuple[str, How], ...]] = {"": ()}
     for name, dtype in half.items():
         caches[f"keys and values rounded to {name}"] = _cached(rounded_to(dtype))
