@@ -202,7 +202,7 @@ class Bundle:
             raise InputError(f"{self.path}: does not fit the model: {'; '.join(wrong[:4])}")
 
     def _fits(self, stage: str, width: int) -> bool:
-        """Logits may be cut to the ids that the tokenizer has: the last rows of the vocabulary are padding."""
+        """Logits may be cut to the ids that the tokenizer has: the vocabulary ends with padding."""
         least = width - width // PADDING_SHARE if stage == "logits" else width
         return least <= self.width(stage) <= width
 

@@ -232,8 +232,12 @@ class Forward:
         with torch.inference_mode():
             x = hand("embed", self.start())
             for number, layer in enumerate(self.layers):
-                x = self.block(x, layer, lambda stage, value, n=number: hand(f"blocks.{n}.{stage}", value))
+                x = self.block(x, layer, _in_layer(number, hand))
             self.finish(x, hand)
+
+
+def _in_layer(number: int, hand: Hand) -> Hand:
+    return lambda stage, value: hand(f"blocks.{number}.{stage}", value)
 
 
 def _by_step(changes: Iterable[Change]) -> dict[str, list[tuple[frozenset[int] | None, How]]]:

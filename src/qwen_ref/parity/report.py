@@ -123,7 +123,8 @@ def _logits_lines(logits: LogitsResult, decode: Decode | None) -> Iterator[str]:
 
 def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
     """The ranking, then the verdict."""
-    yield f"{diagnosis.bundle} ({diagnosis.dtype}): {diagnosis.tried:,} hypotheses in {diagnosis.seconds:.1f} s"
+    tried = f"{diagnosis.tried:,} hypotheses in {diagnosis.seconds:.1f} s"
+    yield f"{diagnosis.bundle} ({diagnosis.dtype}): {tried}"
     for note in diagnosis.notes:
         yield f"note: {note}"
     if diagnosis.invisible:

@@ -50,7 +50,7 @@ class Checkpoint:
         return self.stored[self._published[name]].read()
 
     def steps(self, name: str) -> Tensor | None:
-        """The step between two neighbouring values of each number of a packed weight; None if it is not packed."""
+        """Of a packed weight: the step between neighbouring values of each number. None for others."""
         packed = self.stored[self._published[name]].packed
         if packed is None:
             return None

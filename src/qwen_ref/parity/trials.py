@@ -8,6 +8,7 @@ residual stream; what follows behind its last changed layer is done for many mis
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -54,7 +55,7 @@ class Trials:
     def run(
         self, mistake: Mistake, dtype: str | None = None, length: int | None = None, plain: bool = False
     ) -> Run:
-        """A run with a mistake. dtype: other than the mistake's or the port's. length: only so many positions.
+        """A run with a mistake. dtype: other than the mistake's or the port's. length: of positions, if not all.
         plain: without the rounding that the bundle declares.
         """
         dtype = dtype or mistake.dtype or self.theirs.computed_in
@@ -225,9 +226,7 @@ class Run:
                 continue
             here = min(end, ids.shape[1])
             run = Forward(weights, ids[:, :here], trials.padding, min(prefill, here), end, changes)
-            run.run(
-                lambda stage, value, _, start=start: kept.setdefault(stage, []).append(value[:, start:]), only
-            )
+            run.run(functools.partial(_append, kept, start), only)
             start = here
         for stage, parts in kept.items():
             keep(stage, torch.cat(parts, dim=1), 0)
@@ -235,3 +234,7 @@ class Run:
     def _alphas(self, length: int) -> list[int]:
         seq_length = self.trials.config.seq_length
         return [ntk_alpha(max(length - pad, 1), seq_length) for pad in self.trials.padding.tolist()]
+
+
+def _append(kept: dict[str, list[Tensor]], first: int, stage: str, value: Tensor, start: int) -> None:
+    kept.setdefault(stage, []).append(value[:, first:])
