@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.parity.forward import Change, Forward
 from qwen_ref.parity.mistakes.attention import chunked, windowed
-from qwen_ref.parity.mistakes.grammar import NONE, Mistake, made
+from qwen_ref.parity.mistakes.grammar import NONE, Mistake, Slip, made
 from qwen_ref.parity.mistakes.rotation import decoded_moved, moved_alike, with_frequencies
 from qwen_ref.parity.trials import Trials
 
@@ -29,8 +29,8 @@ def sizes(trials: Trials) -> Iterator[Mistake]:
     T, prompt = trials.ids.shape[1], trials.theirs.prefill_length
     powers = [2**power for power in range(1, 15)]
     every = sorted({*range(2, min(T, _FEW)), *(size for size in powers if size < T)})
-    for size in every:
-        yield Mistake(f"attention sees a window of the last {size} keys", made(windowed(size)))
+    windows = [Slip(f"attention sees a window of the last {size} keys", windowed(size)) for size in every]
+    yield from (window.in_all() for window in windows)
     for size in every:
         if size >= prompt:
             break
@@ -55,6 +55,8 @@ def sizes(trials: Trials) -> Iterator[Mistake]:
             yield Mistake(
                 f"NTK's α is {alpha}: that of another prompt?", made((("rotate_q", how), ("rotate_k", how)))
             )
+    for layer in range(trials.config.num_hidden_layers):
+        yield from (window.in_layer(layer) for window in windows)
 
 
 # What is done to logits
@@ -86,11 +88,8 @@ def leaving(trials: Trials) -> Iterator[Mistake]:
     yield _output("logits of the last position everywhere", lambda x: x[:, -1:].expand_as(x), whole=True)
     for by, whose in ((1, "one later"), (-1, "one earlier"), (2, "two later"), (-2, "two earlier")):
         yield _shifted(theirs, by, whose)
-    for by in (1, -1):
-        way = "one further on" if by > 0 else "one before"
-        yield _output(
-            f"logits of ids rolled: each id has the logit of the one {way}", lambda x, by=by: x.roll(-by, -1)
-        )
+    for by, way in ((1, "one further on"), (-1, "one before")):
+        yield _output(f"logits rolled: each id has that of the {way}", lambda x, by=by: x.roll(-by, -1))
     for dtype in ("bfloat16", "float16"):
         yield _output(
             f"logits rounded to {dtype}", lambda x, dtype=dtype: x.to(DTYPES[dtype]).double(), choice=True

@@ -110,6 +110,17 @@ def _scaled(scale: Callable[[QwenConfig], float]) -> How:
     return how
 
 
+def _empty_slot_seen(run: Forward, right: Callable, *inputs: Any) -> Tensor:
+    """In decode steps one key and one value more, which are 0, in place of the prompt's last."""
+
+    def one_more(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        steps = (torch.arange(run.T) >= _first(run))[:, None].expand(*mask.shape[:-1], 1)
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        return right(q, k, v, torch.cat((mask, steps), dim=-1))
+
+    return _seen_in_decode(lambda P, i, j: j != P - 1)(run, one_more, *inputs)
+
+
 def _over_queries(scores: Tensor) -> Tensor:
     weights = scores.softmax(-2)
     return weights.nan_to_num(0)
@@ -176,6 +187,8 @@ def of_attention(config: QwenConfig) -> Iterator[Slip]:
     for text, in_decode in in_steps.items():
         if text != "the newest key overwrites the one before":
             yield slip(f"in decode steps {text}", "attend", _seen_in_decode(in_decode))
+    yield slip("in decode steps the newest key overwrites the prompt's last, and an empty slot is seen",
+               "attend", _empty_slot_seen)  # fmt: skip
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "softmax with base 2": lambda s: (s * math.log(2)).softmax(-1),
         "softmax with one more in the denominator": lambda s: (

@@ -181,6 +181,10 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 _OF_THIRDS = [text for text in _WEIGHTS if text.startswith(("rows", "columns", "even rows", "with its", "dou", "hal"))]
 
 
+def _said(name: str, what: str) -> str:
+    return f"{name} {what}" if what.startswith(("with", "doubled", "halved", "zero")) else f"{name}: {what}"
+
+
 def of_matrices(config: QwenConfig) -> Iterator[Slip]:
     H, K = config.num_attention_heads, config.kv_channels
     swapped = (
@@ -211,7 +215,8 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
             f"the {part} third of c_attn zero: never loaded", "qkv", weighed(_third(torch.zeros_like, part))
         )
         for text in _OF_THIRDS:
-            yield slip(f"the {part} third of c_attn: {text}", "qkv", weighed(_third(_WEIGHTS[text], part)))
+            changed = weighed(_third(_WEIGHTS[text], part))
+            yield slip(_said(f"the {part} third of c_attn", text), "qkv", changed)
         rest = "".join(letter for letter in "qkv" if letter != part)
         yield slip(f"bias of {part} missing", "qkv", _biased(_third_of_bias(rest)))
         yield slip(f"bias of {rest[0]} and {rest[1]} missing", "qkv", _biased(_third_of_bias(part)))
@@ -233,8 +238,7 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
         for by, whose in ((1, "next"), (-1, "previous")):
             yield slip(f"{name} of the {whose} layer", step, neighbours(f"{_OURS[step]}.weight", by))
         for text, change in _WEIGHTS.items():
-            yield slip(f"{name} {text}" if text[:3] in ("wit", "dou", "hal", "zer") else f"{name}: {text}",
-                       step, weighed(change))  # fmt: skip
+            yield slip(_said(name, text), step, weighed(change))
         yield (
             slip(f"{name} done twice", step, _twice)
             if step == "out"
@@ -242,6 +246,7 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
                 f"{name}: its input with its sign turned", step, lambda run, right, x, *rest: right(-x, *rest)
             )
         )
+    yield slip("attention's c_proj left out", "out", lambda run, right, h, w: h)
     yield slip("keys before queries: q and k swapped after rotation", "attend",
                lambda run, right, q, k, v, mask: right(k, q, v, mask))  # fmt: skip
     head_order: dict[str, Callable[[Tensor], Tensor]] = {

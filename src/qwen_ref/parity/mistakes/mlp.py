@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_ref.config import QwenConfig
-from qwen_ref.parity.forward import How
+from qwen_ref.parity.forward import Forward, How
 from qwen_ref.parity.mistakes.grammar import Slip, slip
 
 # MLP
@@ -47,6 +47,7 @@ def of_mlp(config: QwenConfig) -> Iterator[Slip]:
         yield slip(f"{name} for SiLU", "act", how, common=common)
     products: dict[str, How] = {
         "gate and up added, not multiplied": lambda run, right, up, act: up + act,
+        "gate and up added, without SiLU": lambda run, right, up, act: up + run.given["act"][0],
         "the activation after the product, silu(gate · up)": lambda run, right, up, act: F.silu(
             up * run.given["act"][0]),
         "up left out: silu(gate) alone": lambda run, right, up, act: act,
@@ -127,6 +128,10 @@ def of_residual(config: QwenConfig) -> Iterator[Slip]:
                lambda run, right, x, w: right(run.x, run.own("attn_norm.weight")))  # fmt: skip
     yield slip("the MLP added to the stream before attention: attention's part is lost", "mlp_add",
                lambda run, right, x, y: right(run.x, y))  # fmt: skip
+    yield slip("the MLP done twice, with ln_2 and the residual sum", "mlp_add", _again)
+    yield Slip("attention and the MLP added to their norms' outputs, not to the inputs of these",
+               (("attn_add", lambda run, right, x, y: right(run.given["qkv"][0], y)),
+                ("mlp_add", lambda run, right, x, y: right(run.given["gate"][0], y))))  # fmt: skip
     yield slip("the layer's input added once more at its end", "mlp_add",
                lambda run, right, x, y: right(x, y) + run.x)  # fmt: skip
     yield Slip("both norms after, not before: post-norm", (
@@ -136,6 +141,13 @@ def of_residual(config: QwenConfig) -> Iterator[Slip]:
     yield Slip("both results normalised before they are added", (
         ("attn_norm", lambda run, right, x, w: x), ("mlp_norm", lambda run, right, x, w: x),
         ("attn_add", _renormed("attn_norm.weight")), ("mlp_add", _renormed("mlp_norm.weight"))))  # fmt: skip
+
+
+def _again(run: Forward, right: Callable, x: Tensor, y: Tensor) -> Tensor:
+    x = right(x, y)
+    h = run.norm(x, run.own("mlp_norm.weight"))
+    gate, up = (run.linear(h, run.own(f"mlp.{name}.weight")) for name in ("gate", "up"))
+    return right(x, run.linear(up * F.silu(gate), run.own("mlp.down.weight")))
 
 
 # The same few slips at every step

@@ -87,7 +87,7 @@ def of_norms(config: QwenConfig) -> Iterator[Slip]:
     for eps in (1e-5, 1e-6, 1e-8, 1e-3):
         if eps != config.layer_norm_epsilon:
             text = f"layer_norm_epsilon {eps:g} for {config.layer_norm_epsilon:g}"
-            yield Slip(text, norm_epsilon(eps), common=True, alone=False)
+            yield Slip(text, norm_epsilon(eps), common=True)
     yield Slip(
         "norm weight applied before the cast to the model's dtype",
         tuple((step, weight_before_cast) for step in every),
@@ -103,7 +103,7 @@ def of_norms(config: QwenConfig) -> Iterator[Slip]:
     }
     yield Slip("ln_1 and ln_2 swapped", tuple(other.items()), common=True)
     for text, how in NORMS.items():
-        yield Slip(f"norms: {text}", tuple((step, how) for step in every), alone=False)
+        yield Slip(f"norms: {text}", tuple((step, how) for step in every))
         for step, place in PLACES.items():
             yield slip(f"{place}: {text}", step, how)
     for step, place in PLACES.items():

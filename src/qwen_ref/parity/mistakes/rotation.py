@@ -297,6 +297,7 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
     yield slip("LogN of the whole length for every position", "scale_q", _factors(
         lambda run: run.logn(torch.full_like(run.positions, run.T - 1))), whole=True)  # fmt: skip
     yield slip("LogN on v as well", "values", _keys_scaled)
+    yield Slip("LogN on v instead of queries", (("scale_q", unscaled), ("values", _keys_scaled)))
     yield slip(
         "LogN: the table in bfloat16", "scale_q", _factors(lambda run: run.factors.bfloat16().to(run.dtype))
     )
@@ -312,6 +313,10 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
         text = f"LogN with seq_length {length} for {config.seq_length}"
         table = functools.partial(_logn_table, factor=_log_ratio, seq_length=lambda _, n=length: n)
         yield slip(text, "scale_q", _factors(table))
+        if config.use_dynamic_ntk:
+            turned = with_frequencies(alpha=lambda n, _, s=length: model.ntk_alpha(n, s))
+            hows = ("scale_q", _factors(table)), ("rotate_q", turned), ("rotate_k", turned)
+            yield Slip(f"seq_length {length} for {config.seq_length}, in LogN and in NTK", hows)
     if not config.use_logn_attn:
         table = functools.partial(_logn_table, factor=_log_ratio)
         yield slip("LogN though use_logn_attn is false", "scale_q", _factors(table), alone=False)
