@@ -173,7 +173,13 @@ def diagnose(folder: str | Path, path: str | Path, progress: Progress | None = N
     theirs.fill = filling(theirs)
     if theirs.first_not_finite() is not None:
         return _overflow(checkpoint, theirs, work)
-    found = _Search(checkpoint, theirs, work).diagnosis()
+    base: tuple[Change, ...] = ()
+    if theirs.weights_dtype is not None and _eps(theirs.weights_dtype) > _eps(theirs.computed_in):
+        base = made(products_in(DTYPES[theirs.weights_dtype]))
+    trials = Trials(checkpoint, theirs, base, work)
+    exact = trials.run(NONE, "float64")
+    with temporary_record(exact, theirs, torch.float64, checkpoint.config) as truth:
+        found = _Search(trials, truth).diagnosis()
     return replace(found, seconds=time.monotonic() - start)
 
 
@@ -184,48 +190,41 @@ def filling(theirs: Bundle) -> float | None:
     logits = theirs.stage("logits")[theirs.real]
     least = float(logits.min())
     many = (logits == least).double().mean()
-    return least if (least < -1e4 and many > 0.05) or (least == -math.inf) else None
+    return least if least < -1e4 and many > 0.05 else None
 
 
 class _Search:
     """One diagnosis under way."""
 
-    def __init__(self, checkpoint: Checkpoint, theirs: Bundle, work: Work) -> None:
-        self.checkpoint, self.theirs, self.work = checkpoint, theirs, work
-        self.config, self.dtype = checkpoint.config, theirs.computed_in
-        base: tuple[Change, ...] = ()
-        if theirs.weights_dtype is not None and _eps(theirs.weights_dtype) > _eps(self.dtype):
-            base = made(products_in(DTYPES[theirs.weights_dtype]))
-        self.trials = Trials(checkpoint, theirs, base, work)
+    def __init__(self, trials: Trials, truth: Bundle) -> None:
+        """truth: this implementation in float64, on the port's input."""
+        self.trials, self.truth, self.theirs, self.work = trials, truth, trials.theirs, trials.work
+        self.checkpoint, self.config, self.dtype = trials.checkpoint, trials.config, self.theirs.computed_in
+        theirs = self.theirs
         self.known: dict[str, Mistake] = {}  # all that was tried, by its text
         self.in_window: dict[str, float] = {}  # residuals of the screening
         self.notes: list[str] = []
-        with temporary_record(
-            self.trials.run(NONE, "float64", plain=True), theirs, torch.float64, checkpoint.config
-        ) as truth:
-            self.measured = self._rounding(truth)
-            self.tolerances = Tolerances(self.measured, self.dtype, self.dtype)
-            self.stored = {stage: (theirs.stored_dtype(stage),) for stage in theirs.stages}
-            self.comparison = Comparison.of(
-                measure_bundles(truth, theirs, theirs.stages),
-                Tolerances(self.measured, "float64", self.dtype),
-                names=(f"{checkpoint.folder} in float64", theirs.path),
-                stored={stage: (torch.float64, *kinds) for stage, kinds in self.stored.items()},
-                notes=self._notes(),
-            )
+        # This implementation's own error at each stage, dtype by dtype: in the port's as it declares.
+        known = {} if trials.base else theirs.rounding
+        every = set(theirs.stages)
+        self.measured = {dtype: dict(found) for dtype, found in known.items() if every <= set(found)}
+        self._need("float32" if self.dtype == "float64" else self.dtype)
+        self.tolerances = Tolerances(self.measured, self.dtype, self.dtype)
+        self.stored = {stage: (theirs.stored_dtype(stage),) for stage in theirs.stages}
+        self.comparison = Comparison.of(
+            measure_bundles(truth, theirs, theirs.stages),
+            Tolerances(self.measured, "float64", self.dtype),
+            names=(f"{self.checkpoint.folder} in float64", theirs.path),
+            stored={stage: (torch.float64, *kinds) for stage, kinds in self.stored.items()},
+            notes=self._notes(),
+        )
 
-    def _rounding(self, truth: Bundle) -> dict[str, dict[str, tuple[float, float]]]:
-        """This implementation's own error in each dtype at each stage; in that of the port as it declares."""
-        known = {} if self.trials.base else self.theirs.rounding
-        stages = set(self.theirs.stages)
-        found: dict[str, dict[str, tuple[float, float]]] = {
-            dtype: dict(stages_of) for dtype, stages_of in known.items() if stages <= set(stages_of)
-        }
-        for dtype in dict.fromkeys((self.dtype, *ROUNDING_DTYPES)):
-            if dtype not in found and dtype != "float64":
+    def _need(self, *dtypes: str) -> None:
+        """Measures the rounding of these dtypes, if that was not done."""
+        for dtype in dtypes:
+            if dtype not in self.measured:
                 run = self.trials.run(NONE, dtype, plain=dtype != self.dtype)
-                found[dtype] = dict(held_against(run, truth, text=False).all_rounding())
-        return found
+                self.measured[dtype] = dict(held_against(run, self.truth, text=False).all_rounding())
 
     def _notes(self) -> list[str]:
         theirs, notes = self.theirs, []
@@ -289,7 +288,7 @@ class _Search:
         return self._found(fitting, ranking, none)
 
     def _least(self, run: Callable[[], object]) -> float:
-        """The seconds that a run takes; of a small model, which other programs may hold up, the least of three."""
+        """The seconds that a run takes: of a small model the least of three, as others may hold it up."""
         found = []
         for _ in range(3 if self.checkpoint.bytes < _LARGE else 1):
             start = time.monotonic()
@@ -360,6 +359,7 @@ class _Search:
     def _may_be(self, mistake: Mistake) -> bool:
         """A finer dtype than the declared one is no mistake; without overflow, clamping changes nothing."""
         if mistake.text == CLAMPED:
+            self._need("float16")
             return not all(math.isfinite(self.measured["float16"][s][0]) for s in self.theirs.stages)
         return mistake.dtype is None or _eps(mistake.dtype) > _eps(self.dtype)
 
@@ -486,12 +486,14 @@ class _Search:
         # Of those that fit alike, the commonest: what all layers have before what one has.
         order = {text: number for number, text in enumerate(self.known)}
         near = [h for h in fitting if h.excess <= _alike(fitting[0])]
-        near.sort(key=lambda h: (
-            any(not self.known[text].common for text in h.mistakes),
-            sum(" only" in text for text in h.mistakes),
-            sum(text.count(" + ") for text in h.mistakes),
-            sum(order[text] for text in h.mistakes),
-        ))  # fmt: skip
+        near.sort(
+            key=lambda h: (
+                any(not self.known[text].common for text in h.mistakes),
+                sum(" only" in text for text in h.mistakes),
+                sum(text.count(" + ") for text in h.mistakes),
+                sum(order[text] for text in h.mistakes),
+            )
+        )
         return near + [h for h in fitting if h not in near]
 
     def _with_choices(self, better: Sequence[Hypothesis]) -> list[Hypothesis]:
@@ -515,9 +517,10 @@ class _Search:
         if self.dtype == "float64":
             return False
         least = _FINER if self.dtype in _HALVES else 1 / FACTOR  # float32's error varies more with the order
-        costs = {name: self.tolerances.rounding(name, stage.stage).all for name in DTYPES}
-        if not stage.relative_rms < least * costs[self.dtype]:
+        if not stage.relative_rms < least * self.tolerances.rounding(self.dtype, stage.stage).all:
             return False
+        self._need(*ROUNDING_DTYPES)
+        costs = {name: self.tolerances.rounding(name, stage.stage).all for name in DTYPES}
         note = f"nearer to float64 than this implementation in {self.dtype}"
         if stage.relative_rms > 0:
             note += f", {costs[self.dtype] / stage.relative_rms:,.2g} times at {stage.stage}"

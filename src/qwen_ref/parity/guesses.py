@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,12 @@ _SHIFTS = 160  # positions by which decode steps may be off
 _TOKENS = 4096  # a vocabulary in which every token is tried before the ids
 
 
+def _further(by: int) -> Callable[[Forward, Tensor], Tensor]:
+    return lambda run, at: at + by
+
+
 def sizes(trials: Trials) -> Iterator[Mistake]:
-    """Windows and chunks of every size that fits, and positions or an α that an earlier prompt left behind."""
+    """Windows and chunks of every size that fits, and what an earlier prompt may have left behind."""
     T, prompt = trials.ids.shape[1], trials.theirs.prefill_length
     powers = [2**power for power in range(1, 15)]
     every = sorted({*range(2, min(T, _FEW)), *(size for size in powers if size < T)})
@@ -42,7 +47,7 @@ def sizes(trials: Trials) -> Iterator[Mistake]:
             if abs(by) > 2:
                 way = "high" if by > 0 else "low"
                 text = f"RoPE positions of decoded tokens {abs(by)} too {way}: those of an earlier prompt?"
-                how = decoded_moved(lambda run, at, by=by: at + by)
+                how = decoded_moved(_further(by))
                 yield Mistake(text, made((("rotate_q", how), ("rotate_k", how))))
     if trials.config.use_logn_attn:
         for by in range(2, _SHIFTS + 1):
@@ -62,10 +67,31 @@ def sizes(trials: Trials) -> Iterator[Mistake]:
 # What is done to logits
 
 
-def _output(text: str, change: Callable[[Tensor], Tensor], **options: bool) -> Mistake:
-    """The logits in float64, changed."""
-    how = lambda run, right, logits: change(logits.double()).to(logits.dtype)  # noqa: E731
+Logits = Callable[[Tensor], Tensor]  # logits (B, T, V) in float64 → other ones
+
+
+def _output(text: str, change: Logits, **options: Any) -> Mistake:
+    def how(run: Forward, right: Callable, logits: Tensor) -> Tensor:
+        return change(logits.double()).to(logits.dtype)
+
     return Mistake(text, (Change("output", how),), **options)
+
+
+def _rolled(by: int) -> Logits:
+    return lambda x: x.roll(-by, -1)
+
+
+def _rounded(dtype: torch.dtype) -> Logits:
+    return lambda x: x.to(dtype).double()
+
+
+def _repetition(penalty: float, seen: Tensor) -> Logits:
+    """seen: (1, T, V), True for the ids that came before."""
+    return lambda x: torch.where(seen[:, : x.shape[1]], torch.where(x > 0, x / penalty, x * penalty), x)
+
+
+def _lowered(by: Tensor) -> Logits:
+    return lambda x: x - by[:, : x.shape[1]]
 
 
 def leaving(trials: Trials) -> Iterator[Mistake]:
@@ -89,11 +115,9 @@ def leaving(trials: Trials) -> Iterator[Mistake]:
     for by, whose in ((1, "one later"), (-1, "one earlier"), (2, "two later"), (-2, "two earlier")):
         yield _shifted(theirs, by, whose)
     for by, way in ((1, "one further on"), (-1, "one before")):
-        yield _output(f"logits rolled: each id has that of the {way}", lambda x, by=by: x.roll(-by, -1))
+        yield _output(f"logits rolled: each id has that of the {way}", _rolled(by))
     for dtype in ("bfloat16", "float16"):
-        yield _output(
-            f"logits rounded to {dtype}", lambda x, dtype=dtype: x.to(DTYPES[dtype]).double(), choice=True
-        )
+        yield _output(f"logits rounded to {dtype}", _rounded(DTYPES[dtype]), choice=True)
 
     o, t = ours[real][:, :V], theirs[real]  # (tokens, V)
     if fill is not None:
@@ -191,9 +215,7 @@ def _penalised(trials: Trials, o: Tensor, t: Tensor) -> Iterator[Mistake]:
             penalty = _short(float((before[both] / after[both]).median()))
             yield _output(
                 f"repetition penalty {penalty:g}{text}",
-                lambda x, p=penalty, s=times > 0: torch.where(
-                    s[:, : x.shape[1]], torch.where(x > 0, x / p, x * p), x
-                ),
+                _repetition(penalty, times > 0),
             )
         for kind, weights in (("presence", (number > 0).double()), ("frequency", number)):
             penalty = float(((before - after) * weights).sum() / weights.square().sum())
@@ -201,9 +223,7 @@ def _penalised(trials: Trials, o: Tensor, t: Tensor) -> Iterator[Mistake]:
                 penalty = _short(penalty)
                 yield _output(
                     f"{kind} penalty {penalty:g}{text}",
-                    lambda x, p=penalty, n=times, kind=kind: (
-                        x - p * (n if kind == "frequency" else (n > 0).double())[:, : x.shape[1]]
-                    ),
+                    _lowered(penalty * (times if kind == "frequency" else (times > 0).double())),
                 )
 
 

@@ -55,7 +55,7 @@ class Trials:
     def run(
         self, mistake: Mistake, dtype: str | None = None, length: int | None = None, plain: bool = False
     ) -> Run:
-        """A run with a mistake. dtype: other than the mistake's or the port's. length: of positions, if not all.
+        """A run with a mistake. dtype: if not the mistake's or the port's. length: of positions, if not all.
         plain: without the rounding that the bundle declares.
         """
         dtype = dtype or mistake.dtype or self.theirs.computed_in

@@ -40,5 +40,15 @@ def in_single_layers(config: QwenConfig, layers: Iterable[int]) -> Iterator[Mist
 @functools.lru_cache(maxsize=4)
 def slips(config: QwenConfig) -> tuple[Slip, ...]:
     """Every slip within a layer, the commonest first."""
-    return (*of_rotation(config), *of_logn(config), *of_ntk(config), *of_norms(config), *of_matrices(config),
-            *of_attention(config), *of_mlp(config), *of_residual(config), *anywhere(), *of_quantising(config))  # fmt: skip
+    return (
+        *of_rotation(config),
+        *of_logn(config),
+        *of_ntk(config),
+        *of_norms(config),
+        *of_matrices(config),
+        *of_attention(config),
+        *of_mlp(config),
+        *of_residual(config),
+        *anywhere(),
+        *of_quantising(config),
+    )

@@ -58,8 +58,11 @@ def chunked(size: int) -> dict[str, tuple[tuple[str, How], ...]]:
     whole = seen(
         lambda run, i, j: (j <= i) | ((j < (start(i) + size).clamp(max=_first(run))) & (i < _first(run)))
     )
-    later = seen(lambda run, i, j: (j <= i) | (
-        (i >= size) & (j < (start(i) + size).clamp(max=_first(run))) & (i < _first(run))))  # fmt: skip
+    later = seen(
+        lambda run, i, j: (
+            (j <= i) | ((i >= size) & (j < (start(i) + size).clamp(max=_first(run))) & (i < _first(run)))
+        )
+    )
     forgotten = seen(lambda run, i, j: (j <= i) & within(run, i, j >= start(i)))
     top_left = seen(lambda run, i, j: torch.where(i >= _first(run), j <= i, j <= i - start(i)))
     return {
@@ -69,8 +72,11 @@ def chunked(size: int) -> dict[str, tuple[tuple[str, How], ...]]:
         "the cache is forgotten between chunks": (("attend", forgotten),),
         "causal mask aligned at the top left of a chunk": (("attend", top_left),),
         "positions restart and the cache is forgotten": (
-            ("rotate_q", restart), ("rotate_k", restart), ("attend", forgotten)),
-    }  # fmt: skip
+            ("rotate_q", restart),
+            ("rotate_k", restart),
+            ("attend", forgotten),
+        ),
+    }
 
 
 def windowed(size: int) -> tuple[tuple[str, How], ...]:
@@ -124,6 +130,10 @@ def _empty_slot_seen(run: Forward, right: Callable, *inputs: Any) -> Tensor:
 def _over_queries(scores: Tensor) -> Tensor:
     weights = scores.softmax(-2)
     return weights.nan_to_num(0)
+
+
+def _capped(cap: float) -> Callable[[Forward, Tensor], Tensor]:
+    return lambda run, scores: cap * (scores / cap).tanh()
 
 
 def _alibi(run: Forward, scores: Tensor) -> Tensor:
@@ -187,8 +197,11 @@ def of_attention(config: QwenConfig) -> Iterator[Slip]:
     for text, in_decode in in_steps.items():
         if text != "the newest key overwrites the one before":
             yield slip(f"in decode steps {text}", "attend", _seen_in_decode(in_decode))
-    yield slip("in decode steps the newest key overwrites the prompt's last, and an empty slot is seen",
-               "attend", _empty_slot_seen)  # fmt: skip
+    yield slip(
+        "in decode steps the newest key overwrites the prompt's last, and an empty slot is seen",
+        "attend",
+        _empty_slot_seen,
+    )
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "softmax with base 2": lambda s: (s * math.log(2)).softmax(-1),
         "softmax with one more in the denominator": lambda s: (
@@ -212,16 +225,23 @@ def of_attention(config: QwenConfig) -> Iterator[Slip]:
     yield slip("attention: softmax over the queries", "attend", attention(_over_queries), whole=True)
     yield slip("attention: ALiBi as well", "attend", attention(score=_alibi))
     for cap in (30, 50):
-        yield slip(f"attention: scores capped, {cap} · tanh(score / {cap})", "attend",
-                   attention(score=lambda run, s, cap=cap: cap * (s / cap).tanh()))  # fmt: skip
+        yield slip(
+            f"attention: scores capped, {cap} · tanh(score / {cap})", "attend", attention(score=_capped(cap))
+        )
     yield slip("q and k normalised before rotation", "q k", _normed_heads)
-    yield slip("q and k normalised after rotation", "rotate_q rotate_k", lambda run, right, *args: _normed_heads(
-        run, right, right(*args)))  # fmt: skip
+    yield slip(
+        "q and k normalised after rotation",
+        "rotate_q rotate_k",
+        lambda run, right, *args: _normed_heads(run, right, right(*args)),
+    )
     if config.num_attention_heads % 2 == 0:
         grouped: How = lambda run, right, x: x[:, :, 0::2].repeat_interleave(2, dim=2)
         yield slip("keys and values grouped: two heads share those of the first", "keys values", grouped)
-        yield slip("keys and values grouped: the first half of the heads, repeated", "keys values",
-                   lambda run, right, x: x[:, :, : x.shape[2] // 2].repeat(1, 1, 2, 1))  # fmt: skip
+        yield slip(
+            "keys and values grouped: the first half of the heads, repeated",
+            "keys values",
+            lambda run, right, x: x[:, :, : x.shape[2] // 2].repeat(1, 1, 2, 1),
+        )
     yield slip("keys of the next head", "keys", lambda run, right, k: k.roll(-1, 2))
     yield slip("values of the next head", "values", lambda run, right, v: v.roll(-1, 2))
     yield slip("values in place of keys", "keys", lambda run, right, k: run.given["v"][0])
@@ -229,6 +249,9 @@ def of_attention(config: QwenConfig) -> Iterator[Slip]:
     yield slip("rotated keys in place of values", "values", lambda run, right, v: run.given["keys"][0])
     yield slip("values one position late", "values", lambda run, right, v: v.roll(1, 1))
     columns: How = lambda run, right, x, cos, sin: right(x, *run.tables(torch.arange(run.T)[None]))
-    yield Slip("padding counted in positions",
-               (("rotate_q", columns), ("rotate_k", columns), ("scale_q", counted_logn)),
-               common=True, alone=False)  # fmt: skip
+    yield Slip(
+        "padding counted in positions",
+        (("rotate_q", columns), ("rotate_k", columns), ("scale_q", counted_logn)),
+        common=True,
+        alone=False,
+    )

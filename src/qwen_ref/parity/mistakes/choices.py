@@ -51,7 +51,9 @@ def products_in(dtype: torch.dtype) -> tuple[tuple[str, How], ...]:
     checkpoint's are in half precision already, and to round them takes longer than the product.
     """
     narrow = rounded_to(dtype)
-    how: How = lambda run, right, x, w, *bias: right(narrow(x), w if w.numel() > _ROUNDED else narrow(w), *bias)
+    how: How = lambda run, right, x, w, *bias: right(
+        narrow(x), w if w.numel() > _ROUNDED else narrow(w), *bias
+    )
     return tuple((step, how) for step in (*ALL, "logits"))
 
 
@@ -61,7 +63,7 @@ def _grouped(x: Tensor, size: int | None) -> Tensor:
 
 
 def _in_8_bits(size: int | None, inputs: bool) -> tuple[tuple[str, How], ...]:
-    """Weights in 8 bits, and perhaps what enters their products. size: numbers that share a scale; None: a row."""
+    """Weights in 8 bits, and perhaps what enters their products. size: of a group with a scale; None: a row."""
 
     how: How = lambda run, right, x, w, *bias: right(
         _grouped(x, size) if inputs else x, _grouped(w.to(x.dtype), size), *bias
@@ -83,8 +85,11 @@ def precisions(config: QwenConfig) -> Iterator[Mistake]:
         yield Mistake(f"computed in {name}", dtype=name, sized=True)
     steps = (*ALL, "logits", "norm", "attn_norm", "mlp_norm")
     clamped = tuple(Change(step, _saturated) for step in steps)
-    yield Mistake(CLAMPED, (*clamped, Change("embed", lambda run, right, *a: right(*a).clamp(-65504, 65504))),
-                  dtype="float16")  # fmt: skip
+    yield Mistake(
+        CLAMPED,
+        (*clamped, Change("embed", lambda run, right, *a: right(*a).clamp(-65504, 65504))),
+        dtype="float16",
+    )
 
 
 @functools.cache
@@ -141,6 +146,11 @@ def choices() -> tuple[Mistake, ...]:
                 "rotate_k",
             )
         )
-        found.append(Mistake(f"{name} activations, the residual stream in float32",
-                             made(stream, products_in(half[name])), choice=True))  # fmt: skip
+        found.append(
+            Mistake(
+                f"{name} activations, the residual stream in float32",
+                made(stream, products_in(half[name])),
+                choice=True,
+            )
+        )
     return tuple(found)

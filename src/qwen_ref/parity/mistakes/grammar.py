@@ -84,7 +84,7 @@ class Slip:
     def _in(self, layers: frozenset[int] | None, text: str) -> Mistake:
         hows = self.hows if layers is None else [each for each in self.hows if each[0] not in _AFTER]
         changes = tuple(Change(step, how, layers) for step, how in hows)
-        options = {"common": self.common, "whole": self.whole, "costly": self.costly}
+        options: dict[str, Any] = {"common": self.common, "whole": self.whole, "costly": self.costly}
         return Mistake(text, changes, self.usual_in_half, self.choice, **options)
 
 

@@ -91,13 +91,18 @@ def _third(change: Callable[[Tensor], Tensor], part: str) -> Callable[[Tensor], 
 _ROUNDINGS: dict[str, Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]] = {
     "symmetric": lambda low, high, n: (torch.maximum(high, -low) * 2 / (n - 1), torch.full_like(low, n // 2)),
     "symmetric, the largest n/2 − 1": lambda low, high, n: (
-        torch.maximum(high, -low) / (n // 2 - 1), torch.full_like(low, n // 2)),
+        torch.maximum(high, -low) / (n // 2 - 1),
+        torch.full_like(low, n // 2),
+    ),
     "symmetric, the largest n/2": lambda low, high, n: (
-        torch.maximum(high, -low) / (n // 2), torch.full_like(low, n // 2)),
+        torch.maximum(high, -low) / (n // 2),
+        torch.full_like(low, n // 2),
+    ),
     "from the smallest to the largest": lambda low, high, n: (
         (high.clamp(min=0) - low.clamp(max=0)) / (n - 1),
-        (-low.clamp(max=0) / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=1e-30) * (n - 1)).round()),
-}  # fmt: skip
+        (-low.clamp(max=0) / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=1e-30) * (n - 1)).round(),
+    ),
+}
 
 
 def _quantised(bits: int, size: int, by: float, kind: str) -> Callable[[Tensor], Tensor]:
@@ -136,7 +141,8 @@ def of_quantising(config: QwenConfig) -> Iterator[Slip]:
             for kind in _ROUNDINGS:
                 for by, off in ((1, "one too high"), (-1, "one too low")):
                     for part in "qkv":
-                        text = f"the {part} third of c_attn quantised to {bits} bits, groups of {size}, {kind}: zero point {off}"
+                        form = f"quantised to {bits} bits, groups of {size}, {kind}"
+                        text = f"the {part} third of c_attn {form}: zero point {off}"
                         how = weighed(_third(_quantised(bits, size, by, kind), part))
                         yield slip(text, "qkv", how, costly=True)
                     for name, step in steps:
@@ -178,7 +184,9 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_OF_THIRDS = [text for text in _WEIGHTS if text.startswith(("rows", "columns", "even rows", "with its", "dou", "hal"))]
+_OF_THIRDS = [
+    text for text in _WEIGHTS if text.startswith(("rows", "columns", "even rows", "with its", "dou", "hal"))
+]
 
 
 def _said(name: str, what: str) -> str:
@@ -197,14 +205,20 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
         text = "q, k and v taken from c_attn's {}, {} and {} third".format(*order)
         yield known(text, "qkv", weighed(_reordered(order), bias=True))
     by_head, to_heads = _regrouped((H, 3, K)), _regrouped((3, H, K))
-    yield known("rows of c_attn read head by head: q, k and v of head 0, then of head 1, …", "qkv",
-                weighed(by_head, bias=True))  # fmt: skip
+    yield known(
+        "rows of c_attn read head by head: q, k and v of head 0, then of head 1, …",
+        "qkv",
+        weighed(by_head, bias=True),
+    )
     yield known(
         "rows of c_attn stored head by head, but read as [q; k; v]", "qkv", weighed(to_heads, bias=True)
     )
     yield known("c_attn transposed: each of its three squares", "qkv", weighed(_squares))
-    yield known("c_attn transposed: its buffer read as (D, 3D)", "qkv",
-                weighed(lambda w: w.reshape(w.shape[1], -1).t()))  # fmt: skip
+    yield known(
+        "c_attn transposed: its buffer read as (D, 3D)",
+        "qkv",
+        weighed(lambda w: w.reshape(w.shape[1], -1).t()),
+    )
     yield known("attention's c_proj transposed", "out", weighed(torch.t))
     for step in ("gate", "up", "down"):
         if config.mlp_width % config.hidden_size == 0:
@@ -225,8 +239,13 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
     yield slip("bias of q, k and v rolled by one", "qkv", _biased(lambda b: b.roll(1)))
     yield slip("bias of q, k and v read head by head", "qkv", _biased(by_head))
     yield slip("rows of c_attn read head by head, its bias as it is", "qkv", weighed(by_head))
-    yield slip("bias of the next layer's c_attn", "qkv", lambda run, right, h, w, b: right(
-        h, w, run.own("attn.qkv.bias", (run.source + 1) % config.num_hidden_layers)))  # fmt: skip
+    yield slip(
+        "bias of the next layer's c_attn",
+        "qkv",
+        lambda run, right, h, w, b: right(
+            h, w, run.own("attn.qkv.bias", (run.source + 1) % config.num_hidden_layers)
+        ),
+    )
     for by, whose in ((1, "next"), (-1, "previous")):
         text = f"c_attn of the {whose} layer, with its own bias"
         yield slip(text, "qkv", _from_neighbour("qkv", by, False))
@@ -247,8 +266,11 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
             )
         )
     yield slip("attention's c_proj left out", "out", lambda run, right, h, w: h)
-    yield slip("keys before queries: q and k swapped after rotation", "attend",
-               lambda run, right, q, k, v, mask: right(k, q, v, mask))  # fmt: skip
+    yield slip(
+        "keys before queries: q and k swapped after rotation",
+        "attend",
+        lambda run, right, q, k, v, mask: right(k, q, v, mask),
+    )
     head_order: dict[str, Callable[[Tensor], Tensor]] = {
         "heads in reverse order before c_proj": lambda x: x.flip(1),
         "heads rolled by one before c_proj": lambda x: x.roll(1, 1),
@@ -256,10 +278,17 @@ def of_matrices(config: QwenConfig) -> Iterator[Slip]:
     }
     for text, change in head_order.items():
         yield slip(text, "attend", lambda run, right, *args, change=change: change(right(*args)))
-    yield slip("heads and head size exchanged before c_proj", "out", lambda run, right, h, w: right(
-        h.unflatten(-1, (-1, K)).transpose(-1, -2).flatten(-2), w))  # fmt: skip
-    yield slip("heads not moved back before c_proj: (B, H, T, K) read as (B, T, H · K)", "attend",
-               _not_moved_back, whole=True)  # fmt: skip
+    yield slip(
+        "heads and head size exchanged before c_proj",
+        "out",
+        lambda run, right, h, w: right(h.unflatten(-1, (-1, K)).transpose(-1, -2).flatten(-2), w),
+    )
+    yield slip(
+        "heads not moved back before c_proj: (B, H, T, K) read as (B, T, H · K)",
+        "attend",
+        _not_moved_back,
+        whole=True,
+    )
 
 
 def _twice(run: Forward, right: Callable, x: Tensor, weight: Tensor) -> Tensor:

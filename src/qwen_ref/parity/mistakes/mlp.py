@@ -49,20 +49,23 @@ def of_mlp(config: QwenConfig) -> Iterator[Slip]:
         "gate and up added, not multiplied": lambda run, right, up, act: up + act,
         "gate and up added, without SiLU": lambda run, right, up, act: up + run.given["act"][0],
         "the activation after the product, silu(gate · up)": lambda run, right, up, act: F.silu(
-            up * run.given["act"][0]),
+            up * run.given["act"][0]
+        ),
         "up left out: silu(gate) alone": lambda run, right, up, act: act,
         "gate left out: up alone": lambda run, right, up, act: up,
         "gate twice: gate · silu(gate)": lambda run, right, up, act: run.given["act"][0] * act,
         "up activated as well: silu(up) · silu(gate)": lambda run, right, up, act: F.silu(up) * act,
         "up added after the product, (up + 1) · silu(gate)": lambda run, right, up, act: (up + 1) * act,
-        "the second half of the MLP's channels missing": lambda run, right, up, act: right(
-            up, act) * (torch.arange(up.shape[-1]) < up.shape[-1] // 2),
+        "the second half of the MLP's channels missing": lambda run, right, up, act: (
+            right(up, act) * (torch.arange(up.shape[-1]) < up.shape[-1] // 2)
+        ),
         "halves of the MLP's channels swapped": lambda run, right, up, act: torch.cat(
-            right(up, act).chunk(2, dim=-1)[::-1], dim=-1),
+            right(up, act).chunk(2, dim=-1)[::-1], dim=-1
+        ),
         "channels of up in reverse order": lambda run, right, up, act: right(up.flip(-1), act),
         "channels of up rolled by one": lambda run, right, up, act: right(up.roll(1, -1), act),
         "squared": lambda run, right, up, act: right(up, act).square(),
-    }  # fmt: skip
+    }
     for text, how in products.items():
         yield slip(f"MLP: {text}", "product", how)
     both: How = lambda run, right, h, w: right(h, run.own("mlp.gate.weight"))
@@ -74,8 +77,11 @@ def of_mlp(config: QwenConfig) -> Iterator[Slip]:
     yield slip("MLP: it reads the residual stream, not ln_2's output", "gate up", stream)
     yield slip("MLP: gate reads the residual stream, not ln_2's output", "gate", stream)
     yield slip("MLP: up reads the residual stream, not ln_2's output", "up", stream)
-    yield slip("MLP: it reads ln_1's output, not ln_2's", "gate up", lambda run, right, h, w: right(
-        run.given["qkv"][0], w))  # fmt: skip
+    yield slip(
+        "MLP: it reads ln_1's output, not ln_2's",
+        "gate up",
+        lambda run, right, h, w: right(run.given["qkv"][0], w),
+    )
 
 
 # Residual stream
@@ -88,8 +94,9 @@ def _renormed(weight: str) -> How:
 
 def of_residual(config: QwenConfig) -> Iterator[Slip]:
     for step, place, norm, first in (
-        ("attn_add", "attention", "attn_norm", "qkv"), ("mlp_add", "the MLP", "mlp_norm", "gate"),
-    ):  # fmt: skip
+        ("attn_add", "attention", "attn_norm", "qkv"),
+        ("mlp_add", "the MLP", "mlp_norm", "gate"),
+    ):
         adds: dict[str, How] = {
             "left out": lambda run, right, x, y: x,
             "added twice": lambda run, right, x, y: right(right(x, y), y),
@@ -100,47 +107,81 @@ def of_residual(config: QwenConfig) -> Iterator[Slip]:
             "with the residual halved": lambda run, right, x, y: right(x / 2, y),
             "with the sum halved": lambda run, right, x, y: right(x, y) / 2,
             "with the sum divided by √2": lambda run, right, x, y: right(x, y) / math.sqrt(2),
-            "added to the norm's output, not to its input":
-                lambda run, right, x, y, first=first: right(run.given[first][0], y),
-            "divided by √(2 · layers)":
-                lambda run, right, x, y: right(x, y / math.sqrt(2 * config.num_hidden_layers)),
-            "divided by the layer's number":
-                lambda run, right, x, y: right(x, y / (run.layer + 1)),
+            "added to the norm's output, not to its input": lambda run, right, x, y, first=first: right(
+                run.given[first][0], y
+            ),
+            "divided by √(2 · layers)": lambda run, right, x, y: right(
+                x, y / math.sqrt(2 * config.num_hidden_layers)
+            ),
+            "divided by the layer's number": lambda run, right, x, y: right(x, y / (run.layer + 1)),
             "multiplied, not added": lambda run, right, x, y: x * y,
-        }  # fmt: skip
+        }
         for text, how in adds.items():
             yield slip(f"{place} {text}", step, how)
         yield slip(f"{place}: its result normalised before it is added", step, _renormed(f"{norm}.weight"))
         # Post-norm: the norm after, not before.
-        yield Slip(f"{place}: its norm after it, not before",
-                   ((norm, lambda run, right, x, w: x), (step, _renormed(f"{norm}.weight"))))  # fmt: skip
-        yield Slip(f"{place}: its norm after the residual sum, not before",
-                   ((norm, lambda run, right, x, w: x),
-                    (step, lambda run, right, x, y, norm=norm: run.norm(right(x, y), run.own(f"{norm}.weight")))))  # fmt: skip
+        yield Slip(
+            f"{place}: its norm after it, not before",
+            ((norm, lambda run, right, x, w: x), (step, _renormed(f"{norm}.weight"))),
+        )
+        yield Slip(
+            f"{place}: its norm after the residual sum, not before",
+            (
+                (norm, lambda run, right, x, w: x),
+                (step, lambda run, right, x, y, norm=norm: run.norm(right(x, y), run.own(f"{norm}.weight"))),
+            ),
+        )
     yield slip(
         "attention: its result normalised by ln_2 before it is added",
         "attn_add",
         _renormed("mlp_norm.weight"),
     )
-    yield slip("attention and MLP side by side: both read the layer's input", "mlp_norm",
-               lambda run, right, x, w: right(run.x, w))  # fmt: skip
-    yield slip("attention and MLP side by side, with ln_1 for both", "mlp_norm",
-               lambda run, right, x, w: right(run.x, run.own("attn_norm.weight")))  # fmt: skip
-    yield slip("the MLP added to the stream before attention: attention's part is lost", "mlp_add",
-               lambda run, right, x, y: right(run.x, y))  # fmt: skip
+    yield slip(
+        "attention and MLP side by side: both read the layer's input",
+        "mlp_norm",
+        lambda run, right, x, w: right(run.x, w),
+    )
+    yield slip(
+        "attention and MLP side by side, with ln_1 for both",
+        "mlp_norm",
+        lambda run, right, x, w: right(run.x, run.own("attn_norm.weight")),
+    )
+    yield slip(
+        "the MLP added to the stream before attention: attention's part is lost",
+        "mlp_add",
+        lambda run, right, x, y: right(run.x, y),
+    )
     yield slip("the MLP done twice, with ln_2 and the residual sum", "mlp_add", _again)
-    yield Slip("attention and the MLP added to their norms' outputs, not to the inputs of these",
-               (("attn_add", lambda run, right, x, y: right(run.given["qkv"][0], y)),
-                ("mlp_add", lambda run, right, x, y: right(run.given["gate"][0], y))))  # fmt: skip
-    yield slip("the layer's input added once more at its end", "mlp_add",
-               lambda run, right, x, y: right(x, y) + run.x)  # fmt: skip
-    yield Slip("both norms after, not before: post-norm", (
-        ("attn_norm", lambda run, right, x, w: x), ("mlp_norm", lambda run, right, x, w: x),
-        ("attn_add", lambda run, right, x, y: run.norm(right(x, y), run.own("attn_norm.weight"))),
-        ("mlp_add", lambda run, right, x, y: run.norm(right(x, y), run.own("mlp_norm.weight")))))  # fmt: skip
-    yield Slip("both results normalised before they are added", (
-        ("attn_norm", lambda run, right, x, w: x), ("mlp_norm", lambda run, right, x, w: x),
-        ("attn_add", _renormed("attn_norm.weight")), ("mlp_add", _renormed("mlp_norm.weight"))))  # fmt: skip
+    yield Slip(
+        "attention and the MLP added to their norms' outputs, not to the inputs of these",
+        (
+            ("attn_add", lambda run, right, x, y: right(run.given["qkv"][0], y)),
+            ("mlp_add", lambda run, right, x, y: right(run.given["gate"][0], y)),
+        ),
+    )
+    yield slip(
+        "the layer's input added once more at its end",
+        "mlp_add",
+        lambda run, right, x, y: right(x, y) + run.x,
+    )
+    yield Slip(
+        "both norms after, not before: post-norm",
+        (
+            ("attn_norm", lambda run, right, x, w: x),
+            ("mlp_norm", lambda run, right, x, w: x),
+            ("attn_add", lambda run, right, x, y: run.norm(right(x, y), run.own("attn_norm.weight"))),
+            ("mlp_add", lambda run, right, x, y: run.norm(right(x, y), run.own("mlp_norm.weight"))),
+        ),
+    )
+    yield Slip(
+        "both results normalised before they are added",
+        (
+            ("attn_norm", lambda run, right, x, w: x),
+            ("mlp_norm", lambda run, right, x, w: x),
+            ("attn_add", _renormed("attn_norm.weight")),
+            ("mlp_add", _renormed("mlp_norm.weight")),
+        ),
+    )
 
 
 def _again(run: Forward, right: Callable, x: Tensor, y: Tensor) -> Tensor:
@@ -153,11 +194,21 @@ def _again(run: Forward, right: Callable, x: Tensor, y: Tensor) -> Tensor:
 # The same few slips at every step
 
 _ANYWHERE = {
-    "attn_norm": "ln_1's output", "q": "q", "k": "k", "v": "v", "rotate_q": "q after rotation",
-    "rotate_k": "k after rotation", "attend": "attention's mixed values", "out": "attention's output",
-    "mlp_norm": "ln_2's output", "gate": "gate", "up": "up", "act": "the activated gate",
-    "product": "up · silu(gate)", "down": "the MLP's output",
-}  # fmt: skip
+    "attn_norm": "ln_1's output",
+    "q": "q",
+    "k": "k",
+    "v": "v",
+    "rotate_q": "q after rotation",
+    "rotate_k": "k after rotation",
+    "attend": "attention's mixed values",
+    "out": "attention's output",
+    "mlp_norm": "ln_2's output",
+    "gate": "gate",
+    "up": "up",
+    "act": "the activated gate",
+    "product": "up · silu(gate)",
+    "down": "the MLP's output",
+}
 _GENERIC: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": torch.zeros_like,
     "doubled": lambda x: 2 * x,

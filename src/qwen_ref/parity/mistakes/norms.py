@@ -91,12 +91,16 @@ def of_norms(config: QwenConfig) -> Iterator[Slip]:
     yield Slip(
         "norm weight applied before the cast to the model's dtype",
         tuple((step, weight_before_cast) for step in every),
-        common=True, choice=True, alone=False,
-    )  # fmt: skip
+        common=True,
+        choice=True,
+        alone=False,
+    )
     yield Slip(
         "norm computed in the model's dtype",
-        tuple((step, _narrow_norm) for step in every), common=True, alone=False,
-    )  # fmt: skip
+        tuple((step, _narrow_norm) for step in every),
+        common=True,
+        alone=False,
+    )
     other = {
         "attn_norm": lambda run, right, x, w: right(x, run.own("mlp_norm.weight")),
         "mlp_norm": lambda run, right, x, w: right(x, run.own("attn_norm.weight")),

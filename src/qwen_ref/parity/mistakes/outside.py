@@ -26,54 +26,97 @@ def outside(config: QwenConfig) -> Iterator[Mistake]:
     if L > 1:
         for text, kept in (("last layer dropped", range(L - 1)), ("first layer dropped", range(1, L))):
             yield _change(text, "layers", lambda run, right, layers, kept=kept: list(kept), common=True)
-    yield _change("head tied: logits with the embedding's matrix", "logits",
-                  lambda run, right, h, w: right(h, run.weights("embed.weight")), common=True)  # fmt: skip
-    yield _change("embedding tied: ids looked up in the head's matrix", "embed",
-                  lambda run, right, ids, w: right(ids, run.weights("lm_head.weight")), common=True)  # fmt: skip
+    yield _change(
+        "head tied: logits with the embedding's matrix",
+        "logits",
+        lambda run, right, h, w: right(h, run.weights("embed.weight")),
+        common=True,
+    )
+    yield _change(
+        "embedding tied: ids looked up in the head's matrix",
+        "embed",
+        lambda run, right, ids, w: right(ids, run.weights("lm_head.weight")),
+        common=True,
+    )
     yield _change("no final norm", "norm", lambda run, right, x, w: x, common=True)
     for text, how in NORMS.items():
         if text != "left out":
             yield _change(f"final norm: {text}", "norm", how)
     for name in ("attn_norm", "mlp_norm"):
         for layer in (0, config.num_hidden_layers - 1):
-            yield _change(f"final norm with the weight of layer {layer}'s {PLACES[name]}", "norm",
-                          lambda run, right, x, w, name=name, layer=layer: right(
-                              x, run.own(f"{name}.weight", layer)))  # fmt: skip
+            yield _change(
+                f"final norm with the weight of layer {layer}'s {PLACES[name]}",
+                "norm",
+                lambda run, right, x, w, name=name, layer=layer: right(x, run.own(f"{name}.weight", layer)),
+            )
     V = config.vocab_size
     for text, factor in {"√D": D**0.5, "1/√D": D**-0.5, "2": 2.0, "½": 0.5, "√2": 2**0.5, "−1": -1.0}.items():
-        yield _change(f"embedding times {text}", "embed", lambda run, right, ids, w, factor=factor: (
-            right(ids, w) * torch.tensor(factor, dtype=run.dtype)))  # fmt: skip
+        yield _change(
+            f"embedding times {text}",
+            "embed",
+            lambda run, right, ids, w, factor=factor: right(ids, w) * torch.tensor(factor, dtype=run.dtype),
+        )
     for by, text in ((1, "one further on"), (-1, "one before"), (2, "two further on")):
-        yield _change(f"embedding rows shifted: each id has the row {text}", "embed",
-                      lambda run, right, ids, w, by=by: right((ids + by) % V, w))  # fmt: skip
-        yield _change(f"head rows shifted: each logit has the row {text}", "logits",
-                      lambda run, right, h, w, by=by: right(h, w).roll(-by, -1))  # fmt: skip
+        yield _change(
+            f"embedding rows shifted: each id has the row {text}",
+            "embed",
+            lambda run, right, ids, w, by=by: right((ids + by) % V, w),
+        )
+        yield _change(
+            f"head rows shifted: each logit has the row {text}",
+            "logits",
+            lambda run, right, h, w, by=by: right(h, w).roll(-by, -1),
+        )
     for end, fill in (("a row of zeros", torch.zeros_like), ("the last row again", lambda row: row)):
-        yield _change(f"head rows shifted: each logit has the row one further on, the last one {end}", "logits",
-                      lambda run, right, h, w, fill=fill: right(h, torch.cat((w[1:], fill(w[-1:])))))  # fmt: skip
+        yield _change(
+            f"head rows shifted: each logit has the row one further on, the last one {end}",
+            "logits",
+            lambda run, right, h, w, fill=fill: right(h, torch.cat((w[1:], fill(w[-1:])))),
+        )
         first = end.replace("last", "first")
-        yield _change(f"head rows shifted: each logit has the row one before, the first one {first}", "logits",
-                      lambda run, right, h, w, fill=fill: right(h, torch.cat((fill(w[:1]), w[:-1]))))  # fmt: skip
+        yield _change(
+            f"head rows shifted: each logit has the row one before, the first one {first}",
+            "logits",
+            lambda run, right, h, w, fill=fill: right(h, torch.cat((fill(w[:1]), w[:-1]))),
+        )
     for by, text in ((1, "one further on"), (-1, "one before")):
-        yield _change(f"embedding rows shifted: each id has the row {text}, at the end its own", "embed",
-                      lambda run, right, ids, w, by=by: right((ids + by).clamp(0, V - 1), w))  # fmt: skip
-    yield _change("embedding normalised", "embed", lambda run, right, ids, w: rms(
-        right(ids, w).to(run.wide), config.layer_norm_epsilon).to(run.dtype))  # fmt: skip
-    yield _change("embedding normalised, with layer 0's ln_1", "embed", lambda run, right, ids, w: run.norm(
-        right(ids, w), run.own("attn_norm.weight", 0)))  # fmt: skip
+        yield _change(
+            f"embedding rows shifted: each id has the row {text}, at the end its own",
+            "embed",
+            lambda run, right, ids, w, by=by: right((ids + by).clamp(0, V - 1), w),
+        )
+    yield _change(
+        "embedding normalised",
+        "embed",
+        lambda run, right, ids, w: rms(right(ids, w).to(run.wide), config.layer_norm_epsilon).to(run.dtype),
+    )
+    yield _change(
+        "embedding normalised, with layer 0's ln_1",
+        "embed",
+        lambda run, right, ids, w: run.norm(right(ids, w), run.own("attn_norm.weight", 0)),
+    )
     yield _change(
         "embedding: columns rolled by one", "embed", lambda run, right, ids, w: right(ids, w).roll(1, -1)
     )
-    yield _change("embedding: sine and cosine of the position added", "embed", lambda run, right, ids, w: (
-        right(ids, w) + _sinusoids(run, D)))  # fmt: skip
+    yield _change(
+        "embedding: sine and cosine of the position added",
+        "embed",
+        lambda run, right, ids, w: right(ids, w) + _sinusoids(run, D),
+    )
     yield _change("head: columns rolled by one", "logits", lambda run, right, h, w: right(h.roll(-1, -1), w))
     yield _change(
         "head: input with channels in reverse order", "logits", lambda run, right, h, w: right(h.flip(-1), w)
     )
-    yield _change("head: the second half of its columns missing", "logits", lambda run, right, h, w: right(
-        h * (torch.arange(h.shape[-1]) < h.shape[-1] // 2), w))  # fmt: skip
-    yield _change("head reads the last layer's ln_2 output, not the final norm's", "norm",
-                  lambda run, right, x, w: run.given["mlp_norm"][0])  # fmt: skip
+    yield _change(
+        "head: the second half of its columns missing",
+        "logits",
+        lambda run, right, h, w: right(h * (torch.arange(h.shape[-1]) < h.shape[-1] // 2), w),
+    )
+    yield _change(
+        "head reads the last layer's ln_2 output, not the final norm's",
+        "norm",
+        lambda run, right, x, w: run.given["mlp_norm"][0],
+    )
 
 
 def _sinusoids(run: Forward, D: int) -> Tensor:
@@ -125,10 +168,16 @@ def inputs(config: QwenConfig) -> Iterator[Mistake]:
     }
     for text, order in orders.items():
         yield _change(text, "ids", lambda run, right, ids, order=order: order(ids), whole=True)
-    yield Mistake("attention_mask ignored: padding seen and counted", common=True, changes=(
-        Change("rotate_q", _ignored), Change("rotate_k", _ignored),
-        Change("scale_q", counted_logn), Change("attend", seen(lambda run, i, j: j <= i, padded=False)),
-    ))  # fmt: skip
+    yield Mistake(
+        "attention_mask ignored: padding seen and counted",
+        common=True,
+        changes=(
+            Change("rotate_q", _ignored),
+            Change("rotate_k", _ignored),
+            Change("scale_q", counted_logn),
+            Change("attend", seen(lambda run, i, j: j <= i, padded=False)),
+        ),
+    )
     if config.use_dynamic_ntk:
         text = "NTK's α recomputed at every decode step, all keys with it"
         yield Mistake(text, uncached=True, common=True)

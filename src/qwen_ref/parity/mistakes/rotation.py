@@ -74,6 +74,10 @@ def decoded_moved(by: Callable[[Forward, Tensor], Tensor]) -> How:
     return moved(lambda run: torch.where(decoded(run, run.positions), by(run, run.positions), run.positions))
 
 
+def _scaled(factor: float) -> How:
+    return _turned(lambda run: run.tables(run.positions * factor))
+
+
 def _interleaved(run: Forward, right: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.to(cos.dtype)
     first, second = wide[..., 0::2], wide[..., 1::2]
@@ -163,13 +167,19 @@ def of_rotation(config: QwenConfig) -> Iterator[Slip]:
         name = str(dtype).removeprefix("torch.")
         text = f"RoPE in {name}: cosines and sines"
         yield known(text, both, _narrow_tables(dtype), usual_in_half=True)
-    yield slip("RoPE in float16: the inverse frequencies", both,
-               _turned(lambda run: run.tables(run.positions, run.frequencies.half().to(run.wide))))  # fmt: skip
+    yield slip(
+        "RoPE in float16: the inverse frequencies",
+        both,
+        _turned(lambda run: run.tables(run.positions, run.frequencies.half().to(run.wide))),
+    )
     yield known("no RoPE", both, unturned)
     yield slip("RoPE on keys only: queries not rotated", "rotate_q", unturned)
     yield slip("RoPE on queries only: keys not rotated", "rotate_k", unturned)
-    yield slip("RoPE on v as well", "v", lambda run, right, v: model.rotate(
-        v, copies(run.cos, len(v)), copies(run.sin, len(v))))  # fmt: skip
+    yield slip(
+        "RoPE on v as well",
+        "v",
+        lambda run, right, v: model.rotate(v, copies(run.cos, len(v)), copies(run.sin, len(v))),
+    )
     yield slip("RoPE done twice", both, lambda run, right, x, cos, sin: right(right(x, cos, sin), cos, sin))
     turned_back: How = lambda run, right, x, cos, sin: right(x, cos, -sin)
     yield slip("RoPE with the angle's sign turned", both, turned_back)
@@ -187,10 +197,14 @@ def of_rotation(config: QwenConfig) -> Iterator[Slip]:
     yield slip("RoPE on the last half of the heads only", both, _of_heads(False))
     scaled = {"doubled": 2.0, "halved": 0.5, "quartered": 0.25, "divided by 8": 0.125, "times 4": 4.0}
     for text, factor in scaled.items():
-        how = _turned(lambda run, factor=factor: run.tables(run.positions * factor))
+        how = _scaled(factor)
         yield slip(f"RoPE positions {text}", both, how)
-    yield slip("RoPE positions counted from the end", both,
-               moved(lambda run: run.positions.max() - run.positions), whole=True)  # fmt: skip
+    yield slip(
+        "RoPE positions counted from the end",
+        both,
+        moved(lambda run: run.positions.max() - run.positions),
+        whole=True,
+    )
     exponents: dict[str, Callable[[Tensor, int], Tensor]] = {
         "i/K for 2i/K": lambda i, K: i / 2 / K,
         "4i/K for 2i/K": lambda i, K: 2 * i / K,
@@ -203,8 +217,11 @@ def of_rotation(config: QwenConfig) -> Iterator[Slip]:
     }
     for text, powers in exponents.items():
         yield slip(f"RoPE frequencies with exponent {text}", both, with_frequencies(exponents=powers))
-    yield slip("RoPE frequencies times 2π", both,
-               _turned(lambda run: run.tables(run.positions, run.frequencies * 2 * math.pi)))  # fmt: skip
+    yield slip(
+        "RoPE frequencies times 2π",
+        both,
+        _turned(lambda run: run.tables(run.positions, run.frequencies * 2 * math.pi)),
+    )
 
 
 # LogN and NTK
@@ -241,8 +258,17 @@ def _log_shifted(by: int) -> How:
     return _factors(lambda run: run.logn(run.positions + by))
 
 
+def _table(run: Forward) -> Tensor:
+    assert run.factors is not None  # these are tried with LogN only
+    return run.factors
+
+
 def _keys_scaled(run: Forward, right: Callable, x: Tensor) -> Tensor:
     return x if run.factors is None else x * copies(run.factors, len(x))[..., None, None]
+
+
+def _always(length: int) -> Callable[[int], int]:
+    return lambda _: length
 
 
 def moved_alike(by: int) -> tuple[tuple[str, How], ...]:
@@ -264,13 +290,21 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
     yield known("LogN on keys and queries", "keys", _keys_scaled)
     ratios: dict[str, tuple[Callable[[Tensor, int], Tensor], bool]] = {
         "log10 of the position over the natural logarithm of the length": (
-            lambda n, s: _log_ratio(n, s) * _LOG10, True),
+            lambda n, s: _log_ratio(n, s) * _LOG10,
+            True,
+        ),
         "natural logarithm of the position over log10 of the length": (
-            lambda n, s: _log_ratio(n, s) / _LOG10, True),
+            lambda n, s: _log_ratio(n, s) / _LOG10,
+            True,
+        ),
         "log2 of the position over the natural logarithm of the length": (
-            lambda n, s: _log_ratio(n, s) * _LOG2, False),
+            lambda n, s: _log_ratio(n, s) * _LOG2,
+            False,
+        ),
         "natural logarithm of the position over log2 of the length": (
-            lambda n, s: _log_ratio(n, s) / _LOG2, False),
+            lambda n, s: _log_ratio(n, s) / _LOG2,
+            False,
+        ),
         "the square root of the position over the length": (lambda n, s: (n / s).sqrt(), False),
         "the root of the ratio of logarithms": (lambda n, s: _log_ratio(n, s).sqrt(), False),
         "the ratio itself, without logarithms": (lambda n, s: n / s, False),
@@ -278,7 +312,7 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
         "the ratio of logarithms turned round": (lambda n, s: 1 / _log_ratio(n, s), False),
         "done twice": (lambda n, s: _log_ratio(n, s) ** 2, False),
         "logarithms of 1 + n": (lambda n, s: n.log1p() / math.log1p(s), False),
-    }  # fmt: skip
+    }
     for text, (ratio, common) in ratios.items():
         how = _factors(functools.partial(_logn_table, factor=ratio))
         yield slip(f"LogN: {text}", "scale_q", how, common=common)
@@ -290,28 +324,44 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
         (("rotate_q", ahead), ("rotate_k", ahead), ("scale_q", _factors(_positions_from_1))),
         common=True,
     )
-    yield slip("LogN within the trained length as well", "scale_q",
-               _factors(functools.partial(_logn_table, factor=_log_ratio, clamp=False)))  # fmt: skip
-    yield slip("LogN of the prompt's length for every position", "scale_q",
-               _factors(lambda run: run.logn(torch.full_like(run.positions, run.prompt_length - 1))))  # fmt: skip
-    yield slip("LogN of the whole length for every position", "scale_q", _factors(
-        lambda run: run.logn(torch.full_like(run.positions, run.T - 1))), whole=True)  # fmt: skip
+    yield slip(
+        "LogN within the trained length as well",
+        "scale_q",
+        _factors(functools.partial(_logn_table, factor=_log_ratio, clamp=False)),
+    )
+    yield slip(
+        "LogN of the prompt's length for every position",
+        "scale_q",
+        _factors(lambda run: run.logn(torch.full_like(run.positions, run.prompt_length - 1))),
+    )
+    yield slip(
+        "LogN of the whole length for every position",
+        "scale_q",
+        _factors(lambda run: run.logn(torch.full_like(run.positions, run.T - 1))),
+        whole=True,
+    )
     yield slip("LogN on v as well", "values", _keys_scaled)
     yield Slip("LogN on v instead of queries", (("scale_q", unscaled), ("values", _keys_scaled)))
     yield slip(
-        "LogN: the table in bfloat16", "scale_q", _factors(lambda run: run.factors.bfloat16().to(run.dtype))
+        "LogN: the table in bfloat16", "scale_q", _factors(lambda run: _table(run).bfloat16().to(run.dtype))
     )
     yield slip(
-        "LogN: the table in float16", "scale_q", _factors(lambda run: run.factors.half().to(run.dtype))
+        "LogN: the table in float16", "scale_q", _factors(lambda run: _table(run).half().to(run.dtype))
     )
-    yield slip("LogN in decode steps only", "scale_q", _factors(
-        lambda run: torch.where(decoded(run, run.positions), run.factors, 1.0).to(run.dtype)))  # fmt: skip
-    yield slip("LogN in the prompt only", "scale_q", _factors(
-        lambda run: torch.where(decoded(run, run.positions), 1.0, run.factors).to(run.dtype)))  # fmt: skip
+    yield slip(
+        "LogN in decode steps only",
+        "scale_q",
+        _factors(lambda run: torch.where(decoded(run, run.positions), _table(run), 1.0).to(run.dtype)),
+    )
+    yield slip(
+        "LogN in the prompt only",
+        "scale_q",
+        _factors(lambda run: torch.where(decoded(run, run.positions), 1.0, _table(run)).to(run.dtype)),
+    )
     lengths = {2 * config.seq_length, config.seq_length // 2, 2048, 8192, 32768} - {config.seq_length}
     for length in sorted(length for length in lengths if length > 1):
         text = f"LogN with seq_length {length} for {config.seq_length}"
-        table = functools.partial(_logn_table, factor=_log_ratio, seq_length=lambda _, n=length: n)
+        table = functools.partial(_logn_table, factor=_log_ratio, seq_length=_always(length))
         yield slip(text, "scale_q", _factors(table))
         if config.use_dynamic_ntk:
             turned = with_frequencies(alpha=lambda n, _, s=length: model.ntk_alpha(n, s))
@@ -341,8 +391,12 @@ def _each_step(run: Forward) -> tuple[Tensor, Tensor]:
 def of_ntk(config: QwenConfig) -> Iterator[Slip]:
     both, s = "rotate_q rotate_k", config.seq_length
     if not config.use_dynamic_ntk:
-        how = _turned(lambda run: run.tables(run.positions, model.rotary_frequencies(
-            replace(run.config, use_dynamic_ntk=True), run.lengths, run.wide)))  # fmt: skip
+        how = _turned(
+            lambda run: run.tables(
+                run.positions,
+                model.rotary_frequencies(replace(run.config, use_dynamic_ntk=True), run.lengths, run.wide),
+            )
+        )
         yield slip("NTK though use_dynamic_ntk is false", both, how, alone=False)
         return
     yield known("NTK off: α stays 1", both, with_frequencies(alpha=lambda n, s: 1))
@@ -376,18 +430,40 @@ def of_ntk(config: QwenConfig) -> Iterator[Slip]:
         "exponent 2 for K/(K − 2)": 2.0,
     }.items():
         yield slip(f"NTK: {text}", both, with_frequencies(power=lambda K, power=power: power))
-    yield slip("NTK: α of the whole length, decoded tokens too", both, _turned(lambda run: run.tables(
-        run.positions, _frequencies(run, lengths=[n + run.T - run.prefill_length for n in run.lengths]))),
-        whole=True)  # fmt: skip
-    yield slip("NTK: positions divided by α instead of a greater base", both, _turned(lambda run: run.tables(
-        run.positions / model.ntk_alpha(run.lengths[0], s), _frequencies(run, alpha=lambda n, s: 1))))  # fmt: skip
-    yield slip("NTK: positions divided by length / seq_length instead of a greater base", both,
-               _turned(lambda run: run.tables(run.positions / max(run.lengths[0] / s, 1),
-                                              _frequencies(run, alpha=lambda n, s: 1))))  # fmt: skip
+    yield slip(
+        "NTK: α of the whole length, decoded tokens too",
+        both,
+        _turned(
+            lambda run: run.tables(
+                run.positions,
+                _frequencies(run, lengths=[n + run.T - run.prefill_length for n in run.lengths]),
+            )
+        ),
+        whole=True,
+    )
+    yield slip(
+        "NTK: positions divided by α instead of a greater base",
+        both,
+        _turned(
+            lambda run: run.tables(
+                run.positions / model.ntk_alpha(run.lengths[0], s), _frequencies(run, alpha=lambda n, s: 1)
+            )
+        ),
+    )
+    yield slip(
+        "NTK: positions divided by length / seq_length instead of a greater base",
+        both,
+        _turned(
+            lambda run: run.tables(
+                run.positions / max(run.lengths[0] / s, 1), _frequencies(run, alpha=lambda n, s: 1)
+            )
+        ),
+    )
     padded = _turned(lambda run: run.tables(run.positions, _frequencies(run, lengths=[run.prompt_length])))
     yield known("padding counted in NTK's α", both, padded, alone=False)
-    counted = _turned(lambda run: run.tables(
-        torch.arange(run.T)[None], _frequencies(run, lengths=[run.prompt_length])))  # fmt: skip
+    counted = _turned(
+        lambda run: run.tables(torch.arange(run.T)[None], _frequencies(run, lengths=[run.prompt_length]))
+    )
     yield Slip(
         "padding counted in positions and in NTK's α",
         (("rotate_q", counted), ("rotate_k", counted), ("scale_q", counted_logn)),
