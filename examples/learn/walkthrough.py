@@ -539,7 +539,7 @@ album.show(
 def probability_without(heads: list[tuple[int, int]]) -> float:
     """The probability of ' Tokyo' if the last token may not see ' Japan' in these (layer, head)."""
 
-    def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: None, cache: None, layer: int) -> torch.Tensor:
+    def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: None, cache: None, layer: int):
         allowed = mask.repeat(1, tiny.num_attention_heads, 1, 1)  # (1, H, T, T)
         for blind, head in heads:
             if blind == layer:

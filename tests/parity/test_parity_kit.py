@@ -27,7 +27,7 @@ from qwen_ref.parity.__main__ import main
 from qwen_ref.parity.bundle import stage_widths
 from qwen_ref.parity.compare import FACTOR, Comparison, Measure, Tolerances
 from qwen_ref.parity.forward import Change, Forward, Weights
-from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.parity.stages import Checkpoint
 
 cli = cli_of(main)
 NTK = GOLDEN / "ntk_logn"

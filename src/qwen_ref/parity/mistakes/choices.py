@@ -63,7 +63,7 @@ def _grouped(x: Tensor, size: int | None) -> Tensor:
 
 
 def _in_8_bits(size: int | None, inputs: bool) -> tuple[tuple[str, How], ...]:
-    """Weights in 8 bits, and perhaps what enters their products. size: of a group with a scale; None: a row."""
+    """Weights in 8 bits, perhaps also what they multiply. size: of a group with a scale; None: a row."""
 
     how: How = lambda run, right, x, w, *bias: right(
         _grouped(x, size) if inputs else x, _grouped(w.to(x.dtype), size), *bias
