@@ -96,7 +96,6 @@ class Trials:
         for (to, dtype), group in groups.items():
             for part in self._parts(group, to):
                 found |= self._side_by_side(part, to, length, dtype)
-                self.work.did(self.checkpoint.bytes * len(part))
         self.count += len(found)
         return found
 
@@ -115,57 +114,47 @@ class Trials:
     def _side_by_side(
         self, mistakes: list[Mistake], to: int, length: int, dtype: torch.dtype
     ) -> dict[str, float]:
-        L, B = self.config.num_hidden_layers, len(self.ids)
-        found: dict[str, float] = {}
+        """Each mistake's own layers are run for it alone, those behind them for all at once."""
+        L, found = self.config.num_hidden_layers, {}
         with torch.inference_mode():
             plain = self._forward(dtype, to, self.base)
             streams = [plain.start()]
             for layer in range(L):
                 streams.append(plain.block(streams[-1], layer))
-            after: dict[int, list[tuple[Mistake, Tensor]]] = {}  # next layer → what continues unchanged there
+            waiting: dict[int, list[tuple[str, Tensor]]] = {}  # layer → what goes on there without changes
             for mistake in mistakes:
+                self.work.did(self.checkpoint.bytes)
                 first, last = mistake.span(L)
+                first = min(first, L - 1)  # what follows the layers may need the last one's steps
                 changes = (*self.base, *mistake.changes)
-                if any(
-                    change.step in ("ids", "positions", "frequencies", "layers") for change in mistake.changes
-                ):
-                    run = self._forward(dtype, to, changes)
-                    x = run.start()
-                    for layer in run.layers:
-                        x = run.block(x, layer)
-                    found[mistake.text] = self._residuals(run.finish(x)[None], length)[0]
-                    continue
-                run = plain.changed(changes)
-                if first < 0:
-                    x = run.start()
-                    first = 0
-                    if last < 0:
-                        after.setdefault(0, []).append((mistake, x))
-                        continue
-                else:
-                    first = min(first, L - 1)  # what follows the layers may need the last one's steps
-                    x = streams[first]
-                for layer in range(first, min(last, L - 1) + 1):
+                run = self._forward(dtype, to, changes) if mistake.at_start else plain.changed(changes)
+                x = streams[first] if first > 0 else run.start()
+                for layer in run.layers if mistake.at_start else range(max(first, 0), min(last + 1, L)):
                     x = run.block(x, layer)
                 if last == L:
                     found[mistake.text] = self._residuals(run.finish(x)[None], length)[0]
                 else:
-                    after.setdefault(last + 1, []).append((mistake, x))
-            together: list[Mistake] = []
-            x = streams[0][:0]
-            for layer in range(L + 1):
-                for mistake, y in after.get(layer, []):
-                    together.append(mistake)
-                    x = torch.cat((x, y)) if len(after[layer]) == 1 else x
-                if len(after.get(layer, [])) > 1:
-                    x = torch.cat([x, *(y for _, y in after[layer])])
-                if layer < L and len(x):
-                    x = plain.block(x, layer)
-            size = max(_WIDENED // (B * to * self.config.vocab_size), 1)
-            for start in range(0, len(together), size):
-                part = x[start * B : (start + size) * B, :length]
-                logits = plain.finish(part).unflatten(0, (-1, B))
-                names = [mistake.text for mistake in together[start : start + size]]
+                    waiting.setdefault(last + 1, []).append((mistake.text, x))
+            return found | self._together(plain, waiting, length)
+
+    def _together(
+        self, plain: Forward, waiting: dict[int, list[tuple[str, Tensor]]], length: int
+    ) -> dict[str, float]:
+        L, B = self.config.num_hidden_layers, len(self.ids)
+        texts: list[str] = []
+        parts: list[Tensor] = []
+        for layer in range(L + 1):
+            texts += [text for text, _ in waiting.get(layer, [])]
+            parts += [x for _, x in waiting.get(layer, [])]
+            if layer < L and parts:
+                parts = [plain.block(torch.cat(parts), layer)]
+        found: dict[str, float] = {}
+        if parts:
+            x = torch.cat(parts)[:, :length]
+            size = max(_WIDENED // (B * length * self.config.vocab_size), 1)
+            for start in range(0, len(texts), size):
+                logits = plain.finish(x[start * B : (start + size) * B]).unflatten(0, (-1, B))
+                names = texts[start : start + size]
                 found |= dict(zip(names, self._residuals(logits, length), strict=True))
         return found
 

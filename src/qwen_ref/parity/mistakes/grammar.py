@@ -21,7 +21,7 @@ from torch import Tensor
 from qwen_ref.parity.forward import Change, How
 
 ALL = ("qkv", "out", "gate", "up", "down")  # a layer's matrices
-_BEFORE = ("ids", "positions", "frequencies", "layers", "source")
+_BEFORE = ("ids", "positions", "frequencies", "layers")
 _AFTER = ("norm", "logits", "output")
 
 
@@ -42,6 +42,11 @@ class Mistake:
     uncached: bool = False  # every decode step computes all positions again
     put_before: int | None = None  # a token before the ids; logits of the last T positions
     shown_first: bool = False  # with such a token: those of the first T
+
+    @property
+    def at_start(self) -> bool:
+        """Whether it changes what comes before the layers, so that nothing can be taken from another run."""
+        return any(change.step in _BEFORE for change in self.changes)
 
     def span(self, layers: int) -> tuple[int, int]:
         """The first and the last layer that it changes; -1 before them, `layers` after them."""
