@@ -87,8 +87,9 @@ _OVERFLOW_AGREES = 0.9
 
 _SAMPLE = 64  # positions at which numbers are tested for their dtype
 _AFTER = 8  # positions behind the first wrong one that a screening looks at
-_AFTER_OF_LARGE = 2  # in a model of more bytes than
-_LARGE = 5e8
+_LARGE = 5e8  # bytes: of a larger model everything is tried a little less
+_AFTER_OF_LARGE = 2
+_FINALISTS_OF_LARGE = 3
 _FINALISTS = 12  # the best of a screening, which are run in full
 _MOST_FINALISTS = 48  # if many more agree with the port so far
 _BETTER = 4  # the nearest, of which each is tried together with other mistakes and choices
@@ -201,6 +202,7 @@ class _Search:
         self.trials, self.truth, self.theirs, self.work = trials, truth, trials.theirs, trials.work
         self.checkpoint, self.config, self.dtype = trials.checkpoint, trials.config, self.theirs.computed_in
         theirs = self.theirs
+        self.large = self.checkpoint.bytes > _LARGE
         self.known: dict[str, Mistake] = {}  # all that was tried, by its text
         self.in_window: dict[str, float] = {}  # residuals of the screening
         self.notes: list[str] = []
@@ -290,7 +292,7 @@ class _Search:
     def _least(self, run: Callable[[], object]) -> float:
         """The seconds that a run takes: of a small model the least of three, as others may hold it up."""
         found = []
-        for _ in range(3 if self.checkpoint.bytes < _LARGE else 1):
+        for _ in range(1 if self.large else 3):
             start = time.monotonic()
             run()
             found.append(time.monotonic() - start)
@@ -371,8 +373,7 @@ class _Search:
         (logits,) = (stage for stage in self.comparison.stages if stage.stage == "logits")
         first = T if logits.first_position is None else logits.first_position
         pads = int((~self.theirs.real).sum(dim=-1).max())
-        after = _AFTER if self.checkpoint.bytes < _LARGE else _AFTER_OF_LARGE
-        return min(T, max(first, pads) + after)
+        return min(T, max(first, pads) + (_AFTER_OF_LARGE if self.large else _AFTER))
 
     def _chosen(self, none: Hypothesis) -> list[Hypothesis]:
         """The best choices. They come first: a port that rounds otherwise needs no other explanation."""
@@ -440,9 +441,11 @@ class _Search:
         order = sorted(residuals, key=lambda text: residuals[text])
         agree = 2 * self.tolerances.of(self.theirs.stages[-1]).all
         count = sum(residual <= agree for residual in residuals.values())
-        chosen = order[: max(min(count, _MOST_FINALISTS), _FINALISTS)]
+        most, least = (_FINALISTS, _FINALISTS_OF_LARGE) if self.large else (_MOST_FINALISTS, _FINALISTS)
+        chosen = order[: max(min(count, most), least)]
         common = [text for text in residuals if self.known[text].common and residuals[text] < math.inf]
-        chosen += [text for text in common if text not in chosen and residuals[text] <= agree]
+        if not self.large:
+            chosen += [text for text in common if text not in chosen and residuals[text] <= agree]
         return sorted((self._hypothesis((self.known[text],)) for text in chosen), key=_rank)
 
     def _hypothesis(self, tried: tuple[Mistake, ...]) -> Hypothesis:
@@ -469,7 +472,9 @@ class _Search:
     def _fitting(self, ranking: Sequence[Hypothesis], none: Hypothesis) -> list[Hypothesis]:
         """Those with which the port agrees to rounding, their own or the reference's; the likeliest first."""
         fitting: list[Hypothesis] = []
-        for h in sorted(ranking, key=_rank)[:_MOST_FINALISTS]:
+        ranking = sorted(ranking, key=_rank)[:_MOST_FINALISTS]
+        doubtful = ranking[: 1 if self.large else _MOST_FINALISTS]
+        for h in ranking:
             kinds = [self.known[text] for text in h.mistakes]
             chosen = all(kind.choice for kind in kinds)
             margin = _MARGIN_WITHIN if chosen else MARGIN
@@ -478,7 +483,7 @@ class _Search:
             if (
                 h.excess <= 1
                 or (chosen and h.excess * _MARGIN_OF_CHOICES < none.excess)
-                or (len(fitting) < _BETTER and self._within_its_own_rounding(h))
+                or (len(fitting) < _BETTER and h in doubtful and self._within_its_own_rounding(h))
             ):
                 fitting.append(h)
         if not fitting:
