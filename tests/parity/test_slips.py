@@ -1,7 +1,7 @@
 """The mistakes of slips.py, whose author had not seen the kit. From float32 logits, diagnose names each.
 
-`make test` has time for those in QUICK. `make slow` has all others that are made in all layers, and a few that
-are made in one layer.
+`make test` has time for those in QUICK. `make slow` has the others that are made in all layers, and a few
+that are made in one.
 """
 
 from __future__ import annotations
