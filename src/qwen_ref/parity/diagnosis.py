@@ -105,7 +105,7 @@ _BUDGETS = {
     "fits": 45.0,
     "within": 200.0,
 }
-_SIDE_BY_SIDE = 8  # so many times sooner layers run for a mistake if it shares them with others
+_SIDE_BY_SIDE = 32  # so many times sooner layers run for a mistake if it shares them with others
 _COSTLY = 10  # so many times as long a layer takes in which a matrix is quantised
 
 

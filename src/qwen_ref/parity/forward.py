@@ -100,6 +100,9 @@ class Forward:
         self.prompt_length = prompt_length or self.prefill_length
         self.padding = padding if padding is not None and bool(padding.any()) else None
         self._changes = _by_step(changes)
+        # What was computed while it was kept: a changed run takes it from here, up to its first change.
+        self.keeps, self._same_so_far = False, False
+        self._before: dict[tuple[int, str], Any] = {}
         self.layer = 0
         self.scale: float | None = None  # of the scores; None: 1/√K
         self.given: dict[str, tuple] = {}  # step → its inputs, where it was last done: a change may need them
@@ -142,14 +145,21 @@ class Forward:
         run = copy.copy(self)
         run._changes = _by_step(changes)
         run.given, run.made = {}, {}
+        run.keeps, run._same_so_far = False, True
         return run
 
     def step(self, name: str, right: Callable, *inputs: Any) -> Any:
+        self.given[name] = inputs
+        at = self.layer, name
         for layers, how in self._changes.get(name, ()):
             if layers is None or self.layer in layers:
-                right = functools.partial(how, self, right)
-        self.given[name] = inputs
-        return right(*inputs)
+                right, self._same_so_far = functools.partial(how, self, right), False
+        if self._same_so_far and at in self._before:
+            return self._before[at]
+        value = right(*inputs)
+        if self.keeps:
+            self._before[at] = value
+        return value
 
     # The parts
 

@@ -118,9 +118,11 @@ class Trials:
         L, found = self.config.num_hidden_layers, {}
         with torch.inference_mode():
             plain = self._forward(dtype, to, self.base)
+            plain.keeps = True
             streams = [plain.start()]
             for layer in range(L):
                 streams.append(plain.block(streams[-1], layer))
+            plain.keeps = False
             waiting: dict[int, list[tuple[str, Tensor]]] = {}  # layer → what goes on there without changes
             for mistake in mistakes:
                 self.work.did(self.checkpoint.bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 
 from qwen_ref.config import QwenConfig
@@ -39,16 +40,10 @@ def in_single_layers(config: QwenConfig, layers: Iterable[int]) -> Iterator[Mist
 
 @functools.lru_cache(maxsize=4)
 def slips(config: QwenConfig) -> tuple[Slip, ...]:
-    """Every slip within a layer, the commonest first."""
-    return (
-        *of_rotation(config),
-        *of_logn(config),
-        *of_ntk(config),
-        *of_norms(config),
-        *of_matrices(config),
-        *of_attention(config),
-        *of_mlp(config),
-        *of_residual(config),
-        *anywhere(),
-        *of_quantising(config),
-    )
+    """Every slip within a layer: the common ones, then by turns one of each part of the model."""
+    parts = [of_rotation, of_logn, of_ntk, of_norms, of_matrices, of_attention, of_mlp, of_residual]
+    groups = [list(part(config)) for part in parts]
+    common = [slip for group in groups for slip in group if slip.common]
+    turns = itertools.zip_longest(*([slip for slip in group if not slip.common] for group in groups))
+    rare = [slip for turn in turns for slip in turn if slip is not None]
+    return (*common, *rare, *anywhere(), *of_quantising(config))
