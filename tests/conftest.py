@@ -51,6 +51,8 @@ KERNELS = {
         "test_parity_kit",
         "test_numpy_reference",
         "test_diagnose",
+        "test_forward",
+        "test_right_ports",
         "test_make",
         "test_quantize",
     ),

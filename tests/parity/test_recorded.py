@@ -13,8 +13,6 @@ from conftest import GOLDEN
 from qwen_ref import parity
 
 RECORDED = Path(__file__).parent / "recorded"
-RIGHT = ("rounding only", "choice")  # a choice: a deliberate rounding, such as a float16 cache
-
 IGNORES_THE_BASE = ("RoPE base 10000 for 1e+06",)
 NEITHER_NTK_NOR_LOGN = ("NTK off", "no LogN")
 # The file → what its mistakes are called; none: the engine is right. The trained lengths are 64 and 32.
@@ -28,6 +26,9 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "mlx-bfloat16-ntk_logn-100": NEITHER_NTK_NOR_LOGN,
     "llama-float32-cache-f32-no-flash-ntk_logn-24": (),
     "llama-float32-cache-f32-no-flash-ntk_logn-100": NEITHER_NTK_NOR_LOGN,
+    "llama-float32-extended_base-24": (),  # with its defaults: flash attention, a cache in float16
+    "llama-float32-ntk_logn-100": NEITHER_NTK_NOR_LOGN,
+    "llama-float32-form-q8_0-extended_base-24": (),
     "llama-bfloat16-extended_base-24": (),
     "llama-bfloat16-extended_base-100": (),
     "llama-bfloat16-ntk_logn-24": (),
@@ -36,8 +37,10 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "paddle-float32-extended_base-24": (),
     "paddle-float32-ntk_logn-100": (),
     "ctranslate2-float32-extended_base-24": (),
+    "ctranslate2-float32-form-int8-extended_base-24": (),
     "litgpt-bfloat16-extended_base-24": (),
 }
+CHOICES = ("llama-float32-extended_base-24", "llama-float32-form", "ctranslate2-float32-form")
 
 
 def folder_of(name: str) -> Path:
@@ -60,7 +63,7 @@ def test_an_engine_is_diagnosed_from_its_recording(name: str) -> None:
         for expected in EXPECTED[name]:
             assert any(said.startswith(expected) for said in found.found), found.found
     else:
-        assert found.verdict in RIGHT, found.found
+        assert found.verdict == ("choice" if name.startswith(CHOICES) else "rounding only"), found.found
 
 
 def test_every_recording_is_small_and_has_an_expected_verdict() -> None:

@@ -276,7 +276,11 @@ def test_port_gives_the_published_logits(folder: str) -> None:
         assert error(logits, golden[f"{name}.logits.float32"].numpy()) < 2e-6, name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every sixth at once; all of them take some minutes.
+SOME = [pytest.param(case, marks=pytest.mark.slow if i % 6 else ()) for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_right_port_is_not_accused(case: Case, tmp_path: Path) -> None:
     write(tmp_path / "port.safetensors", case)
     found = parity.diagnose(FOLDERS[case.folder], tmp_path / "port.safetensors")
