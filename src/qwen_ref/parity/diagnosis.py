@@ -93,17 +93,18 @@ _FINALISTS_OF_LARGE = 3
 _FINALISTS = 12  # the best of a screening, which are run in full
 _MOST_FINALISTS = 48  # if many more agree with the port so far
 _BETTER = 4  # the nearest, of which each is tried together with other mistakes and choices
+_FITS = 150  # runs for a base and an epsilon
 _FITTED_LENGTH = 256  # positions to which a base or epsilon is fitted
 
 # Seconds that the parts of a search may take, by what a run without mistakes takes. A small model takes far
 # less; one of 1.8 billion parameters is kept within ten minutes.
 _BUDGETS = {
-    "choices": 45.0,
-    "mistakes": 150.0,
-    "single layers": 120.0,
-    "pairs": 45.0,
-    "fits": 45.0,
-    "within": 200.0,
+    "choices": 30.0,
+    "mistakes": 120.0,
+    "single layers": 150.0,
+    "fits": 40.0,
+    "pairs": 60.0,
+    "within": 150.0,
 }
 _SIDE_BY_SIDE = 32  # so many times sooner layers run for a mistake if it shares them with others
 _COSTLY = 10  # so many times as long a layer takes in which a matrix is quantised
@@ -204,6 +205,7 @@ class _Search:
         theirs = self.theirs
         self.large = self.checkpoint.bytes > _LARGE
         self.known: dict[str, Mistake] = {}  # all that was tried, by its text
+        self.left = dict(_BUDGETS)  # seconds
         self.in_window: dict[str, float] = {}  # residuals of the screening
         self.notes: list[str] = []
         # This implementation's own error at each stage, dtype by dtype: in the port's as it declares.
@@ -379,6 +381,8 @@ class _Search:
         """The best choices. They come first: a port that rounds otherwise needs no other explanation."""
         decoded = self.theirs.prefill_length < self.theirs.input_ids.shape[1]
         tried = [m for m in choices() if decoded or "decode steps" not in m.text]
+        if not self.trials.has_room_for_scores():
+            tried = [m for m in tried if not any(change.step == "attend" for change in m.changes)]
         return self._confirmed(self._screened(self._affordable(tried, "choices")), none)
 
     def _singles(self, none: Hypothesis) -> tuple[list[Hypothesis], list[Hypothesis]]:
@@ -389,6 +393,14 @@ class _Search:
         def searched(tried: Iterable[Mistake], part: str) -> list[Hypothesis]:
             nonlocal ranking
             worth = [m for m in tried if self._may_be(m) and (prompt < T or "decode" not in m.text)]
+            if not self.trials.has_room_for_scores():
+                count = len(worth)
+                worth = [m for m in worth if not any(change.step == "attend" for change in m.changes)]
+                if count > len(worth):
+                    self.notes.append(
+                        f"{count - len(worth):,} mistakes in attention were not tried: with {T:,} positions "
+                        "they take more memory than is left; try a shorter prompt"
+                    )
             found = self._confirmed(self._screened(self._affordable(worth, part)), none)
             ranking = sorted([*ranking, *found], key=_rank)
             return self._fitting(ranking, none)
@@ -506,7 +518,7 @@ class _Search:
         found = []
         for h in better:
             known = tuple(self.known[text] for text in h.mistakes)
-            for choice in self._affordable(list(choices()), "fits"):
+            for choice in self._affordable(list(choices()), "choices"):
                 both = self._hypothesis((*known, choice))
                 if both.excess * MARGIN < h.excess and (
                     both.excess <= 1
@@ -617,7 +629,7 @@ class _Search:
     # Numbers that nobody lists
 
     def _fits(self, none: Hypothesis) -> list[Hypothesis]:
-        if not self._affordable([NONE] * 150, "fits")[149:]:
+        if not self._affordable([NONE] * _FITS, "fits")[_FITS - 1 :]:
             self.notes.append("no RoPE base and no epsilon was fitted, to save time: try a shorter prompt")
             return []
         fits = [self._fitted_base(), self._fitted_epsilon()]
@@ -720,10 +732,12 @@ class _Search:
             if first == last and 0 <= first < L:  # its layer alone; the layers behind it run for many at once
                 share = 1 / L + share / _SIDE_BY_SIDE
             share += (min(last, L - 1) - max(first, 0) + 1) / L * _COSTLY if mistake.costly else 0
-            total += share * (self.seconds if mistake.whole or part == "within" else self.seconds_of_window)
-            if total > _BUDGETS[part]:
+            cost = share * (self.seconds if mistake.whole or part == "within" else self.seconds_of_window)
+            if total + cost > self.left[part]:
                 break
+            total += cost
             kept.append(mistake)
+        self.left[part] -= total
         if len(kept) < len(tried) and part != "pairs":
             left = len(tried) - len(kept)
             self.notes.append(f"{left:,} of {len(tried):,} hypotheses ({part}) were not tried, to save time")

@@ -72,8 +72,9 @@ class Weights:
             return self._kept[name]
         stored = self.checkpoint.weight(name)
         self.did(stored.nbytes)
-        # Of the embedding only the rows in use are widened, of the head some rows at a time.
-        weight = stored if name in ("embed.weight", "lm_head.weight") else stored.to(self.dtype)
+        # Of the embedding only the rows in use are widened, of a head that is not kept some rows at a time.
+        as_stored = name == "embed.weight" or (name == "lm_head.weight" and self._kept is None)
+        weight = stored if as_stored else stored.to(self.dtype)
         if self._kept is not None:
             self._kept[name] = weight
         return weight

@@ -118,7 +118,7 @@ class Trials:
         L, found = self.config.num_hidden_layers, {}
         with torch.inference_mode():
             plain = self._forward(dtype, to, self.base)
-            plain.keeps = True
+            plain.keeps = self._numbers(to) * dtype.itemsize < self.room / 4
             streams = [plain.start()]
             for layer in range(L):
                 streams.append(plain.block(streams[-1], layer))
@@ -159,6 +159,16 @@ class Trials:
                 names = texts[start : start + size]
                 found |= dict(zip(names, self._residuals(logits, length), strict=True))
         return found
+
+    def _numbers(self, length: int) -> int:
+        """That all steps of a run give."""
+        D, F = self.config.hidden_size, self.config.mlp_width
+        return self.ids[:, :length].numel() * self.config.num_hidden_layers * (14 * D + 4 * F)
+
+    def has_room_for_scores(self) -> bool:
+        """Whether the scores of all heads fit into memory: another mask or softmax writes them out."""
+        B, T = self.ids.shape
+        return 4 * B * self.config.num_attention_heads * T * T * 4 < self.room
 
     def _forward(self, dtype: torch.dtype, length: int, changes: Iterable[Change]) -> Forward:
         prefill = self.theirs.prefill_length
