@@ -412,7 +412,9 @@ class _Search:
             more = [*layer_lists(self.config), *inputs_before(self.trials), *sizes(self.trials)]
             fitting = searched(more, "mistakes")
         if not fitting:
-            fitting = searched(in_single_layers(self.config, self._suspects()), "single layers")
+            # Those for which all positions must be computed take the longest, and come last.
+            single = in_single_layers(self.config, self._suspects())
+            fitting = searched(sorted(single, key=lambda m: (m.whole, m.costly)), "single layers")
         return ranking, fitting
 
     def _suspects(self) -> list[int]:
@@ -730,13 +732,12 @@ class _Search:
             first, last = mistake.span(L)
             share = (L - max(first, 0)) / L if mistake.changes else 1.0
             if first == last and 0 <= first < L:  # its layer alone; the layers behind it run for many at once
-                share = 1 / L + share / _SIDE_BY_SIDE
+                share = 1 / L + (share if mistake.whole else share / _SIDE_BY_SIDE)
             share += (min(last, L - 1) - max(first, 0) + 1) / L * _COSTLY if mistake.costly else 0
             cost = share * (self.seconds if mistake.whole or part == "within" else self.seconds_of_window)
-            if total + cost > self.left[part]:
-                break
-            total += cost
-            kept.append(mistake)
+            if total + cost <= self.left[part]:
+                total += cost
+                kept.append(mistake)
         self.left[part] -= total
         if len(kept) < len(tried) and part != "pairs":
             left = len(tried) - len(kept)
