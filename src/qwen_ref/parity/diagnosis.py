@@ -509,7 +509,7 @@ class _Search:
             key=lambda h: (
                 any(not self.known[text].common for text in h.mistakes),
                 sum(" only" in text for text in h.mistakes),
-                sum(text.count(" + ") for text in h.mistakes),
+                sum(text.count(" + ") for text in h.mistakes if self.known[text].choice),
                 sum(order[text] for text in h.mistakes),
             )
         )
