@@ -13,6 +13,7 @@ from qwen_ref.config import QwenConfig
 from qwen_ref.parity.forward import Change, Forward, How
 from qwen_ref.parity.mistakes.attention import attention
 from qwen_ref.parity.mistakes.grammar import ALL, Mistake, made, rounded_to
+from qwen_ref.parity.mistakes.rotation import single_tables
 
 
 def _int8(over: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
@@ -71,6 +72,7 @@ def _in_8_bits(size: int | None, inputs: bool) -> tuple[tuple[str, How], ...]:
     return tuple((step, how) for step in (*ALL, "logits"))
 
 
+SINGLE_TABLES = "RoPE's angles, cosines and sines in float32"
 CLAMPED = "float16 overflow, clamped to 65504"
 
 
@@ -106,6 +108,8 @@ def choices() -> tuple[Mistake, ...]:
             hows = made(_in_8_bits(size, inputs))
             found.append(Mistake(text, hows, choice=True, costly=True))
             found.append(Mistake(f"{text}, and the embedding", (*hows, embedded), choice=True, costly=True))
+    tables = (("rotate_q", single_tables), ("rotate_k", single_tables))
+    found.append(Mistake(SINGLE_TABLES, made(tables), choice=True))
     caches: dict[str, tuple[tuple[str, How], ...]] = {"": ()}
     for name, dtype in half.items():
         caches[f"keys and values rounded to {name}"] = _cached(rounded_to(dtype))

@@ -119,6 +119,15 @@ def _of_heads(first: bool) -> How:
     return how
 
 
+def _single_angles(run: Forward) -> tuple[Tensor, Tensor]:
+    frequencies = model.rotary_frequencies(run.config, run.lengths, torch.float32)
+    cos, sin = run.tables(run.positions, frequencies)
+    return cos.to(run.wide), sin.to(run.wide)
+
+
+single_tables = _turned(_single_angles)  # in a float64 model: the published code's
+
+
 def _narrow_angles(run: Forward) -> tuple[Tensor, Tensor]:
     # Both in bfloat16, so that their product and its cosines and sines are bfloat16, too.
     cos, sin = run.tables(run.positions.bfloat16(), run.frequencies.bfloat16())
