@@ -38,6 +38,7 @@ from qwen_ref.parity.guesses import inputs_before, leaving, sizes
 from qwen_ref.parity.mistakes import in_single_layers, mistakes
 from qwen_ref.parity.mistakes.choices import CLAMPED, SINGLE_TABLES, choices, products_in
 from qwen_ref.parity.mistakes.grammar import NONE, Mistake, made
+from qwen_ref.parity.mistakes.mlp import SCALED_STEPS, scaled_at
 from qwen_ref.parity.mistakes.norms import norm_epsilon
 from qwen_ref.parity.mistakes.outside import layer_lists
 from qwen_ref.parity.mistakes.rotation import rope_base
@@ -77,6 +78,9 @@ _FAINT = 1 / 64
 # are 0.8 and more if all is in one dtype, and 0.4 to 0.6 if only the products are.
 _FINER = 0.7
 _HALVES = ("bfloat16", "float16")
+_NO_ROUNDING = 0.15  # of the squared error; of right ports factors explain up to 2 %
+_NUDGE = 1 / 64
+_COLUMNS = 4096  # of the logits, which this is judged by
 _LEAST_OF_GRID = 1 / 16  # the share of a dtype's rounding that the output head alone may have
 
 _SURE = 0.4  # tolerances: rounding takes a quarter of its own tolerance, this is a little more
@@ -408,6 +412,8 @@ class _Search:
         def searched(tried: Iterable[Mistake], part: str) -> list[Hypothesis]:
             nonlocal ranking
             worth = [m for m in tried if self._may_be(m) and (prompt < T or "decode" not in m.text)]
+            if self.theirs.stages == ["embed"]:
+                worth = [m for m in worth if any(change.step in ("ids", "embed") for change in m.changes)]
             if not self.trials.has_room_for_scores():
                 count = len(worth)
                 worth = [m for m in worth if not any(change.step == "attend" for change in m.changes)]
@@ -598,12 +604,41 @@ class _Search:
         text = f"computed in {dtype}"
         run = self.trials.run(together((*known, Mistake(text, dtype=dtype))))
         own = judged_by(run, self.theirs, text=False).rounding(last).all
-        part = ratios[dtype] < _FINER or (not self._numbers_of(dtype) and own > error / 2)
+        its = self._numbers_of(dtype) or self._sample.dtype == DTYPES[dtype]
+        part = ratios[dtype] < _FINER or (not its and own > error / 2)
         if part:
+            share = self._explained_by_scale(known)
+            if share > _NO_ROUNDING:
+                self.notes.append(
+                    f"the error is as large as {dtype} rounds, but no rounding: {share:.0%} of it is what a "
+                    "constant factor at one step or another would make"
+                )
+                return []
             text = f"a part computed in {dtype}"
         self.known.setdefault(text, Mistake(text, dtype=dtype, sized=True, choice=part))
         named = {f"computed in {dtype}": ratio for dtype, ratio in ratios.items()}
         return [Hypothesis.of((*texts, text), results, dtype=dtype, ratios=named)]
+
+    def _explained_by_scale(self, known: tuple[Mistake, ...]) -> float:
+        """The share of the port's squared error that factors near 1 at the steps explain. Of rounding it is
+        next to nothing; of a norm with another constant, or a wrong factor, it is most.
+        """
+        last = self.theirs.stages[-1]
+        real, theirs = self.theirs.real, self.theirs.stage(last)
+        columns = slice(None, None, max(theirs.shape[-1] // _COLUMNS, 1))
+
+        def numbers(changes: tuple[Change, ...]) -> Tensor:
+            kept: list[Tensor] = []
+            run = self.trials.run(together([*known, Mistake("scaled", changes)]))
+            run.run(lambda stage, value, start: kept.append(value), [last])
+            return kept[0][..., : theirs.shape[-1]][real][:, columns].double().flatten()
+
+        right = numbers(())
+        scaled = [numbers(made(scaled_at(step, 1 + _NUDGE))) - right for step in SCALED_STEPS]
+        error = theirs[real][:, columns].double().flatten() - right
+        basis = torch.stack([each for each in (*scaled, right) if bool(each.any())], dim=1)
+        left = error - basis @ torch.linalg.lstsq(basis, error[:, None]).solution[:, 0]
+        return 1 - float(left.square().sum() / error.square().sum())
 
     def _numbers_of(self, dtype: str) -> bool:
         """Whether the last stage, kept in a finer dtype, has this dtype's numbers only."""
@@ -704,6 +739,8 @@ class _Search:
     def _pairs(self, singles: Sequence[Hypothesis]) -> list[Hypothesis]:
         """Pairs of the common mistakes, and of what came nearest with them."""
         rank = {h.mistakes[0]: number for number, h in enumerate(singles) if len(h.mistakes) == 1}
+        if self.theirs.stages == ["embed"]:
+            return []
         common = [m for m in mistakes(self.config) if m.common and not m.choice and self._may_be(m)]
         near = [self.known[text] for text in rank if not self.known[text].common]
         near = [m for m in near if not m.choice and not m.sized][:_BETTER]

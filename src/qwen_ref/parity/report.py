@@ -151,7 +151,7 @@ _MOST_ALIKE = 4  # explanations that give the same numbers
 
 
 def _short(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:,.2f}"
+    return "∞" if math.isinf(value) else f"{value:,.2f}" if value < 1e9 else f"{value:.2e}"
 
 
 def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
         assert diagnosis.first_divergence is not None
         yield f"none of these; first divergence at {diagnosis.first_divergence}"
         yield f"look at {meaning(diagnosis.first_divergence)}; nearest was: {best.text}"
-        if diagnosis.comparison is not None and len(diagnosis.comparison.stages) == 1:
+        if diagnosis.comparison and [stage.stage for stage in diagnosis.comparison.stages] == ["logits"]:
             yield (
                 "logits alone do not tell which weights differ (compare weights_sha256), or a mistake that "
                 "nobody listed: a bundle with more stages says where it begins"

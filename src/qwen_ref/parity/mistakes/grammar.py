@@ -53,7 +53,7 @@ class Mistake:
         first, last = layers, -1
         for step, _, where in self.changes:
             if step in _BEFORE:
-                return 0, layers - 1
+                return 0, layers if any(change.step in _AFTER for change in self.changes) else layers - 1
             if step == "embed":
                 first = -1
             elif step in _AFTER:

@@ -234,3 +234,11 @@ def _late(x: Tensor, by: int, along: int) -> Tensor:
     """Each position has the one before's, or the one after's; at the end its own."""
     at = (torch.arange(x.shape[along]) - by).clamp(0, x.shape[along] - 1)
     return x.index_select(along, at)
+
+
+SCALED_STEPS = (*_ANYWHERE, "norm", "embed")
+
+
+def scaled_at(step: str, factor: float) -> tuple[tuple[str, How], ...]:
+    """The change that multiplies what a step gives, in all layers."""
+    return ((step, lambda run, right, *args: right(*args) * factor),)

@@ -67,6 +67,9 @@ NORMS: dict[str, How] = {
     "the sum of squares for their mean": _normed(
         lambda x, eps: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps)
     ),
+    "the mean over D − 1 numbers for D": _normed(
+        lambda x, eps: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1) + eps)
+    ),
     "the mean of absolute values for the root of the mean square": _normed(
         lambda x, eps: x / (x.abs().mean(-1, keepdim=True) + eps)
     ),

@@ -186,7 +186,7 @@ def of_rotation(config: QwenConfig) -> Iterator[Slip]:
     yield slip("RoPE on queries only: keys not rotated", "rotate_k", unturned)
     yield slip(
         "RoPE on v as well",
-        "v",
+        "values",
         lambda run, right, v: model.rotate(v, copies(run.cos, len(v)), copies(run.sin, len(v))),
     )
     yield slip("RoPE done twice", both, lambda run, right, x, cos, sin: right(right(x, cos, sin), cos, sin))
@@ -372,7 +372,7 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
         text = f"LogN with seq_length {length} for {config.seq_length}"
         table = functools.partial(_logn_table, factor=_log_ratio, seq_length=_always(length))
         yield slip(text, "scale_q", _factors(table))
-        if config.use_dynamic_ntk:
+        if config.use_dynamic_ntk and length < 4 * config.seq_length:  # else it is both off, mostly
             turned = with_frequencies(alpha=lambda n, _, s=length: model.ntk_alpha(n, s))
             hows = ("scale_q", _factors(table)), ("rotate_q", turned), ("rotate_k", turned)
             yield Slip(f"seq_length {length} for {config.seq_length}, in LogN and in NTK", hows)
