@@ -412,6 +412,7 @@ class _Search:
         def searched(tried: Iterable[Mistake], part: str) -> list[Hypothesis]:
             nonlocal ranking
             worth = [m for m in tried if self._may_be(m) and (prompt < T or "decode" not in m.text)]
+            worth = [m for m in worth if m.longer_than < T]
             if self.theirs.stages == ["embed"]:
                 worth = [m for m in worth if any(change.step in ("ids", "embed") for change in m.changes)]
             if not self.trials.has_room_for_scores():

@@ -38,6 +38,7 @@ class Mistake:
     dtype: str | None = None  # the dtype to compute in, if it is another
     common: bool = False  # tried in all layers at once, and in pairs
     whole: bool = False  # what it does to a position depends on later ones
+    longer_than: int = 0  # with no more positions than that it is the same as another mistake
     costly: bool = False  # it computes more than a layer does
     uncached: bool = False  # every decode step computes all positions again
     put_before: int | None = None  # a token before the ids; logits of the last T positions
@@ -77,6 +78,7 @@ class Slip:
     usual_in_half: bool = False
     choice: bool = False
     whole: bool = False
+    longer_than: int = 0
     alone: bool = True  # also tried in single layers
     costly: bool = False
 
@@ -90,6 +92,7 @@ class Slip:
         hows = self.hows if layers is None else [each for each in self.hows if each[0] not in _AFTER]
         changes = tuple(Change(step, how, layers) for step, how in hows)
         options: dict[str, Any] = {"common": self.common, "whole": self.whole, "costly": self.costly}
+        options["longer_than"] = self.longer_than
         return Mistake(text, changes, self.usual_in_half, self.choice, **options)
 
 

@@ -371,11 +371,13 @@ def of_logn(config: QwenConfig) -> Iterator[Slip]:
     for length in sorted(length for length in lengths if length > 1):
         text = f"LogN with seq_length {length} for {config.seq_length}"
         table = functools.partial(_logn_table, factor=_log_ratio, seq_length=_always(length))
-        yield slip(text, "scale_q", _factors(table))
-        if config.use_dynamic_ntk and length < 4 * config.seq_length:  # else it is both off, mostly
+        least = length if length > config.seq_length else 0  # up to there it is as if LogN were off
+        yield slip(text, "scale_q", _factors(table), longer_than=least)
+        if config.use_dynamic_ntk:
             turned = with_frequencies(alpha=lambda n, _, s=length: model.ntk_alpha(n, s))
             hows = ("scale_q", _factors(table)), ("rotate_q", turned), ("rotate_k", turned)
-            yield Slip(f"seq_length {length} for {config.seq_length}, in LogN and in NTK", hows)
+            text = f"seq_length {length} for {config.seq_length}, in LogN and in NTK"
+            yield Slip(text, hows, longer_than=least)
     if not config.use_logn_attn:
         table = functools.partial(_logn_table, factor=_log_ratio)
         yield slip("LogN though use_logn_attn is false", "scale_q", _factors(table), alone=False)
