@@ -19,7 +19,8 @@ from torch import Tensor
 from qwen_ref import parity
 from qwen_ref.checkpoint import DTYPES
 from qwen_ref.loading.loader import open_checkpoint
-from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.parity.forward import Change, Forward, Weights
+from qwen_ref.parity.stages import Checkpoint
 
 bundles = example_of("ports/bundle_numpy")
 NTK = GOLDEN / "ntk_logn"
@@ -143,27 +144,29 @@ def test_the_checksum_of_several_files(bundles: ModuleType, tmp_path: Path) -> N
     assert bundles.weights_checksum(tmp_path) == whole
 
 
-def written(bundles: ModuleType, out: Path, ids: Tensor, mask: Tensor, change: object = None) -> Path:
+def written(
+    bundles: ModuleType, out: Path, ids: Tensor, mask: Tensor, changes: list[Change] | None = None
+) -> Path:
     """What the reference computes in float32 with a mistake or none, written with NumPy."""
-    port = Port(Checkpoint(NTK), "float32", ids, mask)
-    if change is not None:
-        change(port)
+    weights = Weights(Checkpoint(NTK), torch.float32, True, lambda count: None)
     kept: dict[str, np.ndarray] = {}
-    port.run(lambda stage, value, start: kept.update({stage: value.numpy()}))
+    run = Forward(weights, ids, (mask == 0).sum(dim=-1), changes=changes or ())
+    run.run(lambda stage, value, start: kept.update({stage: value.numpy()}))
     bundles.write(out, ids.numpy(), kept, dtype="float32", attention_mask=mask.numpy())
     return out
 
 
-def no_rope(port: Port) -> None:
-    port.rotate = lambda x, cos, sin: x
+no_rope = [Change(step, lambda run, right, x, cos, sin: x) for step in ("rotate_q", "rotate_k")]
+relu = [Change("act", lambda run, right, gate: torch.relu(gate))]
 
 
-def relu(port: Port) -> None:
-    port.silu = torch.relu
-
-
-@pytest.mark.parametrize("change", [None, no_rope, relu])
-def test_the_first_difference_is_that_of_the_kit(bundles: ModuleType, tmp_path: Path, change: object) -> None:
+@pytest.mark.parametrize(
+    ("change", "first_stage"),
+    [(None, None), (no_rope, "blocks.0.attn.q_rotated"), (relu, "blocks.0.mlp.product")],
+)
+def test_the_first_difference_is_that_of_the_kit(
+    bundles: ModuleType, tmp_path: Path, change: list[Change] | None, first_stage: str | None
+) -> None:
     ids = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -175,7 +178,7 @@ def test_the_first_difference_is_that_of_the_kit(bundles: ModuleType, tmp_path: 
         assert found is first is None
         return
     stage, error, tolerance = found
-    assert stage == first.stage == {no_rope: "blocks.0.attn.q_rotated", relu: "blocks.0.mlp.product"}[change]
+    assert stage == first.stage == first_stage
     assert error == pytest.approx(first.relative_rms, rel=1e-6)
     assert tolerance < first.tolerance < 1.1 * tolerance  # the kit adds what storing costs
 

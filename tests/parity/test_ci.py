@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,7 +18,8 @@ from qwen_ref import parity
 from qwen_ref.parity import diagnosis as diagnosis_module
 from qwen_ref.parity.__main__ import main
 from qwen_ref.parity.ci import github_lines, write_junit
-from qwen_ref.parity.stages import Checkpoint, Port
+from qwen_ref.parity.forward import Change, Forward, Weights
+from qwen_ref.parity.stages import Checkpoint
 
 cli = cli_of(main)
 NTK = GOLDEN / "ntk_logn"
@@ -26,17 +27,14 @@ IDS = torch.randint(0, 320, (1, 24), generator=torch.Generator().manual_seed(11)
 ANNOTATION = re.compile(r"::(error|warning|notice) title=([^:,\r\n]*)::([^\r\n]*)")
 
 
-def no_rope(port: Port) -> None:
-    port.rotate = lambda x, cos, sin: x
+NO_ROPE = [Change(step, lambda run, right, x, cos, sin: x) for step in ("rotate_q", "rotate_k")]
 
 
-def written(out: Path, change: Callable[[Port], None] | None = None, only: list[str] | None = None) -> Path:
+def written(out: Path, changes: Sequence[Change] = (), only: list[str] | None = None) -> Path:
     """The bundle of a port in float32, with a mistake or none."""
-    port = Port(Checkpoint(NTK), "float32", IDS)
-    if change is not None:
-        change(port)
     kept: dict[str, Tensor] = {}
-    port.run(lambda stage, value, start: kept.update({stage: value}), only)
+    run = Forward(Weights(Checkpoint(NTK), torch.float32, True, lambda count: None), IDS, changes=changes)
+    run.run(lambda stage, value, start: kept.update({stage: value}), only)
     parity.write_bundle(out, IDS, kept, dtype="float32")
     return out
 
@@ -49,7 +47,7 @@ def truth(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wrong(tmp_path: Path) -> Path:
-    return written(tmp_path / "wrong.safetensors", no_rope)
+    return written(tmp_path / "wrong.safetensors", NO_ROPE)
 
 
 def unescaped(text: str) -> str:
@@ -134,7 +132,7 @@ def test_check_writes_it_as_well(cli: Callable, tmp_path: Path, wrong: Path) -> 
 
 
 def test_a_diagnosis_is_one_testcase(cli: Callable, tmp_path: Path) -> None:
-    port = written(tmp_path / "port.safetensors", no_rope, ["logits"])
+    port = written(tmp_path / "port.safetensors", NO_ROPE, ["logits"])
     result = cli("diagnose", "--model", NTK, "--bundle", port, "--junit", tmp_path / "out.xml", "--github")
     assert result.code == 1
     (case,) = cases(tmp_path / "out.xml")

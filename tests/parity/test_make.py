@@ -23,8 +23,10 @@ from qwen_ref.checkpoint import tensor_table
 from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.parity.__main__ import main
 from qwen_ref.parity.mistakes import mistakes
-from qwen_ref.parity.recording import Work, held_against, reference
+from qwen_ref.parity.mistakes.grammar import NONE
+from qwen_ref.parity.recording import Work, held_against
 from qwen_ref.parity.stages import Checkpoint
+from qwen_ref.parity.trials import Trials
 from qwen_ref.quantize.rounding import pack, unpack
 
 cli = cli_of(main)
@@ -205,15 +207,17 @@ def test_every_known_mistake_shows_in_the_logits(made: Path) -> None:
     """But for those that compute the same. The least of the others: rounded cosines, 100 to 200 times."""
     checkpoint = Checkpoint(made)
     bundles = [parity.read_bundle(made / name) for name in ("truth.safetensors", "padded.safetensors")]
+    all_trials = [Trials(checkpoint, bundle, (), Work(None)) for bundle in bundles]
     effects = {}
     for mistake in mistakes(checkpoint.config):
-        ports = [(reference(checkpoint, "float32", bundle, Work(None)), bundle) for bundle in bundles]
+        if not (mistake.common or mistake.sized):
+            continue
         found = []
-        for port, bundle in ports:
-            port.stepwise = False  # one pass computes the same, sooner; a mistake in steps turns it on again
-            mistake.make(port)
-            error = held_against(port, bundle, text=False).all_rounding()["logits"][0]
-            found.append(error / bundle.rounding["float32"]["logits"][0])
+        for trials in all_trials:
+            dtype = mistake.dtype or "float32"
+            measure = held_against(trials.run(mistake, dtype), trials.theirs, text=False)
+            usual = trials.theirs.rounding["float32"]["logits"][0]
+            found.append(measure.all_rounding()["logits"][0] / usual)
         effects[mistake.text] = max(found)
     same = SAME if checkpoint.config.use_logn_attn else {*SAME, "padding counted in positions"}
     assert {text for text, effect in effects.items() if effect < VISIBLE} == same
@@ -225,11 +229,10 @@ def test_mistakes_of_rounding_show_in_bfloat16(made: Path, text: str) -> None:
     checkpoint, bundle = Checkpoint(made), parity.read_bundle(made / "truth.safetensors")
     (mistake,) = (each for each in mistakes(checkpoint.config) if each.text == text)
     logits = []
-    for make in (lambda port: None, mistake.make):
-        port = reference(checkpoint, "bfloat16", bundle, Work(None))
-        port.stepwise = False
-        make(port)
-        port.run(lambda stage, value, start: logits.append(value.double()), ["logits"])
+    trials = Trials(checkpoint, bundle, (), Work(None))
+    for each in (NONE, mistake):
+        run = trials.run(each, "bfloat16")
+        run.run(lambda stage, value, start: logits.append(value.double()), ["logits"])
     right, wrong = logits
     assert (wrong - right).norm() / right.norm() > bundle.rounding["bfloat16"]["logits"][0] / 4
 

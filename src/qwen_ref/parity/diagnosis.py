@@ -532,6 +532,8 @@ class _Search:
                 any(not self.known[text].common for text in h.mistakes),
                 sum(" only" in text for text in h.mistakes),
                 sum(text.count(" + ") for text in h.mistakes if self.known[text].choice),
+                # Two common ones that compute the same may still round otherwise.
+                h.excess if all(self.known[text].common for text in h.mistakes) else 0,
                 sum(order[text] for text in h.mistakes),
             )
         )

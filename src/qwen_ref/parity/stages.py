@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qwen_ref import model
 from qwen_ref.checkpoint import (
     DTYPES,
     NoInitialisation,
@@ -26,7 +27,7 @@ from qwen_ref.checkpoint import (
 from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError
 from qwen_ref.loading.loader import check_values, open_checkpoint
-from qwen_ref.model import Attention, Block, KVCache, Positions, Qwen, RMSNorm, rotate
+from qwen_ref.model import Attention, Block, KVCache, Positions, Qwen, RMSNorm
 from qwen_ref.parallel import linear
 
 Keep = Callable[[str, Tensor, int], None]  # (stage, its value (B, t, …), the first of its t positions)
@@ -250,7 +251,10 @@ def _inside_attention(block: Block, ours: str, hand: Callable[[str, Tensor], Non
 
     def mix(q: Tensor, k: Tensor, *rest: object) -> Tensor:
         scaled = q.transpose(1, 2)
-        hand(f"{ours}.attn.q_rotated", scaled if at.query_scale is None else rotate(queries, at.cos, at.sin))
+        hand(
+            f"{ours}.attn.q_rotated",
+            scaled if at.query_scale is None else model.rotate(queries, at.cos, at.sin),
+        )
         hand(f"{ours}.attn.k_rotated", k.transpose(1, 2))
         hand(f"{ours}.attn.q_scaled", scaled)
         return Attention.mix(attention, q, k, *cast(tuple, rest))
