@@ -5,11 +5,8 @@ The first two come from the table of tensors and from the files' headers; no wei
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -89,11 +86,3 @@ def cache_bytes(config: QwenConfig, context: int, dtype: torch.dtype, ranks: int
     """
     heads = config.num_attention_heads // ranks
     return 2 * config.num_hidden_layers * heads * config.kv_channels * context * dtype.itemsize
-
-
-def memory_left() -> float:
-    """Bytes; infinite where the system does not tell: only Linux does."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        text = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    return math.inf

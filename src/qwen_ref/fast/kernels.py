@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from qwen_ref.commands.sizes import memory_left
 from qwen_ref.config import lacks_memory
 from qwen_ref.fast.matrices import (
     DynamicInt8,
@@ -133,6 +133,14 @@ class Choice:
             if not lacks_memory(error):
                 raise
             return next(iter(forms))  # no room to try any
+
+
+def memory_left() -> float:
+    """Bytes; infinite where the system does not tell: only Linux does."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        text = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    return math.inf
 
 
 @functools.lru_cache(maxsize=1)

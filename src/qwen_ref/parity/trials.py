@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref.checkpoint import DTYPES
-from qwen_ref.commands.sizes import memory_left
+from qwen_ref.fast.kernels import memory_left
 from qwen_ref.model import ntk_alpha
 from qwen_ref.parity.bundle import Bundle
 from qwen_ref.parity.compare import Measure, same_columns
