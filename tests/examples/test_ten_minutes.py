@@ -105,7 +105,7 @@ std::vector<float> forward(const std::vector<int>& ids) {
 
 def test_the_lines_for_jax(reader: Path) -> None:
     """With a model that returns JAX's array, or NumPy's where JAX is not installed."""
-    for command in commands(PAGE)[:2]:
+    for command in commands(PAGE)[:3]:
         run(command, reader)
     (reader / "engine.py").write_text("""
 import numpy as np

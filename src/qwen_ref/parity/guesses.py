@@ -55,7 +55,7 @@ def sizes(trials: Trials) -> Iterator[Mistake]:
             text = f"positions counted from {by}, in RoPE and in LogN: those of an earlier prompt?"
             yield Mistake(text, made(moved_alike(by)))
     if trials.config.use_dynamic_ntk:
-        for power in range(1, 8):
+        for power in range(2, 8):
             alpha = 2**power - 1
             how = with_frequencies(alpha=lambda n, s, alpha=alpha: alpha)
             yield Mistake(
