@@ -148,7 +148,7 @@ def written(
     bundles: ModuleType, out: Path, ids: Tensor, mask: Tensor, changes: list[Change] | None = None
 ) -> Path:
     """What the reference computes in float32 with a mistake or none, written with NumPy."""
-    weights = Weights(Checkpoint(NTK), torch.float32, True, lambda count: None)
+    weights = Weights(Checkpoint(NTK), torch.float32)
     kept: dict[str, np.ndarray] = {}
     run = Forward(weights, ids, (mask == 0).sum(dim=-1), changes=changes or ())
     run.run(lambda stage, value, start: kept.update({stage: value.numpy()}))

@@ -33,7 +33,7 @@ NO_ROPE = [Change(step, lambda run, right, x, cos, sin: x) for step in ("rotate_
 def written(out: Path, changes: Sequence[Change] = (), only: list[str] | None = None) -> Path:
     """The bundle of a port in float32, with a mistake or none."""
     kept: dict[str, Tensor] = {}
-    run = Forward(Weights(Checkpoint(NTK), torch.float32, True, lambda count: None), IDS, changes=changes)
+    run = Forward(Weights(Checkpoint(NTK), torch.float32), IDS, changes=changes)
     run.run(lambda stage, value, start: kept.update({stage: value}), only)
     parity.write_bundle(out, IDS, kept, dtype="float32")
     return out

@@ -476,7 +476,7 @@ def run_here(
 ) -> dict[str, torch.Tensor]:
     """What the kit's own forward pass computes with a mistake."""
     found: dict[str, torch.Tensor] = {}
-    weights = Weights(Checkpoint(folder), DTYPES[mistake.dtype or dtype], True, lambda count: None)
+    weights = Weights(Checkpoint(folder), DTYPES[mistake.dtype or dtype])
     run = Forward(weights, ids, changes=mistake.changes, **more)
     run.run(lambda stage, value, start: found.update({stage: value}), stages)
     return found

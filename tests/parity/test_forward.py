@@ -27,7 +27,7 @@ FOLDERS = [WEIGHTS, GOLDEN / "extended_base", GOLDEN / "ntk_logn"]
 
 def forward(folder: Path, dtype: str, ids: torch.Tensor, **more: object) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    weights = Weights(Checkpoint(folder), DTYPES[dtype], True, lambda count: None)
+    weights = Weights(Checkpoint(folder), DTYPES[dtype])
     Forward(weights, ids, **more).run(lambda stage, value, start: found.update({stage: value}))
     return found
 
@@ -93,7 +93,7 @@ def test_a_mistake_in_one_layer_leaves_the_others() -> None:
 def test_a_run_goes_on_from_numbers_that_are_given() -> None:
     folder, ids = GOLDEN / "extended_base", torch.randint(0, 320, (1, 12))
     right = forward(folder, "float32", ids)
-    weights = Weights(Checkpoint(folder), torch.float32, True, lambda count: None)
+    weights = Weights(Checkpoint(folder), torch.float32)
     doubled = Change("gate", lambda run, right, h, w: 2 * right(h, w), frozenset([0]))
     found: dict[str, torch.Tensor] = {}
     run = Forward(weights, ids, changes=[doubled])

@@ -492,7 +492,7 @@ def test_a_mistake_is_printed_with_its_margin(cli: Callable, tmp_path: Path) -> 
     ids = torch.randint(0, 320, (1, 30))
     unturned = [Change(step, lambda run, right, x, cos, sin: x) for step in ("rotate_q", "rotate_k")]
     kept: dict[str, Tensor] = {}
-    run = Forward(Weights(Checkpoint(NTK), torch.float32, True, lambda count: None), ids, changes=unturned)
+    run = Forward(Weights(Checkpoint(NTK), torch.float32), ids, changes=unturned)
     run.run(lambda stage, value, start: kept.update({stage: value}), ["logits"])
     parity.write_bundle(tmp_path / "port", ids, kept, dtype="float32")
     result = cli("diagnose", "--model", NTK, "--bundle", tmp_path / "port")

@@ -78,7 +78,9 @@ _FAINT = 1 / 64
 # are 0.8 and more if all is in one dtype, and 0.4 to 0.6 if only the products are.
 _FINER = 0.7
 _HALVES = ("bfloat16", "float16")
-_NO_ROUNDING = 0.15  # of the squared error; of right ports factors explain up to 2 %
+# Of the squared error: of right ports that round a part, factors explained 3 to 37 %, of a norm by D − 1 and
+# of a norm times 1.003 more than 99 %.
+_NO_ROUNDING = 0.6
 _NUDGE = 1 / 64
 _COLUMNS = 4096  # of the logits, which this is judged by
 _LEAST_OF_GRID = 1 / 16  # the share of a dtype's rounding that the output head alone may have

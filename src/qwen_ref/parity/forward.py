@@ -63,15 +63,14 @@ class Change(NamedTuple):
 class Weights:
     """A checkpoint's weights in one dtype. They are kept if there is room, else read anew each time."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, keep: bool, did: Callable[[int], None]):
-        self.checkpoint, self.dtype, self.did = checkpoint, dtype, did
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, keep: bool = True) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
         self._kept: dict[str, Tensor] | None = {} if keep else None
 
     def __call__(self, name: str) -> Tensor:
         if self._kept is not None and name in self._kept:
             return self._kept[name]
         stored = self.checkpoint.weight(name)
-        self.did(stored.nbytes)
         # Of the embedding only the rows in use are widened, of a head that is not kept some rows at a time.
         as_stored = name == "embed.weight" or (name == "lm_head.weight" and self._kept is None)
         weight = stored if as_stored else stored.to(self.dtype)

@@ -49,7 +49,7 @@ class Trials:
             size = sum(math.prod(each.shape) for each in sizes) * dtype.itemsize
             kept = size < self.room
             self.room -= size if kept else 0
-            self._weights[dtype] = Weights(self.checkpoint, dtype, kept, lambda _: None)
+            self._weights[dtype] = Weights(self.checkpoint, dtype, kept)
         return self._weights[dtype]
 
     def run(
