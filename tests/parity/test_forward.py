@@ -59,7 +59,8 @@ def test_what_follows_a_layer_is_the_same_side_by_side() -> None:
     together = trials.screen(tried, 40)
     for mistake in tried:
         (alone,) = trials.screen([mistake], 40).values()
-        assert together[mistake.text] == pytest.approx(alone, rel=1e-4), mistake.text
+        # What changes nothing leaves the rounding of float32, 6e-7, which goes by the shapes of the products.
+        assert together[mistake.text] == pytest.approx(alone, rel=1e-4, abs=1e-7), mistake.text
 
 
 def port_bundle(ids: torch.Tensor, name: str = "bundle.safetensors") -> parity.Bundle:
