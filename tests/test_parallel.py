@@ -329,7 +329,7 @@ def test_partial_sums_are_not_rounded(dtype: torch.dtype, shape: tuple) -> None:
         (
             "14b",
             5,
-            r"the MLP's width .*=13696 and vocab_size=152064 cannot .* over 5 ranks; use 1, 2, 4 or 8",
+            "the MLP's width=13696 cannot be split over 5 ranks; use 1, 2, 4 or 8",
         ),
         ("7b", 64, "num_attention_heads=32 cannot be split over 64 ranks; use 1, 2, 4, 8, 16 or 32"),
         ("1.8b", 0, "cannot be split over 0 ranks; use 1, 2, 4, 8 or 16"),

@@ -1,8 +1,8 @@
 """From a published checkpoint folder to a model: the table of its tensors, and the mapped weights.
 
-A folder holds config.json and either one model.safetensors or several files and model.safetensors.index.json.
-qwen_ref.load_model, in loading/, first looks for everything that can be wrong with a folder, and then calls
-load_model here. `python -m qwen_ref.checkpoint inspect` prints what a folder holds.
+A folder holds config.json and one model.safetensors, or several files and model.safetensors.index.json.
+qwen_ref.load_model, in loading/, knows other names of files, too, looks for everything that can be wrong with
+a folder, and then calls load_model here. `python -m qwen_ref.checkpoint inspect` prints what a folder holds.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class TensorSpec(NamedTuple):
     cut: str | None
 
     def shape_of_rank(self, ranks: int) -> tuple[int, ...]:
-        """The shape of each rank's part."""
+        """The shape of each rank's part. Of embedding and head the last rank may have fewer rows."""
         if self.cut is None:
             return self.shape
         if self.cut == "columns":
             return (self.shape[0], self.shape[1] // ranks)
-        return (self.shape[0] // ranks, *self.shape[1:])
+        return (-(-self.shape[0] // ranks), *self.shape[1:])
 
     def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
         """A rank's part of the tensor, as a view. For "heads" it is (3, rows, …): rows of q, k and v."""
@@ -112,19 +112,17 @@ def load_model(
     *,
     packed: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    opened: tuple[QwenConfig, Mapping[str, Stored]] | None = None,
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
     The arguments are those of qwen_ref.load_model (loading/loader.py), which checks the folder first. But
     here, `device` is the device of this rank alone: "cuda" does not give each rank its own.
-
-    On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
-    the operating system may drop it again, and a checkpoint larger than memory still runs. With several
-    ranks, a rank copies its parts of the weights cut by columns and of the bias of q, k and v.
+    opened: what open_checkpoint has given, or would give if the files had their published names.
     Raises ValueError if the folder is not in the published form, and RankLost if a rank is gone.
     """
     ranks, target = join(group, str(device)), torch.device(device)
-    config, stored = open_checkpoint(folder)
+    config, stored = opened or open_checkpoint(folder)
     table, wanted, size = tensor_table(config), compute_dtype(dtype, stored), ranks.size
     total, done = sum(stored[spec.published].bytes_of_rank(spec, size) for spec in table), 0
     if progress is not None:
@@ -160,10 +158,10 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
-    """The dtype of this name; "auto" is the stored one. ValueError if unknown, or for auto and several."""
-    kinds = sorted({tensor.dtype for tensor in stored.values()})
+    """The dtype of this name; "auto": that of the matrices. ValueError if unknown, or auto and several."""
+    kinds = sorted({tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1})
     if name == "auto" and len(kinds) > 1:
-        raise InputError(f"the weights are stored in {' and '.join(kinds)}; name the dtype, not auto")
+        raise InputError(f"the matrices are stored in {' and '.join(kinds)}; name the dtype, not auto")
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     return STORED_DTYPES[kinds[0]] if name == "auto" else DTYPES[name]
@@ -194,10 +192,6 @@ class StoredTensor(NamedTuple):
         """A rank's part, a view. device: where a packed weight would be dequantised."""
         return spec.part(self.read(), rank, ranks)
 
-    def start(self) -> Tensor:
-        """The first row: it tells the tensor from one of the same name in another checkpoint."""
-        return self.read()[:1] if len(self.shape) > 1 else self.read()
-
 
 Stored: TypeAlias = "StoredTensor | StoredPacked"
 
@@ -220,8 +214,10 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     """
     config, gptq = QwenConfig.from_json(Path(folder) / "config.json"), packing(folder)
     found: dict[str, Stored] = {}
-    for path in weight_files(folder):
-        found |= read_headers(path)
+    weight_map = read_index(index) if os.path.lexists(index := Path(folder) / INDEX_NAME) else {}
+    for file in sorted(set(weight_map.values())) or [SINGLE_NAME]:
+        there = read_headers(Path(folder) / file)
+        found |= {name: tensor for name, tensor in there.items() if weight_map.get(name, file) == file}
     table = tensor_table(config)
     if gptq is not None:
         from qwen_ref.quantize.gptq import with_packed
@@ -234,24 +230,18 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     return config, found
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder, by its index if it has one."""
-    folder = Path(folder)
-    if not os.path.lexists(folder / INDEX_NAME):
-        if os.path.lexists(folder / SINGLE_NAME):
-            return [folder / SINGLE_NAME]
-        by_autogptq = list(folder.glob("gptq_model-*.safetensors"))  # AutoGPTQ's file name
-        return by_autogptq if len(by_autogptq) == 1 else []
-    weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+def read_index(path: Path) -> dict[str, str]:
+    """An index's weight_map: tensor → file. Raises ValueError where it names anything outside the folder."""
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f'{INDEX_NAME}: "weight_map" must be an object of tensor names and file names')
+        raise InputError(f'{path.name}: "weight_map" must be an object of tensor names and file names')
     named = [file for file in weight_map.values() if isinstance(file, str) and file.endswith(".safetensors")]
     plain = [file for file in named if file.isprintable() and not set(file) & set("/\\:")]
     if len(plain) < len(weight_map):
         refused = dict.fromkeys(shown(file) for file in weight_map.values() if file not in plain)
         only = "weight_map may name only .safetensors files in the folder itself"
-        raise InputError(f"{INDEX_NAME}: {only}, not {some(refused)}")
-    return [folder / file for file in sorted(set(plain))]
+        raise InputError(f"{path.name}: {only}, not {some(refused)}")
+    return weight_map
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:

@@ -79,6 +79,10 @@ class QwenConfig:
         """The real width F of the SwiGLU MLP."""
         return self.intermediate_size // 2
 
+    def __repr__(self) -> str:  # short, for a notebook; vars() has all of it
+        sizes = f"{self.num_hidden_layers} layers of {self.num_attention_heads} × {self.kv_channels}"
+        return f"QwenConfig({sizes}, MLP {self.mlp_width}, V {self.vocab_size}, length {self.seq_length})"
+
     @classmethod
     def from_json(cls, path: str | Path) -> QwenConfig:
         """Reads a published config.json. Nothing that it names (`auto_map`) is ever imported or executed.
@@ -102,25 +106,25 @@ class QwenConfig:
         return _PRESETS[size]
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises ValueError where heads, MLP or vocabulary cannot be cut evenly for so many ranks.
+        """Raises ValueError where heads or MLP cannot be cut evenly for so many ranks.
+
+        A vocabulary of any size can: the last rank has fewer rows, but it must have some.
 
         >>> QwenConfig.preset("72b").check_ranks(6)
         Traceback (most recent call last):
         InputError: num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64
         """
-        sizes = {
-            "num_attention_heads": self.num_attention_heads,
-            "the MLP's width (intermediate_size / 2)": self.mlp_width,
-            "vocab_size": self.vocab_size,
-        }
-        if uneven := [f"{name}={value}" for name, value in sizes.items() if ranks < 1 or value % ranks]:
-            usable = either(self.usable_ranks())
-            raise InputError(f"{' and '.join(uneven)} cannot be split over {ranks} ranks; use {usable}")
+        usable, V = self.usable_ranks(), self.vocab_size
+        if ranks not in usable:
+            sizes = {"num_attention_heads": self.num_attention_heads, "the MLP's width": self.mlp_width}
+            uneven = [f"{name}={size}" for name, size in sizes.items() if ranks < 1 or size % ranks]
+            what = " and ".join(uneven or [f"vocab_size={V}"])
+            raise InputError(f"{what} cannot be split over {ranks} ranks; use {either(usable)}")
 
     def usable_ranks(self) -> list[int]:
-        """The numbers of ranks over which heads, MLP and vocabulary can be cut evenly."""
-        common = math.gcd(self.num_attention_heads, self.mlp_width, self.vocab_size)
-        return [n for n in range(1, self.num_attention_heads + 1) if common % n == 0]
+        """The numbers of ranks that this model can be cut for."""
+        common, V = math.gcd(self.num_attention_heads, self.mlp_width), self.vocab_size
+        return [n for n in range(1, common + 1) if common % n == 0 and (n - 1) * -(-V // n) < V]
 
     def __post_init__(self) -> None:
         problems = _value_problems(vars(self))
@@ -162,6 +166,8 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """QwenConfig's fields from a parsed config.json, early spellings resolved, and what is not supported."""
     if (model_type := raw.get("model_type", "qwen")) != "qwen":
         raise InputError(f'model_type is {shown(model_type)}; only first-generation Qwen, "qwen", is known')
+    if encoders := [f'"{name}"' for name in ("visual", "audio") if raw.get(name) is not None]:
+        raise InputError(f"{encoders[0]}: Qwen-VL or Qwen-Audio, with an encoder; only text models are read")
     problems = [
         f"{key}={shown(raw[key])} is not supported, only {json.dumps(value)}: {reason}"
         for key, (value, reason) in _SUPPORTED_VALUES.items()
@@ -190,7 +196,7 @@ _PRESETS = {  # D, layers, H, K, 2 · F, V, trained length, RoPE base, epsilon, 
 }
 
 
-def whole(name: str, value: Any, least: int = 1, most: int = 2**40) -> int:
+def whole(name: str, value: Any, least: int = 1, most: int = 2**40, hint: str = "") -> int:
     """A whole number of any type, as an int; InputError, with its name, for anything else."""
     try:
         if isinstance(value, bool):
@@ -200,7 +206,7 @@ def whole(name: str, value: Any, least: int = 1, most: int = 2**40) -> int:
         raise InputError(f"{name}={shown(value)} must be a whole number") from None
     if not least <= number <= most:
         limit = f"at least {least}" if number < least else f"at most {most}"
-        raise InputError(f"{name}={shown(value)} must be {limit}")
+        raise InputError(f"{name}={shown(value)} must be {limit}{hint}")
     return number
 
 

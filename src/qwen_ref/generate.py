@@ -310,7 +310,7 @@ def check_settings(max_new_tokens: int, how: Sampling) -> None:
     check_parameters(*how[:4])
     whole("max_new_tokens", max_new_tokens, most=LARGEST_LENGTH)
     if how.seed is not None:
-        whole("seed", how.seed, least=0, most=2**63 - 1)
+        whole("seed", how.seed, least=0, most=2**63 - 1, hint=" (None: a new one each time)")
 
 
 def checked_ids(prompt: Iterable[int], vocab_size: int) -> list[int]:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_ref.config import InputError, QwenConfig, lacks_memory, whole
+from qwen_ref.config import InputError, QwenConfig, lacks_memory, shown, whole
 from qwen_ref.parallel import (  # with one rank they are nn.Linear and nn.Embedding
     ONE_RANK,
     ColumnParallelLinear,
@@ -148,6 +148,10 @@ class KVCache:
         self.text_end: int | None = None  # from here on a row holds filler, not text (generate_batch)
         self.frequencies: Tensor | None = None  # (1 or B, K/2), from the first call on
 
+    def __repr__(self) -> str:
+        held = f"{self.length} of {self.max_length} positions, batch of {self.batch_size}"
+        return f"{type(self).__name__}({held}, {len(self.keys)} layers, {self.keys[0].dtype})"
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a layer's T new positions (B, H, T, K); returns all S. hidden_states advances `length`."""
         T, end = k.shape[2], self.length + k.shape[2]
@@ -233,6 +237,11 @@ class Qwen(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.lm_head = VocabularyParallelHead(config.hidden_size, config.vocab_size, group)
         self.cache_type = KVCache  # the class for new_cache; --fast and --kv-cache int8 set another one
+
+    def __repr__(self) -> str:  # in place of torch's tree of modules, which blocks[0] still shows
+        D, F, at = self.config.hidden_size, self.config.mlp_width, self.embed.weight
+        count = 2 * self.config.vocab_size * D + len(self.blocks) * (4 * D * D + 3 * D * F + 5 * D) + D
+        return f"Qwen({count:,} parameters, {at.dtype} on {at.device}, {self.config})"
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
@@ -321,6 +330,9 @@ class Qwen(nn.Module):
 
 def check_inputs(V: int, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
     """Raises ValueError for ids, a mask or a cache that do not fit each other or the vocabulary of V rows."""
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if given is not None and not isinstance(given, Tensor):
+            raise InputError(f"{name} must be a tensor, such as torch.tensor([ids]), not {shown(given)}")
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
         what = f"{input_ids.dtype} {tuple(input_ids.shape)}"
         raise InputError(f"input_ids must be int64 of shape (batch, at least one token), not {what}")

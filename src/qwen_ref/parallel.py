@@ -75,10 +75,20 @@ class Group:
                 dist.all_reduce(x, group=self.process_group)
         return x
 
-    def gather(self, x: Tensor, only_rank_0: bool = False) -> Tensor | None:
-        """Every rank's x, side by side in the last dimension. only_rank_0: the other ranks get None."""
+    def share(self, rows: int) -> range:
+        """Which of so many rows this rank has. Where they do not divide, the last rank has fewer."""
+        each = -(-rows // self.size)
+        return range(self.rank * each, min((self.rank + 1) * each, rows))
+
+    def gather(self, x: Tensor, only_rank_0: bool = False, width: int | None = None) -> Tensor | None:
+        """Every rank's x, side by side in the last dimension. only_rank_0: the other ranks get None.
+
+        width: the size of the last dimension then, if the last rank's x may be narrower (see share).
+        """
         if self.size == 1:
             return x
+        if width is not None:  # a collective takes equal parts
+            x = F.pad(x, (0, -(-width // self.size) - x.shape[-1]))
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size if self.rank == 0 or not only_rank_0 else 0)]
         with lost_ranks_named():
@@ -87,7 +97,7 @@ class Group:
                 dist.gather(x, parts or None, first, self.process_group)
             else:
                 dist.all_gather(parts, x, group=self.process_group)
-        return torch.cat(parts, dim=-1) if parts else None
+        return torch.cat(parts, dim=-1)[..., :width] if parts else None
 
     def from_rank_0(self, x: Tensor) -> Tensor:
         """Returns rank 0's x on every rank. The other ranks pass a tensor of the same shape and dtype."""
@@ -254,14 +264,15 @@ class VocabularyParallelEmbedding(nn.Embedding):
     """A look-up of rows. This rank has (V / ranks, D) of them and gives 0 for the other ranks' tokens."""
 
     def __init__(self, vocab_size: int, size: int, group: Group) -> None:
-        super().__init__(vocab_size // group.size, size)
+        self.rows = group.share(vocab_size)
+        super().__init__(len(self.rows), size)
         self.group = group
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = ids.to(self.weight.device)
         if self.group.size == 1:
             return super().forward(ids)
-        ours = ids - self.group.rank * self.num_embeddings
+        ours = ids - self.rows.start
         others = (ours < 0) | (ours >= self.num_embeddings)
         rows = super().forward(ours.masked_fill(others, 0)).masked_fill(others[..., None], 0)
         return self.group.sum(rows)  # exact in any dtype: all but one of the ranks add 0
@@ -271,12 +282,12 @@ class VocabularyParallelHead(Linear):
     """Logits x Wᵀ of this rank's share of the vocabulary, gathered: x (…, D) → (…, V)."""
 
     def __init__(self, size: int, vocab_size: int, group: Group) -> None:
-        super().__init__(size, vocab_size // group.size, bias=False)
-        self.group = group
+        super().__init__(size, len(group.share(vocab_size)), bias=False)
+        self.group, self.vocab_size = group, vocab_size
 
     def forward(self, x: Tensor, only_rank_0: bool = False) -> Any:
         """A Tensor. only_rank_0: for sampling, which rank 0 does; the other ranks get None."""
-        return self.group.gather(super().forward(x), only_rank_0)
+        return self.group.gather(super().forward(x), only_rank_0, self.vocab_size)
 
 
 def group_size(group: str | dist.ProcessGroup | None) -> int:

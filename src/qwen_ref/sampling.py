@@ -88,7 +88,7 @@ def check_parameters(temperature: float, top_k: int, top_p: float, repetition_pe
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise InputError(f"{name}={shown(value)} must be a number")
-    whole("top_k", top_k, least=0)
+    whole("top_k", top_k, least=0, hint=" (0: no limit)")
     if temperature != 0 and not 1e-5 <= temperature <= 1e30:  # float32 holds both
         raise InputError(f"temperature={shown(temperature)} must be 0 (greedy) or from 1e-5 to 1e30")
     if not 0 < top_p <= 1:

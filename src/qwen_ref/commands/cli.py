@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -97,7 +98,7 @@ def run(
     - lost: another rank is gone; a command that uses 1 itself gives another code here
     - 70: any other error is a fault of qwen_ref, and its traceback is printed
     """
-    with _streams():
+    with _streams(), _notes_said():
         try:
             code = command(parser.parse_args(arguments))
             sys.stdout.flush()
@@ -120,6 +121,22 @@ def run(
             to_stderr(printable(traceback.format_exc(), kept="\n"), end="")
             say(FAULT_LINE)
             return FAULT
+
+
+@contextlib.contextmanager
+def _notes_said() -> Iterator[None]:
+    """The library's warnings, such as one on files of a folder that are not read, as notes on stderr."""
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"note: {record.getMessage()}")
+
+    notes, logger = Notes(), logging.getLogger("qwen_ref")
+    logger.addHandler(notes)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from qwen_ref.commands.cli import Parser, run
 from qwen_ref.commands.sizes import Kind, bias_bytes, cache_bytes, expected, kinds, weight_bytes
 from qwen_ref.commands.tables import aligned
 from qwen_ref.config import LARGEST_LENGTH, InputError, QwenConfig
+from qwen_ref.loading.files import PICKLE_SUFFIXES
 from qwen_ref.loading.folder import require_folder
-from qwen_ref.loading.loader import PICKLE_SUFFIXES, open_checkpoint
+from qwen_ref.loading.loader import opened, say_notes
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import unpackable
 
@@ -90,7 +91,8 @@ def inspect(args: argparse.Namespace) -> int:
     elif not _has_weights(path):
         config = QwenConfig.from_json(path / "config.json")
     else:
-        config, stored = open_checkpoint(path)
+        config, stored, notes = opened(path)
+        say_notes(notes)
     config.check_ranks(args.tp)
     gptq = None
     if path.exists():

@@ -199,7 +199,8 @@ class FastLinear(nn.Module):
         super().__init__()
         self.group = group
         self.sums = group.size > 1 and isinstance(layer, RowParallelLinear)
-        self.gathers = group.size > 1 and isinstance(layer, VocabularyParallelHead)
+        # The numbers that are put together of all ranks' outputs; 0: none are.
+        self.width = layer.vocab_size if group.size > 1 and isinstance(layer, VocabularyParallelHead) else 0
         with group.together():
             weight, dtype, exact = _weight(layer, self.sums, quantize, group_size)
             found = forms(weight, dtype, self.sums, exact)
@@ -216,7 +217,7 @@ class FastLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         y = y.to(x.dtype)
-        return self.group.gather(y, only_rank_0) if self.gathers else y
+        return self.group.gather(y, only_rank_0, self.width) if self.width else y
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FastLinear:
         """What .to(), .half(), .cuda() and the like do: not with scales and packed bits."""

@@ -8,10 +8,11 @@ values. With several ranks it checks that all load the same checkpoint, and give
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,18 +20,17 @@ import torch.distributed as dist
 from qwen_ref import checkpoint
 from qwen_ref.checkpoint import (
     IGNORED_SUFFIXES,
-    INDEX_NAME,
-    SINGLE_NAME,
     STORED_DTYPES,
     Stored,
     StoredTensor,
     compute_dtype,
+    dtype_name,
     packing,
     read_headers,
     tensor_table,
-    weight_files,
 )
-from qwen_ref.config import InputError, QwenConfig, file_problem, read_json_object, some
+from qwen_ref.config import InputError, QwenConfig, file_problem, some
+from qwen_ref.loading.files import WeightFiles, weight_files
 from qwen_ref.loading.folder import require_folder
 from qwen_ref.loading.launch import launched
 from qwen_ref.model import Qwen
@@ -40,7 +40,7 @@ from qwen_ref.quantize import gptq as packed_tensors
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_logger = logging.getLogger(__name__)
 # The dtypes of each kind of tensor. A GPTQ checkpoint has packed tensors and scales, too.
 KINDS = {"weights": tuple(STORED_DTYPES), **packed_tensors.KINDS}
 
@@ -56,7 +56,7 @@ def load_model(
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
-    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the weights are stored in.
+    dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the matrices are stored in.
     device: "cpu", "cuda", …; with several ranks "cuda" gives each rank the device with its number.
     group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
     is torch.distributed's default process group, started from torchrun's variables if need be (with a timeout
@@ -68,6 +68,7 @@ def load_model(
     On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
     the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
     a rank that are cut by columns are copied, and its bias of q, k and v.
+    What the folder holds besides, and is not read, is logged as a warning.
     Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
     MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
     ConnectionError, where a rank is gone.
@@ -79,14 +80,32 @@ def load_model(
     ranks = join(group, device)
     with ranks.together():
         target = _device(own_device(device, size))
-        config, stored = open_checkpoint(folder)
+        config, stored, notes = opened(folder)
         wanted = compute_dtype(dtype, stored)
         if packed and not any(tensor.packed for tensor in stored.values()):
             raise InputError(f"{folder}: not a GPTQ checkpoint; only those can be kept packed")
         marks = fingerprint(config, wanted, stored) if size > 1 else {}
     ranks.require_same(str(folder), marks)
     check_values(folder, stored, ranks)
-    return checkpoint.load_model(folder, dtype, target, group, packed=packed, progress=progress)
+    if ranks.rank == 0:
+        say_notes((*notes, *(_rounded(stored, wanted) if dtype == "auto" else ())))
+    there = (config, stored)
+    return checkpoint.load_model(folder, dtype, target, group, packed=packed, progress=progress, opened=there)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Logs what is to be said of a folder. A command prints it on stderr."""
+    for note in notes:
+        _logger.warning("%s", note)
+
+
+def _rounded(stored: Mapping[str, Stored], dtype: torch.dtype) -> Iterator[str]:
+    """What to say of tensors that have more bits than the dtype that the matrices are stored in."""
+    wide = [name for name, tensor in stored.items() if STORED_DTYPES[tensor.dtype].itemsize > dtype.itemsize]
+    if wide:
+        kinds = sorted({dtype_name(STORED_DTYPES[stored[name].dtype]) for name in wide})
+        found = f"{len(wide)} of {len(stored)} tensors are stored in {' and '.join(kinds)}"
+        yield f"{found} and rounded to {dtype_name(dtype)}, as the matrices are: {some(wide, most=3)}"
 
 
 def check_cut(folder: str | Path, ranks: int) -> None:
@@ -122,7 +141,9 @@ def fingerprint(config: QwenConfig, dtype: torch.dtype, stored: Mapping[str, Sto
     """
     marks: dict[str, object] = {**vars(config), "dtype": dtype}
     for name, tensor in stored.items():
-        content = tensor.start().contiguous().view(torch.uint8).numpy().tobytes()
+        whole = tensor.read() if tensor.packed is None else tensor.packed.parts[0].read()
+        start = whole[:1] if whole.ndim > 1 else whole
+        content = start.contiguous().view(torch.uint8).numpy().tobytes()
         marks[f"the start of {name}"] = hashlib.blake2b(content, digest_size=8).hexdigest()
     return marks
 
@@ -160,8 +181,21 @@ def own_device(device: str, size: int) -> str:
     return f"cuda:{index}"
 
 
+class Opened(NamedTuple):
+    """A checkpoint folder without any fault."""
+
+    config: QwenConfig
+    stored: dict[str, Stored]
+    notes: list[str]  # what is there and not read
+
+
 def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
     """As checkpoint.open_checkpoint; its ValueError names everything that is wrong with the folder."""
+    return opened(folder)[:2]
+
+
+def opened(folder: str | Path) -> Opened:
+    """open_checkpoint, and what is to be said of the folder though nothing is wrong with it."""
     require_folder(folder)
     folder = Path(folder)
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -172,31 +206,39 @@ def open_checkpoint(folder: str | Path) -> tuple[QwenConfig, dict[str, Stored]]:
         config, gptq = QwenConfig.from_json(folder / "config.json"), packing(folder)
     except ValueError as error:
         problems.append(str(error))
-    files, weight_map = _weight_files(folder, problems)
-    found, complete = _read_headers(folder, files, weight_map, problems)
+    files = WeightFiles([], {}, "", [])
+    try:
+        files = weight_files(folder)
+    except ValueError as error:
+        problems.append(str(error))
+    found, complete = _read_headers(files, problems)
     if config is None:
         raise _refusal(folder, problems)
     table = tensor_table(config)
+    optional: Collection[str] = ()
+    expected = {spec.published: (spec.shape, "weights") for spec in table}
+    if gptq is not None:
+        expected, optional = packed_tensors.expected(table, gptq)
+    _leave_out(found, expected, files)
     if gptq is not None:
         contradiction = packed_tensors.contradiction(table, gptq, found)
         if contradiction is not None:
             problems.append(contradiction)
-        elif files:
-            problems += _compare(*packed_tensors.expected(table, gptq), found, complete)
+        elif files.paths:
+            problems += _compare(expected, optional, found, complete)
         if problems:  # all that can be known is said at once
             raise _refusal(folder, problems + packed_tensors.known_problems(table, gptq, found))
-        return config, packed_tensors.with_packed(table, gptq, found)
-    expected = {spec.published: (spec.shape, "weights") for spec in table}
+        return Opened(config, packed_tensors.with_packed(table, gptq, found), files.notes)
     if packed := [name for name in expected if f"{name.removesuffix('weight')}qweight" in found]:
         problems.append(
             f"{some(packed)}: packed weights, but neither config.json's quantization_config nor "
             "quantize_config.json says how"
         )
-    elif files:
-        problems += _compare(expected, (), found, complete)
+    elif files.paths:
+        problems += _compare(expected, optional, found, complete)
     if problems:
         raise _refusal(folder, problems)
-    return config, dict(found)
+    return Opened(config, dict(found), files.notes)
 
 
 def _refusal(folder: str | Path, problems: list[str]) -> InputError:
@@ -204,57 +246,46 @@ def _refusal(folder: str | Path, problems: list[str]) -> InputError:
     return InputError(f"{folder}: {count}{some(problems, '; ', longest=4000)}")
 
 
-def _weight_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str, str]]:
-    """The files to open, and the index's map from tensor to file, empty without an index."""
-    indexed, single = (os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME))
-    if indexed and single:
-        problems.append(f"both {SINGLE_NAME} and {INDEX_NAME} are there; remove the one that is not meant")
-        return [], {}
-    try:
-        if files := weight_files(folder):
-            return files, read_json_object(folder / INDEX_NAME)["weight_map"] if indexed else {}
-    except ValueError as error:
-        problems.append(str(error))
-        return [], {}
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        problems.append(
-            f"{some(pickles)}: pickled checkpoints are not read, since unpickling runs code from the file; "
-            "use the safetensors release"
-        )
-    else:
-        problems.append(f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder")
-    return [], {}
-
-
-def _read_headers(
-    folder: Path, files: Iterable[Path], weight_map: dict[str, str], problems: list[str]
-) -> tuple[dict[str, StoredTensor], bool]:
-    """Every tensor by its published name, and whether all files could be read."""
-    found: dict[str, StoredTensor] = {}
-    place: dict[str, str] = {}
-    twice, unread = [], set()
-    for path in files:
+def _read_headers(files: WeightFiles, problems: list[str]) -> tuple[dict[str, StoredTensor], bool]:
+    """Every tensor by its published name, and whether all files could be read. Of two the index decides."""
+    places: dict[str, dict[str, StoredTensor]] = {}  # tensor → file → header
+    unread = set()
+    for path in files.paths:
         try:
             if problem := file_problem(path):
                 raise InputError(f"{path.name}: {problem}")
-            there = read_headers(path)
+            for name, header in read_headers(path).items():
+                places.setdefault(name, {})[path.name] = header
         except ValueError as error:
             problems.append(str(error))
             unread.add(path.name)
-            continue
-        twice += [f"{name} ({place[name]} and {path.name})" for name in there if name in found]
-        found, place = there | found, dict.fromkeys(there, path.name) | place
-    if twice:
+    several = {name: place for name, place in places.items() if len(place) > 1}
+    decided = [name for name, place in several.items() if files.weight_map.get(name) in place]
+    if twice := [f"{name} ({' and '.join(several[name])})" for name in several if name not in decided]:
         problems.append(f"tensors stored twice: {some(twice)}")
+    if decided:
+        said = some(f"{name} from {files.weight_map[name]}" for name in decided)
+        files.notes.append(f"tensors stored twice, of which {files.index_name} decides: {said}")
     misplaced = [
         f"{name} (not in {file})"
-        for name, file in weight_map.items()
-        if file not in unread and place.get(name) != file and not name.endswith(IGNORED_SUFFIXES)
+        for name, file in files.weight_map.items()
+        if file not in unread and file not in places.get(name, ()) and not name.endswith(IGNORED_SUFFIXES)
     ]
     if misplaced:
-        problems.append(f"{INDEX_NAME} and the files disagree: {some(misplaced)}")
+        problems.append(f"{files.index_name} and the files disagree: {some(misplaced)}")
+    found = {
+        name: place.get(files.weight_map.get(name, ""), next(iter(place.values())))
+        for name, place in places.items()
+    }
     return found, not unread
+
+
+def _leave_out(found: dict[str, StoredTensor], expected: Mapping[str, object], files: WeightFiles) -> None:
+    """Drops what the index does not name and the configuration has no place for."""
+    if stale := sorted(found.keys() - expected.keys() - files.weight_map.keys() if files.weight_map else ()):
+        for name in stale:
+            del found[name]
+        files.notes.append(f"{some(stale)}: not read, since {files.index_name} does not name it")
 
 
 def _compare(

@@ -8,6 +8,7 @@ time, take linear time.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import contextlib
 import operator
@@ -22,7 +23,7 @@ from typing import Any
 import regex
 
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
-from qwen_ref.tokenizer import PATTERN, SINGLE_BYTES, Tokenizer, merge_pairs, read_ranks, split
+from qwen_ref.tokenizer import PATTERN, SINGLE_BYTES, Tokenizer, merge_pairs, split
 
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
 _LONGEST_REMEMBERED = 64  # characters; longer pieces hardly recur and would make the memory unbounded
@@ -53,8 +54,12 @@ class FastTokenizer(Tokenizer):
         self._pieces = Memo(self._encode_piece)
         self._parts = Memo(self._merge)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._n_regular:,} tokens, {len(self.special_ids)} special ones)"
+
     @classmethod
     def from_file(cls, path: str | Path, engine: str = "python") -> FastTokenizer:
+        """Tokenizer.from_file; the ValueError for a file that is wrong names the line."""
         return cls(_tokens_if_canonical(path) or read_ranks(path), engine)
 
     def _nfc(self, text: str) -> str:
@@ -89,6 +94,38 @@ class FastTokenizer(Tokenizer):
     @cached_property
     def _seams(self) -> _Seams:  # made when the first text needs it: it takes a look at every token
         return _Seams(self._ranks)
+
+
+def read_ranks(path: str | Path) -> list[bytes]:
+    """The tokens of a qwen.tiktoken file in the order of their ranks, with the faulty line named"""
+    tokens: dict[int, bytes] = {}
+    line_of: dict[bytes, int] = {}
+    for number, line in enumerate(read_bytes(path, LARGEST_VOCABULARY).splitlines(), 1):
+        if not line.strip():
+            continue
+        at = f"{path}, line {number}"
+        try:
+            encoded, digits = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(digits)
+            if not digits.isdigit():  # int() also accepts 1_0
+                raise ValueError
+        except ValueError:
+            raise InputError(f"{at}: not a token in base64, a space and its rank: {line[:60]!r}") from None
+        if rank in tokens:
+            raise InputError(f"{at}: rank {rank} is given twice")
+        if token in line_of:
+            raise InputError(f"{at}: the token of line {line_of[token]} again, {token!r}")
+        if not token:
+            raise InputError(f"{at}: a token of no bytes")
+        tokens[rank], line_of[token] = token, number
+    if gaps := set(range(len(tokens))) - tokens.keys():
+        ranks = f"{len(tokens)} tokens need the ranks 0 to {len(tokens) - 1}"
+        raise InputError(f"{path}: no token has rank {min(gaps)}; {ranks}")
+    if missing := [value for value, byte in enumerate(SINGLE_BYTES) if byte not in line_of]:
+        named = ", ".join(f"0x{value:02x}" for value in missing[:8])
+        problem = f"{len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
+        raise InputError(f"{path}: {problem}")
+    return [tokens[rank] for rank in range(len(tokens))]
 
 
 def _tokens_if_canonical(path: str | Path) -> list[bytes] | None:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_ref.checkpoint import DTYPES, weight_files
+from qwen_ref.checkpoint import DTYPES
 from qwen_ref.commands.cli import finite
+from qwen_ref.loading.files import weight_files
 from qwen_ref.parity.bundle import LAYER_STAGES, Bundle, layer_of, meaning, stage_widths
 from qwen_ref.parity.compare import (
     FACTOR,
@@ -464,7 +465,7 @@ class _Search:
             for stage in self.places
             if (weight := _WEIGHTS.get(re.sub(r"^blocks\.\d+\.", "", stage)))
         }
-        alone = "" in names or len(files) != 1 or len(weight_files(self.checkpoint.folder)) == 1
+        alone = "" in names or len(files) != 1 or len(weight_files(self.checkpoint.folder).paths) == 1
         return "" if alone else f"; the weights of all of them are in {files.pop()}"
 
     def _screened(self, tried: Sequence[Mistake]) -> dict[str, float]:

@@ -22,11 +22,11 @@ from qwen_ref.checkpoint import (
     dtype_name,
     read_headers,
     tensor_table,
-    weight_files,
 )
 from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError
-from qwen_ref.loading.loader import check_values, open_checkpoint
+from qwen_ref.loading.files import weight_files
+from qwen_ref.loading.loader import check_values, opened, say_notes
 from qwen_ref.model import Attention, Block, KVCache, Positions, Qwen, RMSNorm
 from qwen_ref.parallel import linear
 
@@ -41,7 +41,8 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config, self.stored = open_checkpoint(folder)
+        self.config, self.stored, notes = opened(folder)
+        say_notes(notes)
         check_values(folder, self.stored)
         self._published = {spec.name: spec.published for spec in tensor_table(self.config)}
         self.bytes = sum(stored.nbytes for stored in self.stored.values())
@@ -61,7 +62,7 @@ class Checkpoint:
     def file_of(self, name: str) -> str:
         """The name of the file that holds a weight, or the first of its parts."""
         published = self._published[name]
-        for path in weight_files(self.folder):
+        for path in weight_files(self.folder).paths:
             if any(tensor.startswith(published.removesuffix("weight")) for tensor in read_headers(path)):
                 return path.name
         raise KeyError(name)

@@ -70,7 +70,8 @@ class GPTQConfig:
             if not isinstance(settings, dict):
                 raise InputError(f"{shown(settings)} is no object")
             for key, value in _GPTQ_VALUES.items():
-                if settings.get(key) not in (None, value):
+                given = settings.get(key)
+                if (given.lower() if isinstance(given, str) else given) not in (None, value):
                     raise InputError(
                         f"{key}={shown(settings[key])} is not supported, only {json.dumps(value)}"
                     )

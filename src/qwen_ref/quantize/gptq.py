@@ -50,7 +50,6 @@ class StoredTensor(Protocol):
     @property
     def nbytes(self) -> int: ...
     def read(self) -> Tensor: ...
-    def start(self) -> Tensor: ...
 
 
 def is_packed(spec: TensorSpec) -> bool:
@@ -255,10 +254,6 @@ class StoredPacked(NamedTuple):
             return (qweight + qzeros + scales) // ranks + g_idx
         own = (qzeros + scales) // (1 if self.gptq.anywhere else ranks)
         return (qweight + g_idx) // ranks + own
-
-    def start(self) -> Tensor:
-        """What tells it from other checkpoints' weights."""
-        return self.parts[0].start()
 
     def read(self) -> Tensor:
         """The weight, (out, in) float32."""
