@@ -331,7 +331,7 @@ class Qwen(nn.Module):
 def check_inputs(V: int, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
     """Raises ValueError for ids, a mask or a cache that do not fit each other or the vocabulary of V rows."""
     for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if given is not None and not isinstance(given, Tensor):
+        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
             raise InputError(f"{name} must be a tensor, such as torch.tensor([ids]), not {shown(given)}")
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
         what = f"{input_ids.dtype} {tuple(input_ids.shape)}"
