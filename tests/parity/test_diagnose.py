@@ -24,6 +24,7 @@ from qwen_ref.parity.forward import Forward, Weights
 from qwen_ref.parity.mistakes import mistakes
 from qwen_ref.parity.mistakes.choices import CLAMPED
 from qwen_ref.parity.mistakes.grammar import Mistake
+from qwen_ref.parity.report import diagnosis_lines
 from qwen_ref.parity.stages import Checkpoint
 
 # The port's name of a mistake → what the kit must say.
@@ -644,3 +645,30 @@ def test_nothing_of_a_mistake_stays_in_the_model(tmp_path: Path) -> None:
     planted(tmp_path, ("down_scaled",), length=8)
     assert {name: vars(qwen_ref.model)[name] for name in before} == before
     assert qwen_ref.model.RMSNorm.forward is forward
+
+
+def test_an_exact_embedding_alone_claims_no_more_precision(tmp_path: Path) -> None:
+    """The embedding is rows of a weight: a port that has it in bfloat16 has it exactly."""
+    ids = torch.arange(3, 43)[None]
+    weight = Checkpoint(GOLDEN / "ntk_logn").weight("embed.weight")
+    parity.write_bundle(tmp_path / "port", ids, {"embed": weight[ids]}, dtype="bfloat16")
+    found = parity.diagnose(GOLDEN / "ntk_logn", tmp_path / "port")
+    assert found.verdict == "rounding only"
+    assert "embed is what float64 gives, to the last bit" in found.notes
+    assert not any("more precision" in note for note in found.notes)
+
+
+@pytest.mark.slow
+def test_what_explains_nothing_is_not_called_nearest(tmp_path: Path) -> None:
+    """One position is wrong at random. A mistake that comes a hundredth nearer would lead astray."""
+    ids = torch.arange(3, 43)[None]
+    path = tmp_path / "port"
+    down = parity.record(GOLDEN / "ntk_logn", ids, path, dtype="float32").stage("blocks.2.mlp.down").clone()
+    down[:, 0] += torch.randn(64)
+    parity.write_bundle(path, ids, {"blocks.2.mlp.down": down}, dtype="float32")
+    found = parity.diagnose(GOLDEN / "ntk_logn", path)
+    assert found.verdict == "none of these"
+    said = "\n".join(diagnosis_lines(found))
+    assert "nothing that was tried comes nearer than no mistake at all" in said
+    assert "nearest was" not in said
+    assert "the error is largest at position 0 of row 0" in said

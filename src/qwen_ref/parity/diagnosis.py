@@ -565,16 +565,18 @@ class _Search:
         least = _FINER if self.dtype in _HALVES else 1 / FACTOR  # float32's error varies more with the order
         if not stage.relative_rms < least * self.tolerances.rounding(self.dtype, stage.stage).all:
             return False
+        if stage.relative_rms == 0:  # the embedding: rows of a weight, which no dtype here rounds
+            self.notes.append(f"{stage.stage} is what float64 gives, to the last bit")
+            return True
         self._need(*ROUNDING_DTYPES)
         costs = {name: self.tolerances.rounding(name, stage.stage).all for name in DTYPES}
         note = f"nearer to float64 than this implementation in {self.dtype}"
-        if stage.relative_rms > 0:
-            note += f", {costs[self.dtype] / stage.relative_rms:,.2g} times at {stage.stage}"
-            nearest = min(costs, key=lambda name: abs(math.log(stage.relative_rms / costs[name])))
-            if nearest != self.dtype:
-                note += f", and about as near as it is in {nearest}"
-            elif self.dtype in _HALVES:
-                note += f": as if only what enters a product were {self.dtype}, and the rest float32"
+        note += f", {costs[self.dtype] / stage.relative_rms:,.2g} times at {stage.stage}"
+        nearest = min(costs, key=lambda name: abs(math.log(stage.relative_rms / costs[name])))
+        if nearest != self.dtype:
+            note += f", and about as near as it is in {nearest}"
+        elif self.dtype in _HALVES:
+            note += f": as if only what enters a product were {self.dtype}, and the rest float32"
         self.notes.append(f"{note}: more precision than declared is no mistake")
         return True
 

@@ -147,6 +147,7 @@ def diagnosis_lines(diagnosis: Diagnosis, full: bool = False) -> Iterator[str]:
     yield from _verdict(diagnosis)
 
 
+_NEARER = 1.5  # times as near as no mistake: less than that explains nothing
 _MOST_ALIKE = 4  # explanations that give the same numbers
 
 
@@ -167,7 +168,14 @@ def _verdict(diagnosis: Diagnosis) -> Iterator[str]:
     if diagnosis.verdict == "none of these":
         assert diagnosis.first_divergence is not None
         yield f"none of these; first divergence at {diagnosis.first_divergence}"
-        yield f"look at {meaning(diagnosis.first_divergence)}; nearest was: {best.text}"
+        look = f"look at {meaning(diagnosis.first_divergence)}"
+        plain = next((h for h in diagnosis.ranking if not h.mistakes), None)
+        if plain is None or best.excess * _NEARER < plain.excess:
+            yield f"{look}; nearest was: {best.text}"
+        else:
+            yield f"{look}; nothing that was tried comes nearer than no mistake at all"
+        if diagnosis.comparison and (first := diagnosis.comparison.first_beyond):
+            yield f"the error is largest at position {first.worst_position} of row {first.worst_row}"
         if diagnosis.comparison and [stage.stage for stage in diagnosis.comparison.stages] == ["logits"]:
             yield (
                 "logits alone do not tell which weights differ (compare weights_sha256), or a mistake that "
