@@ -44,7 +44,7 @@ _WRONG = ("", HUGE, "float32 ", *words("x FLOAT32 int8 \ud800 \x1b[31m meta mps 
 
 # OPTION=KIND:GOOD,GOOD, or OPTION alone for a flag, or =KIND for an argument.
 # KIND+ is a list with commas, KIND* several values.
-_MODEL = " --model=path:model,packed"
+_MODEL = " --model=path:model,packed --revision=text"
 _DTYPE = " --dtype=one:auto,float32,bfloat16,float16,float64"
 _SPEED = " --fast --quantize=one:int8,int4 --group-size=one:32,64,128,256 --packed --kv-cache=one:int8"
 _LOAD = f"{_MODEL}{_DTYPE}{_SPEED} --device=one:cpu --timeout=number:60,1"

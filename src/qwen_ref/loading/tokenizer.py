@@ -11,6 +11,7 @@ from __future__ import annotations
 import binascii
 import contextlib
 import operator
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 import regex
 
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
+from qwen_ref.loading.hub import VOCABULARY, find_model, repository
 from qwen_ref.tokenizer import PATTERN, SINGLE_BYTES, Tokenizer, merge_pairs, read_ranks, split
 
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
@@ -55,6 +57,8 @@ class FastTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path, engine: str = "python") -> FastTokenizer:
+        """path: a qwen.tiktoken, the folder that it is in, or a name as "Qwen/Qwen-1_8B" (loading/hub.py)."""
+        path = _vocabulary_file(path)
         return cls(_tokens_if_canonical(path) or read_ranks(path), engine)
 
     def _nfc(self, text: str) -> str:
@@ -89,6 +93,15 @@ class FastTokenizer(Tokenizer):
     @cached_property
     def _seams(self) -> _Seams:  # made when the first text needs it: it takes a look at every token
         return _Seams(self._ranks)
+
+
+def _vocabulary_file(path: str | Path) -> str | Path:
+    """The file that is meant; the path itself where there is none, so that the message names it."""
+    is_name = not os.path.exists(path) and Path(path).suffix != ".tiktoken" and repository(path) is not None
+    if is_name or os.path.isdir(path):
+        inside = find_model(path, need=VOCABULARY).folder / VOCABULARY
+        return inside if os.path.lexists(inside) else path
+    return path
 
 
 def _tokens_if_canonical(path: str | Path) -> list[bytes] | None:
