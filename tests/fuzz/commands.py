@@ -44,7 +44,7 @@ _WRONG = ("", HUGE, "float32 ", *words("x FLOAT32 int8 \ud800 \x1b[31m meta mps 
 
 # OPTION=KIND:GOOD,GOOD, or OPTION alone for a flag, or =KIND for an argument.
 # KIND+ is a list with commas, KIND* several values.
-_MODEL = " --model=path:model,packed --revision=text"
+_MODEL = " --model=path:model,packed"
 _DTYPE = " --dtype=one:auto,float32,bfloat16,float16,float64"
 _SPEED = " --fast --quantize=one:int8,int4 --group-size=one:32,64,128,256 --packed --kv-cache=one:int8"
 _LOAD = f"{_MODEL}{_DTYPE}{_SPEED} --device=one:cpu --timeout=number:60,1"
@@ -73,7 +73,7 @@ _COMMANDS: dict[str, tuple[int, Callable[[list[str]], int], str, str, str]] = {
     ),
     "inspect": (
         *(3, checkpoint.main, "inspect", "=path:model,packed,1.8b,7B,model/config.json"),
-        " --tp=whole:1,2 --context=whole:1,100",
+        " --tp=whole:1,2 --context=whole:1,100 --revision=text",
     ),
     "record": (
         *(3, parity.main, "record", "--prompt=text --out=path:new,bundle"),

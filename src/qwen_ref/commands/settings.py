@@ -6,6 +6,7 @@ torch is imported inside the functions, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from qwen_ref.commands.cli import given_path, utf8
 from qwen_ref.commands.defaults import Defaults
 from qwen_ref.commands.ranks import TIMEOUT
 from qwen_ref.config import InputError, QwenConfig
-from qwen_ref.loading.hub import repository
 from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS, KERNELS, QUANTIZATIONS
 from qwen_ref.tokenizer import Tokenizer
 
@@ -106,9 +106,9 @@ def add_hub_options(parser: argparse._ActionsContainer, fetched: str = "the mode
 
 
 def given_model(argument: str) -> Path | str:
-    """type of --model: a path, or a repository's name as it is. (Path would make one of ./owner/name.)"""
+    """type of --model: what is not there stays a text, because Path would make a name of ./owner/name."""
     path = given_path(argument)
-    return path if repository(argument) is None or path.exists() else argument
+    return path if os.path.exists(path) else argument
 
 
 def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:

@@ -23,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_ref.config import InputError, lacks_memory, read_json_object, some
+from qwen_ref.config import InputError, lacks_memory, read_json_object, shown, some
 from qwen_ref.loading.folder import require_folder
 
 # What is read of a published folder, as patterns of file names.
@@ -39,6 +39,7 @@ _PUBLISHED = re.compile(r"Qwen-(?:1_8B|7B|14B|72B)(?:-Chat(?:-Int[48])?)?")
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 _CAUSES = {
+    "LocalEntryNotFoundError": "the hub is out of reach: is there a network, or is HF_HUB_OFFLINE set?",
     "RepositoryNotFoundError": "the hub has no such repository, or shows it only to who is logged in",
     "GatedRepoError": "the repository asks for a login: hf auth login",
     "RevisionNotFoundError": "the repository has no such revision",
@@ -87,15 +88,16 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
                 problems.append(error)
     for owner, folder in _of_modelscope(name, revision):
         if not (lacking := missing_files(folder, need)):
-            return Found(folder, f"{model}: {owner} in ModelScope's cache, {folder}")
+            return Found(folder, f"{model}: {_as(model, owner)}in ModelScope's cache, {folder}")
         problems.append(
             _incomplete(model, f"{folder} lacks {lacking}", f"modelscope download --model {owner}")
         )
     if problems:
         raise problems[0]
     raise InputError(
-        f"{model}: not a folder, and {name} is neither in Hugging Face's cache, {hugging_face_cache()}, nor "
-        f"in ModelScope's, {modelscope_cache()}; {_remedy(_command(name, revision), 'fetches')}"
+        f"{model}: not a folder, and {_as(model, name)}neither in Hugging Face's cache, "
+        f"{hugging_face_cache()}, nor in ModelScope's, {modelscope_cache()}; "
+        f"{_remedy(_command(name, revision), 'fetches')}"
     )
 
 
@@ -125,7 +127,7 @@ def model_name(folder: Path) -> str:
 
 def _check_revision(revision: str | None) -> None:
     if revision is not None and not _REVISION.fullmatch(revision):
-        raise InputError(f"revision {revision!r} is neither a branch, a tag nor a commit hash")
+        raise InputError(f"revision {shown(revision)} is neither a branch, a tag nor a commit hash")
 
 
 # The caches
@@ -216,7 +218,7 @@ def _of_repository(root: Path, model: str, name: str, revision: str | None, need
         command = _command(name, revision, root.parent)
         raise _incomplete(model, f"{root} has no snapshot {commit}, its {how}", command)
     _require_complete(folder, model, root, name, revision, need)
-    return Found(folder, f"{model}: {name}, {how} ({commit[:7]}), {folder}")
+    return Found(folder, f"{model}: {_as(model, name)}{how} ({commit[:7]}), {folder}")
 
 
 def _chosen(root: Path, model: str, name: str, revision: str | None) -> tuple[str, str]:
@@ -304,6 +306,11 @@ def _shards(index: dict[str, Any]) -> list[str]:
 
 
 # What to do
+
+
+def _as(model: str | Path, name: str) -> str:
+    """The name under which a model was looked for, if it is not the one that was given."""
+    return "" if str(model) == name else f"as {name} "
 
 
 def _incomplete(model: str | Path, what: str, command: str) -> InputError:
