@@ -33,8 +33,9 @@ from qwen_ref import Qwen, Tokenizer, load_model
 from qwen_ref.checkpoint import tensor_table
 from qwen_ref.commands.cli import Parser, Progress, on_stdout, run
 from qwen_ref.commands.files import read_prompt, unfinished_name
+from qwen_ref.commands.settings import given_model
 from qwen_ref.config import InputError, QwenConfig, read_json_object
-from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.hub import find_model
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import is_packed, module_of
 from qwen_ref.quantize.rounding import gptq_steps, pack_gptq
@@ -195,7 +196,7 @@ def calibration(source: Path, text: Path | None, rows: int, length: int) -> Tens
 
 def parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a checkpoint folder")
+    parser.add_argument("source", type=given_model, help="a checkpoint folder, or a name as Qwen/Qwen-1_8B")
     parser.add_argument("output", type=Path, help="the folder to make")
     parser.add_argument("--bits", type=int, default=4, help="4 or 8 (%(default)s)")
     parser.add_argument("--group-size", type=int, default=128, help="inputs a scale; -1: all (%(default)s)")
@@ -211,7 +212,7 @@ def parser() -> Parser:
 def command(args: argparse.Namespace) -> int:
     if os.path.lexists(args.output):
         raise InputError(f"{args.output} is there already")
-    require_folder(args.source)
+    args.source = find_model(args.source).folder
     seq_length = QwenConfig.from_json(args.source / "config.json").seq_length
     for name, most in (("rows", 4096), ("length", seq_length)):
         if not 1 <= getattr(args, name) <= most:

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from qwen_ref.checkpoint import dtype_name
 from qwen_ref.commands.cli import Parser, Progress, as_json, on_stdout, run, utf8
 from qwen_ref.commands.figures import pyplot, save
-from qwen_ref.commands.files import output_path, read_text
+from qwen_ref.commands.files import checkpoint_folder, output_path, read_text
 from qwen_ref.commands.loading import open_folder
-from qwen_ref.commands.settings import add_tokenizer_option
+from qwen_ref.commands.settings import add_model_option, add_tokenizer_option
 from qwen_ref.config import InputError
-from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.hub import model_name
 from qwen_ref.loading.loader import load_model
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.perplexity.scoring import score_texts
@@ -269,7 +269,8 @@ def parser() -> Parser:
         "The tables go to stdout, everything else to stderr.",
     )
     add = parser.add_argument
-    add("--model", type=Path, default=CHECKPOINT, help="checkpoint folder (default: the one trained for it)")
+    add_model_option(parser, default=" (default: the one trained for it)")
+    parser.set_defaults(model=CHECKPOINT)
     add(
         "--lengths",
         type=_lengths,
@@ -357,19 +358,19 @@ def command(args: argparse.Namespace) -> int:
     if args.plot is not None:
         pyplot()
         output_path(args.plot, "--plot", args)
-    require_folder(args.model)
-    _, tokenizer = open_folder(args.model, args.tokenizer_engine)
+    folder = checkpoint_folder(args)
+    _, tokenizer = open_folder(folder, args.tokenizer_engine)
     draw = drawer(args, tokenizer)
     texts = {
         length: texts_of(draw, tokenizer, length, args.depths, args.samples, args.seed)
         for length in args.lengths
     }
-    model = load_model(args.model, args.dtype, args.device)
+    model = load_model(folder, args.dtype, args.device)
     cells = measure(model, texts, args.depths, args.variants, args.batch_size)
     trained, dtype = model.config.seq_length, dtype_name(model.embed.weight.dtype)
     if args.json:
         report = {
-            "model": str(args.model),
+            "model": str(folder),
             "dtype": dtype,
             "seq_length": trained,
             "seed": args.seed,
@@ -379,7 +380,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join("\n".join(table(cells, variant)) for variant in args.variants), flush=True)
     if args.plot is not None:
-        what = f"{args.model.resolve().name}, {dtype}, {args.samples} texts a cell"
+        what = f"{model_name(folder)}, {dtype}, {args.samples} texts a cell"
         save(heat_map(cells, trained, f"Facts retrieved: {what}"), args.plot)
     return 0
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from qwen_ref import QwenConfig, Tokenizer, load_model, parity
 from qwen_ref.bench.peers import qwen2
 from qwen_ref.commands.cli import Parser, run, utf8
-from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.files import checkpoint_folder
+from qwen_ref.commands.settings import add_model_option
 from qwen_ref.parity.__main__ import main as parity_command
 
 PROMPT = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
@@ -93,13 +94,14 @@ def record(model: torch.nn.Module, ids: Tensor, layers: int) -> dict[str, Tensor
 
 def parser() -> Parser:
     made = Parser(description=__doc__.splitlines()[0])
-    made.add_argument("--model", type=Path, default=bundled_checkpoint(), metavar="DIR")
+    add_model_option(made)
     made.add_argument("--prompt", type=utf8, default=PROMPT)
     made.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids instead of a prompt")
     return made
 
 
 def command(args: argparse.Namespace) -> int:
+    args.model = checkpoint_folder(args)
     config = QwenConfig.from_json(args.model / "config.json")
     ids = torch.tensor([args.ids or Tokenizer.from_file(args.model / "qwen.tiktoken").encode(args.prompt)])
     other = 1e4 if config.rotary_emb_base != 1e4 else 1e6

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qwen_ref import parity
 from qwen_ref.commands.cli import Parser, run
-from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.files import checkpoint_folder
+from qwen_ref.commands.settings import add_model_option
 from qwen_ref.config import InputError
 from qwen_ref.parity.bundle import read_ids
 from qwen_ref.parity.stages import Checkpoint
@@ -36,7 +37,7 @@ def versions(*packages: str) -> list[str]:
 
 def parser(doc: str, dtypes: Sequence[str]) -> Parser:
     made = Parser(description=doc.splitlines()[0])
-    made.add_argument("--model", type=Path, default=bundled_checkpoint(), metavar="DIR", help="a checkpoint")
+    add_model_option(made)
     made.add_argument("--ids", type=Path, required=True, metavar="FILE", help="token ids, as for `record`")
     made.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
     made.add_argument("--dtype", choices=dtypes, default=dtypes[0], help="what the engine computes in")
@@ -51,6 +52,7 @@ def main(made: Parser, packages: Sequence[str], record: Record) -> None:
         ids, mask = read_ids(args.ids)
         if mask is not None:
             raise InputError(f"{args.ids} has rows of unequal length; a recorder takes rows of one length")
+        args.model = checkpoint_folder(args)
         checkpoint = Checkpoint(args.model)
         if int(ids.max()) >= checkpoint.config.vocab_size:
             raise InputError(f"{args.ids}: token id {int(ids.max())} is outside the vocabulary")

@@ -1,7 +1,7 @@
 """A reference implementation of first-generation Qwen: exactly what it computes, in readable PyTorch.
 
     model = qwen_ref.load_model("Qwen-1_8B")
-    tokenizer = qwen_ref.Tokenizer.from_file("Qwen-1_8B/qwen.tiktoken")
+    tokenizer = qwen_ref.Tokenizer.from_file("Qwen-1_8B")
 
 The loop is `from qwen_ref.generate import generate`. `python -m qwen_ref` lists the commands.
 """

@@ -73,7 +73,7 @@ _COMMANDS: dict[str, tuple[int, Callable[[list[str]], int], str, str, str]] = {
     ),
     "inspect": (
         *(3, checkpoint.main, "inspect", "=path:model,packed,1.8b,7B,model/config.json"),
-        " --tp=whole:1,2 --context=whole:1,100",
+        " --tp=whole:1,2 --context=whole:1,100 --revision=text",
     ),
     "record": (
         *(3, parity.main, "record", "--prompt=text --out=path:new,bundle"),

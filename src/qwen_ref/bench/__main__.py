@@ -44,13 +44,13 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    add_model_option(source)
     source.add_argument(
         "--synthetic",
         choices=_SIZES,
         metavar="SIZE",
         help=f"noise in the shape of a published model ({', '.join(_SIZES)}), written to a temporary folder",
     )
+    add_model_option(parser, source)
     add("--layers", type=int, metavar="N", help="with --synthetic: so many of its layers")
     add(
         "--gptq",
@@ -102,6 +102,8 @@ def _bench(args: argparse.Namespace) -> int:
         _check_dtype("--dtype", args.dtype)
     if args.layers is not None and args.synthetic is None:
         raise InputError("--layers needs --synthetic: a checkpoint has the layers that it has")
+    if args.revision is not None and args.synthetic is not None:
+        raise InputError("--revision goes with --model: noise has no revisions")
     if args.gptq is not None and args.synthetic is None:
         raise InputError("--gptq needs --synthetic: a checkpoint says itself how it is packed")
     speed_options(args)
@@ -153,7 +155,7 @@ def _folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[Path]
 
         gptq = None if args.gptq is None else GPTQConfig(args.gptq, 128, desc_act=False, sym=True)
         return synthetic(args.synthetic, args.layers, gptq)
-    return contextlib.nullcontext(checkpoint_folder(args.model))
+    return contextlib.nullcontext(checkpoint_folder(args))
 
 
 def _peer(peer: str, args: argparse.Namespace) -> tuple[str, str]:

@@ -19,7 +19,6 @@ from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import add_model_option, add_options, chosen_settings, describe
 from qwen_ref.config import InputError, read_json_object, shown
-from qwen_ref.loading.folder import require_folder
 
 
 def _parser() -> Parser:
@@ -105,7 +104,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 def _require_chat(folder: Path) -> None:
     """Raises ValueError for a checkpoint that is no chat model."""
-    require_folder(folder)
     path = folder / "generation_config.json"
     if not os.path.lexists(path):
         raise InputError(f"{folder}: a chat release has a generation_config.json, with chat_format 'chatml'")

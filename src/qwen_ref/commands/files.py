@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from qwen_ref.commands.cli import is_terminal, not_utf8, out_of_memory, say
 from qwen_ref.config import InputError, read_bytes
-from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.hub import WEIGHTS, fetch_model, find_model
 
 LARGEST_TEXT = 2**28  # 256 MiB. A prompt as long as the longest context, 32,768 tokens, has 0.2 MB
 
@@ -29,11 +29,19 @@ def bundled_checkpoint() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "weights"
 
 
-def checkpoint_folder(model: Path | None) -> Path:
-    """The folder that --model names, by default the bundled one; ValueError where it is none."""
-    folder = bundled_checkpoint() if model is None else model
-    require_folder(folder)
-    return folder
+def checkpoint_folder(args: argparse.Namespace, need: str = WEIGHTS) -> Path:
+    """The folder that --model, --revision and --download name, by default the bundled one.
+
+    A note says where a model was found that was not given by its path. need: see loading/hub.py.
+    Raises ValueError where there is no such model.
+    """
+    if args.model is None and args.revision is not None:
+        raise InputError("--revision goes with --model")
+    find = fetch_model if args.download else find_model
+    found = find(bundled_checkpoint() if args.model is None else args.model, args.revision, need=need)
+    if found.note is not None and os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all
+        say(f"note: {found.note}")
+    return found.folder
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:

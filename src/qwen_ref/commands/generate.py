@@ -26,7 +26,6 @@ from qwen_ref.commands.settings import (
     length_note,
 )
 from qwen_ref.config import InputError, shown, whole
-from qwen_ref.loading.folder import require_folder
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -90,7 +89,6 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 
 
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
-    require_folder(folder)
     prompt = read_prompt(args.prompt, args.file)
     config, tokenizer = open_folder(folder)
     prompt_ids = encoded_prompt(tokenizer, prompt, args.allow_special)

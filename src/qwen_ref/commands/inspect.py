@@ -13,11 +13,14 @@ import torch
 
 from qwen_ref.checkpoint import INDEX_NAME, STORED_DTYPES, dtype_name, tensor_table
 from qwen_ref.commands.cli import Parser, run
+from qwen_ref.commands.files import checkpoint_folder
+from qwen_ref.commands.settings import add_hub_options
 from qwen_ref.commands.sizes import Kind, bias_bytes, cache_bytes, expected, kinds, weight_bytes
 from qwen_ref.commands.tables import aligned
 from qwen_ref.config import LARGEST_LENGTH, InputError, QwenConfig
 from qwen_ref.loading.files import PICKLE_SUFFIXES
 from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.hub import CONFIG, repository
 from qwen_ref.loading.loader import opened, say_notes
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import unpackable
@@ -77,18 +80,19 @@ def _bytes(count: int) -> str:
 
 def inspect(args: argparse.Namespace) -> int:
     """The command."""
-    path = Path(args.folder)
+    path = Path(args.model)
     stored = None
-    if not os.path.exists(args.folder):  # False, too, for what no path can be
+    there = os.path.exists(args.model)  # False, too, for what no path can be
+    if not there and repository(args.model) is None:
         try:
-            config = QwenConfig.preset(args.folder.lower())
+            config = QwenConfig.preset(args.model.lower())
         except InputError as error:
-            raise InputError(f"{args.folder or repr('')}: no such folder, and {error}") from None
-    elif not path.is_dir():
+            raise InputError(f"{args.model or repr('')}: no such folder, and {error}") from None
+    elif there and not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)
         config = QwenConfig.from_json(path)
-    elif not _has_weights(path):
+    elif not _has_weights(path := checkpoint_folder(args, CONFIG)):
         config = QwenConfig.from_json(path / "config.json")
     else:
         config, stored, notes = opened(path)
@@ -134,10 +138,12 @@ def _parser() -> Parser:
         description="Print every kind of tensor, its cut, and what a rank must hold. No weight is read.",
     )
     inspect.add_argument(
-        "folder",
+        "model",
         metavar="FOLDER",
-        help="a checkpoint folder, a folder that has only config.json, or one of 1.8b, 7b, 14b, 72b",
+        help="a checkpoint folder, a folder that has only config.json, a name as Qwen/Qwen-1_8B, or one of "
+        "1.8b, 7b, 14b, 72b",
     )
+    add_hub_options(inspect)
     inspect.add_argument("--tp", type=int, default=1, metavar="N", help="for N ranks (default: 1)")
     inspect.add_argument(
         "--context", type=int, metavar="T", help="with a cache of T positions (default: the trained length)"

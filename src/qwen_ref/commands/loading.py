@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_ref.commands.cli import Progress, say
-from qwen_ref.commands.files import bundled_checkpoint
+from qwen_ref.commands.files import bundled_checkpoint, checkpoint_folder
 from qwen_ref.commands.ranks import Ranks, started_by_torchrun
 from qwen_ref.commands.settings import speed_options
 from qwen_ref.config import InputError, QwenConfig
@@ -34,15 +34,20 @@ def on_every_rank(
 ) -> int:
     """Runs a command with the checkpoint's folder and the ranks: lead on rank 0, follow on all others."""
     speed_options(args)
-    folder = args.model or bundled_checkpoint()
-    with ranks_of_command(args.timeout, folder) as ranks:
+    with ranks_of_command(args.timeout, args.model or bundled_checkpoint(), args.revision) as ranks:
+        try:
+            folder = checkpoint_folder(args)
+        except InputError:
+            if ranks.rank == 0 or args.download:
+                raise
+            folder = args.model  # load_model will say it on all ranks, once they have met
         return (lead if ranks.rank == 0 else follow)(args, folder, ranks)
 
 
-def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
+def ranks_of_command(timeout: float, model: str | Path | None = None, revision: str | None = None) -> Ranks:
     """The ranks of this command, by torchrun's variables. torch is imported only if torchrun has started it.
 
-    Raises InputError where the folder's model cannot be cut for so many ranks.
+    Raises InputError where the model is there and cannot be cut for so many ranks.
     """
     if not 0 < timeout < 1e6:
         raise InputError(f"{timeout=} must be a number of seconds above 0 and below 1,000,000")
@@ -57,8 +62,8 @@ def ranks_of_command(timeout: float, folder: Path | None = None) -> Ranks:
     launch = launched()
     if launch is None or launch.size == 1:
         return Ranks()
-    if folder is not None:
-        check_cut(folder, launch.size)
+    if model is not None:
+        check_cut(model, launch.size, revision)
     return WatchedRanks(launch, timeout)
 
 
@@ -133,7 +138,10 @@ def load_as_asked(args: argparse.Namespace, folder: Path, ranks: Ranks) -> Qwen:
 
         group = "world" if ranks.size > 1 else None
         packed = args.packed or (args.fast and gptq is not None)
-        model = load_model(folder, args.dtype, args.device, group, packed=packed, progress=update)
+        revision = args.revision if folder == args.model else None  # else the folder is that revision's
+        model = load_model(
+            folder, args.dtype, args.device, group, packed=packed, progress=update, revision=revision
+        )
     if args.fast or args.quantize is not None:
         from qwen_ref.fast.layers import fasten
 

@@ -6,12 +6,13 @@ torch is imported inside the functions, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_ref.commands.cli import utf8
+from qwen_ref.commands.cli import given_path, utf8
 from qwen_ref.commands.defaults import Defaults
 from qwen_ref.commands.ranks import TIMEOUT
 from qwen_ref.config import InputError, QwenConfig
@@ -69,14 +70,45 @@ def speed_options(args: argparse.Namespace) -> list[str]:
     return given
 
 
-def add_model_option(parser: argparse._ActionsContainer) -> None:
-    """--model."""
-    parser.add_argument(
+def add_model_option(
+    parser: argparse._ActionsContainer,
+    among: argparse._ActionsContainer | None = None,
+    what: str = "the checkpoint",
+    default: str = " (default: the tiny trained one that comes with the project)",
+    fetched: str = "the model",
+) -> None:
+    """--model, --revision and --download. among: the options that rule --model out, and are ruled out by it.
+
+    files.checkpoint_folder gives the folder that they name.
+    """
+    (among or parser).add_argument(
         "--model",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint folder (default: the tiny trained one that comes with the project)",
+        type=given_model,
+        metavar="MODEL",
+        help=f"{what}: a folder, or a name as Qwen/Qwen-1_8B, which is looked up in the caches of Hugging "
+        f"Face and ModelScope{default}",
     )
+    add_hub_options(parser, fetched)
+
+
+def add_hub_options(parser: argparse._ActionsContainer, fetched: str = "the model") -> None:
+    """--revision and --download."""
+    parser.add_argument(
+        "--revision",
+        metavar="R",
+        help="with a name: the branch, the tag or the commit, as Hugging Face's cache has it (default: main)",
+    )
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help=f"fetch {fetched}, if not on this machine; no code, no pickles (takes huggingface_hub)",
+    )
+
+
+def given_model(argument: str) -> Path | str:
+    """type of --model: what is not there stays a text, because Path would make a name of ./owner/name."""
+    path = given_path(argument)
+    return path if os.path.exists(path) else argument
 
 
 def add_tokenizer_option(parser: argparse._ActionsContainer) -> None:

@@ -27,7 +27,6 @@ from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import add_load_options, add_model_option, add_tokenizer_option
 from qwen_ref.config import InputError, read_bytes
-from qwen_ref.loading.folder import require_folder
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -42,7 +41,7 @@ def _parser() -> Parser:
         prog="python -m qwen_ref.evaluate",
         description="Run tasks of lm-evaluation-harness on a first-generation Qwen checkpoint. "
         "The table goes to stdout, everything else to stderr.",
-        epilog="Data sets are not downloaded unless --download is given, and no code that a model wrote "
+        epilog="Nothing is downloaded unless --download is given, and no code that a model wrote "
         "is run unless --run-unsafe-code is.",
     )
 
@@ -50,7 +49,7 @@ def _parser() -> Parser:
         spellings = dict.fromkeys((option, f"--{option[2:].replace('-', '_')}"))
         parser.add_argument(*spellings, **how)
 
-    add_model_option(parser)
+    add_model_option(parser, fetched="the model and data sets")
     add(
         "--tasks",
         type=_names,
@@ -91,7 +90,6 @@ def _parser() -> Parser:
     )
     add("--output", type=Path, metavar="FILE.json", help="write results and every question and answer here")
     add("--json", action="store_true", help="print one JSON object")
-    add("--download", action="store_true", help="let data sets be downloaded")
     add(
         "--run-unsafe-code",
         action="store_true",
@@ -111,7 +109,6 @@ def _names(argument: str) -> list[str]:
 
 def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """What every rank does: the harness sends the same requests to each."""
-    require_folder(folder)
     for name, least in (("num_fewshot", 0), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:

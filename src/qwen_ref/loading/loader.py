@@ -32,6 +32,7 @@ from qwen_ref.checkpoint import (
 from qwen_ref.config import InputError, QwenConfig, file_problem, some
 from qwen_ref.loading.files import WeightFiles, weight_files
 from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.hub import find_model
 from qwen_ref.loading.launch import launched
 from qwen_ref.model import Qwen
 from qwen_ref.parallel import ONE_RANK, Group, group_size, join
@@ -53,9 +54,12 @@ def load_model(
     *,
     packed: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
+    folder: or a name as "Qwen/Qwen-1_8B", which is looked up in the caches of Hugging Face and ModelScope.
+    Nothing is downloaded. revision: the branch, the tag or the commit of a name.
     dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the matrices are stored in.
     device: "cpu", "cuda", …; with several ranks "cuda" gives each rank the device with its number.
     group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
@@ -76,10 +80,11 @@ def load_model(
     size = group_size(group)
     if size != 1 and group == "world" and not dist.is_initialized():
         launched()  # a wrong variable would otherwise be waited for
-    check_cut(folder, size)
+    check_cut(folder, size, revision)
     ranks = join(group, device)
     with ranks.together():
         target = _device(own_device(device, size))
+        folder = find_model(folder, revision).folder
         config, stored, notes = opened(folder)
         wanted = compute_dtype(dtype, stored)
         if packed and not any(tensor.packed for tensor in stored.values()):
@@ -108,12 +113,13 @@ def _rounded(stored: Mapping[str, Stored], dtype: torch.dtype) -> Iterator[str]:
         yield f"{found} and rounded to {dtype_name(dtype)}, as the matrices are: {some(wide, most=3)}"
 
 
-def check_cut(folder: str | Path, ranks: int) -> None:
+def check_cut(folder: str | Path, ranks: int, revision: str | None = None) -> None:
     """Raises ValueError where the folder's model cannot be cut for so many ranks.
 
     A folder without a readable configuration passes: all ranks shall hear of that, once they have met.
     """
     try:
+        folder = find_model(folder, revision).folder
         config, gptq = QwenConfig.from_json(Path(folder) / "config.json"), packing(folder)
     except ValueError:
         return

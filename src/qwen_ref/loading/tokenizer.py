@@ -12,6 +12,7 @@ import base64
 import binascii
 import contextlib
 import operator
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from typing import Any
 import regex
 
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
+from qwen_ref.loading.hub import VOCABULARY, find_model, repository
 from qwen_ref.tokenizer import PATTERN, SINGLE_BYTES, Tokenizer, merge_pairs, split
 
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
@@ -59,7 +61,11 @@ class FastTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path, engine: str = "python") -> FastTokenizer:
-        """Tokenizer.from_file; the ValueError for a file that is wrong names the line."""
+        """path: a qwen.tiktoken, the folder that it is in, or a name as "Qwen/Qwen-1_8B" (loading/hub.py).
+
+        The ValueError for a file that is wrong names the line.
+        """
+        path = _vocabulary_file(path)
         return cls(_tokens_if_canonical(path) or read_ranks(path), engine)
 
     def _nfc(self, text: str) -> str:
@@ -97,7 +103,7 @@ class FastTokenizer(Tokenizer):
 
 
 def read_ranks(path: str | Path) -> list[bytes]:
-    """The tokens of a qwen.tiktoken file in the order of their ranks, with the faulty line named"""
+    """The tokens of a qwen.tiktoken file in the order of their ranks; a ValueError names the line"""
     tokens: dict[int, bytes] = {}
     line_of: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path, LARGEST_VOCABULARY).splitlines(), 1):
@@ -126,6 +132,15 @@ def read_ranks(path: str | Path) -> list[bytes]:
         problem = f"{len(missing)} of the 256 single bytes are no token: {named} …; is it cut short?"
         raise InputError(f"{path}: {problem}")
     return [tokens[rank] for rank in range(len(tokens))]
+
+
+def _vocabulary_file(path: str | Path) -> str | Path:
+    """The file that is meant; the path itself where there is none, so that the message names it."""
+    is_name = not os.path.exists(path) and Path(path).suffix != ".tiktoken" and repository(path) is not None
+    if is_name or os.path.isdir(path):
+        inside = find_model(path, need=VOCABULARY).folder / VOCABULARY
+        return inside if os.path.lexists(inside) else path
+    return path
 
 
 def _tokens_if_canonical(path: str | Path) -> list[bytes] | None:

@@ -83,12 +83,8 @@ def _parser() -> Parser:
     )
     diff.add_argument("truth", type=Path, metavar="A", help="the bundle that is taken as the truth")
     diff.add_argument("judged", type=Path, metavar="B", help="the bundle that is compared with it")
-    diff.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="the checkpoint of both: with it, rounding that neither bundle holds is measured",
-    )
+    use = "the checkpoint of both, to measure rounding that neither bundle holds"
+    add_model_option(diff, what=use, default="")
     _shown(diff)
     _plotted(diff)
     diff.set_defaults(run=_diff)
@@ -163,7 +159,7 @@ def _record(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import record
 
     output_path(args.out, "--out", args)
-    folder = checkpoint_folder(args.model)
+    folder = checkpoint_folder(args)
     rounding = [] if args.rounding == "none" else args.rounding.split(",")
     for name in rounding:
         if name not in _DTYPES[1:]:
@@ -239,7 +235,7 @@ def _check(args: argparse.Namespace) -> int:
 
     check_plot(args)
     check_junit(args)
-    folder = checkpoint_folder(args.model)
+    folder = checkpoint_folder(args)
     with Progress("checking") as progress:
         comparison = check(folder, args.golden, args.dtype, progress.update)
     return _show_comparison(comparison, args, folder, args.golden)
@@ -251,9 +247,11 @@ def _diff(args: argparse.Namespace) -> int:
 
     check_plot(args)
     check_junit(args)
+    given = args.model is not None or args.revision is not None
+    folder = checkpoint_folder(args) if given else None
     with Progress("measuring rounding") as progress:
-        comparison = diff(args.truth, args.judged, args.model, progress.update)
-    return _show_comparison(comparison, args, args.model, args.judged)
+        comparison = diff(args.truth, args.judged, folder, progress.update)
+    return _show_comparison(comparison, args, folder, args.judged)
 
 
 def _show_comparison(
@@ -272,8 +270,9 @@ def _diagnose(args: argparse.Namespace) -> int:
     from qwen_ref.parity.report import diagnosis_lines
 
     check_junit(args)
+    folder = checkpoint_folder(args)
     with Progress("trying mistakes") as progress:
-        diagnosis = diagnose(checkpoint_folder(args.model), args.bundle, progress.update)
+        diagnosis = diagnose(folder, args.bundle, progress.update)
     return _print(args, diagnosis, lambda: diagnosis_lines(diagnosis, args.full), args.bundle)
 
 

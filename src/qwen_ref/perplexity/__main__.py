@@ -25,7 +25,7 @@ from qwen_ref.commands.settings import (
     speed_options,
 )
 from qwen_ref.config import InputError, QwenConfig, shown
-from qwen_ref.loading.folder import require_folder
+from qwen_ref.loading.hub import model_name
 from qwen_ref.perplexity.state import State
 from qwen_ref.perplexity.windows import Sums, Window, bucket_edges, window_sums, windows
 
@@ -101,7 +101,6 @@ def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
 def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     from qwen_ref.checkpoint import dtype_name
 
-    require_folder(folder)
     for name in ("stride", "windows", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
@@ -141,7 +140,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     else:
         print("\n".join(_table(results)), flush=True)
     if args.plot is not None:
-        _draw(results, f"{folder.resolve().name}, {dtype}", args.plot)
+        _draw(results, f"{model_name(folder)}, {dtype}", args.plot)
     return 0
 
 

@@ -86,7 +86,7 @@ def _chosen(config: QwenConfig, ranges: Sequence[tuple[int, int]] | None) -> lis
 def _command(args: argparse.Namespace) -> int:
     if args.top is not None and not args.lens:
         raise InputError("--top is for --lens")
-    folder = checkpoint_folder(args.model)
+    folder = checkpoint_folder(args)
     prompt = read_prompt(args.prompt, args.file)
     config, tokenizer = open_folder(folder)
     ids = encoded_prompt(tokenizer, prompt, args.allow_special)

@@ -1,0 +1,362 @@
+"""Where a model is: a folder, or a name that is looked up in the caches of Hugging Face and ModelScope.
+
+find_model only reads the disk. fetch_model downloads what it does not find: the files that are read, and
+neither code nor pickles. Nothing here needs torch, and huggingface_hub is imported for a download only.
+
+Hugging Face's cache keeps a repository so; ModelScope's keeps plain folders (_of_modelscope has their paths).
+
+    models--Qwen--Qwen-1_8B/
+      refs/main                        the commit hash that the branch had
+      snapshots/HASH/config.json       a link to ../../blobs/…; where there are no links, the file itself
+      blobs/                           the files' contents; what is not complete ends in .incomplete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwen_ref.config import InputError, lacks_memory, read_json_object, shown, some
+from qwen_ref.loading.folder import require_folder
+
+# What is read of a published folder, as patterns of file names.
+FILES = (
+    *("config.json", "generation_config.json", "qwen.tiktoken", "quantize_config.json"),
+    *("*.safetensors", "*.safetensors.index.json"),
+)
+# What a caller needs of a folder. CONFIG and VOCABULARY are one file; WEIGHTS is all that a model needs.
+WEIGHTS, CONFIG, VOCABULARY = "weights", "config.json", "qwen.tiktoken"
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PUBLISHED = re.compile(r"Qwen-(?:1_8B|7B|14B|72B)(?:-Chat(?:-Int[48])?)?")
+_REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
+_CAUSES = {
+    "LocalEntryNotFoundError": "the hub is out of reach: is there a network, or is HF_HUB_OFFLINE set?",
+    "RepositoryNotFoundError": "the hub has no such repository, or shows it only to who is logged in",
+    "GatedRepoError": "the repository asks for a login: hf auth login",
+    "RevisionNotFoundError": "the repository has no such revision",
+}
+
+
+class Found(NamedTuple):
+    """A model's folder; note: where it was found, if it is not the path that was given."""
+
+    folder: Path
+    note: str | None = None
+
+
+def repository(model: str | Path) -> str | None:
+    """The name of a hub's repository, owner/name; None for what cannot be one.
+
+    >>> repository("Qwen/Qwen-7B"), repository("Qwen-7B-Chat"), repository("./Qwen/Qwen-7B")
+    ('Qwen/Qwen-7B', 'Qwen/Qwen-7B-Chat', None)
+    """
+    text = model.as_posix() if isinstance(model, Path) else model
+    if _PUBLISHED.fullmatch(text):
+        return f"Qwen/{text}"
+    plain = _NAME.fullmatch(text) is not None and "--" not in text and ".." not in text and len(text) <= 96
+    return text if plain else None
+
+
+def find_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:
+    """The folder of a model, without network. model: a folder, or a repository's name.
+
+    A folder of that name comes first, then Hugging Face's cache, then ModelScope's. revision: a branch, a tag
+    or a commit hash, which may be cut short; by default main. Raises ValueError with the command that fetches
+    or completes the model where it is not there, or not whole.
+    """
+    _check_revision(revision)
+    name = repository(model)
+    if name is None or os.path.exists(model):
+        require_folder(model)
+        return _of_path(Path(model), revision, need)
+    problems = []
+    for owner in _owners(name):
+        root = hugging_face_cache() / f"models--{owner.replace('/', '--')}"
+        if os.path.isdir(root):
+            try:
+                return _of_repository(root, str(model), owner, revision, need)
+            except InputError as error:
+                problems.append(error)
+    for owner, folder in _of_modelscope(name, revision):
+        if not (lacking := missing_files(folder, need)):
+            return Found(folder, f"{model}: {_as(model, owner)}in ModelScope's cache, {folder}")
+        problems.append(
+            _incomplete(model, f"{folder} lacks {lacking}", f"modelscope download --model {owner}")
+        )
+    if problems:
+        raise problems[0]
+    raise InputError(
+        f"{model}: not a folder, and {_as(model, name)}neither in Hugging Face's cache, "
+        f"{hugging_face_cache()}, nor in ModelScope's, {modelscope_cache()}; "
+        f"{_remedy(_command(name, revision), 'fetches')}"
+    )
+
+
+def fetch_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:
+    """As find_model, but what is not there, or not whole, is downloaded into Hugging Face's cache first."""
+    _check_revision(revision)
+    try:
+        return find_model(model, revision, need=need)
+    except InputError:
+        if (source := _source(model, revision)) is None:
+            raise
+    folder = Path(_download(*source))
+    if lacking := missing_files(folder, need):
+        raise InputError(
+            f"{model}: fetched to {folder}, which lacks {lacking}: the repository does not have it, or the "
+            "network was lost"
+        )
+    return find_model(model, revision, need=need)
+
+
+def model_name(folder: Path) -> str:
+    """What a figure calls the model in a folder: a snapshot's folder has only a hash for its name."""
+    folder = folder.resolve()
+    cached = _in_cache(folder)
+    return folder.name if cached is None else _name_of(cached.root).partition("/")[2]
+
+
+def _check_revision(revision: str | None) -> None:
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise InputError(f"revision {shown(revision)} is neither a branch, a tag nor a commit hash")
+
+
+# The caches
+
+
+def hugging_face_cache() -> Path:
+    """Hugging Face's cache, by the variables that huggingface_hub reads."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return _expanded(os.environ[variable])
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return _expanded(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")) / "hub"
+
+
+def modelscope_cache() -> Path:
+    return _expanded(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope")
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(os.path.expanduser(path)))
+
+
+def _owners(name: str) -> list[str]:
+    """The names of a repository. Qwen's owner is Qwen at Hugging Face; at ModelScope it was qwen first."""
+    owner, _, rest = name.partition("/")
+    return [f"Qwen/{rest}", f"qwen/{rest}"] if owner.lower() == "qwen" else [name]
+
+
+def _of_modelscope(name: str, revision: str | None) -> Iterator[tuple[str, Path]]:
+    """The folders of a repository in ModelScope's cache, which has had several layouts.
+
+    Only the newest layout keeps revisions. The others write a dot in a name as ___.
+    """
+    cache = modelscope_cache()
+    for owner in _owners(name):
+        folders = [
+            above / f"models/{owner.replace('/', '--')}/snapshots/{revision or 'master'}"
+            for above in (cache, cache / "hub")
+        ]
+        if revision is None:
+            aboves = (cache / "hub/models", cache / "hub", cache / "models", cache)
+            spellings = dict.fromkeys((owner, owner.replace(".", "___")))
+            folders += [above / spelled for above in aboves for spelled in spellings]
+        yield from ((owner, folder) for folder in folders if os.path.isdir(folder))
+
+
+# A repository in Hugging Face's cache
+
+
+def _of_path(folder: Path, revision: str | None, need: str) -> Found:
+    """A folder that the user gave. It may be a repository's in the cache, or one of its snapshots."""
+    cached = _in_cache(folder)
+    if cached is not None and cached.snapshot is None:
+        return _of_repository(cached.root, str(folder), _name_of(cached.root), revision, need)
+    if revision is not None:
+        raise InputError(f"{folder}: a folder, which has no revisions; leave the revision {revision} out")
+    if cached is not None:
+        _require_complete(folder, str(folder), cached.root, _name_of(cached.root), cached.snapshot, need)
+    return Found(folder)
+
+
+class _Cached(NamedTuple):
+    """A repository's folder in a cache, and the name of one of its snapshots if that is meant."""
+
+    root: Path
+    snapshot: str | None
+
+
+def _in_cache(folder: Path) -> _Cached | None:
+    """What a folder is in Hugging Face's cache, by its path; None for every other folder."""
+    whole = Path(os.path.abspath(folder))
+    if whole.name.startswith("models--") and os.path.isdir(whole / "snapshots"):
+        return _Cached(whole, None)
+    if whole.parent.name == "snapshots" and whole.parent.parent.name.startswith("models--"):
+        return _Cached(whole.parent.parent, whole.name)
+    return None
+
+
+def _name_of(root: Path) -> str:
+    return root.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _of_repository(root: Path, model: str, name: str, revision: str | None, need: str) -> Found:
+    """The snapshot of a revision. model: as the user named it; name: of the repository."""
+    commit, how = _chosen(root, model, name, revision)
+    folder = root / "snapshots" / commit
+    if not os.path.isdir(folder):
+        command = _command(name, revision, root.parent)
+        raise _incomplete(model, f"{root} has no snapshot {commit}, its {how}", command)
+    _require_complete(folder, model, root, name, revision, need)
+    return Found(folder, f"{model}: {_as(model, name)}{how} ({commit[:7]}), {folder}")
+
+
+def _chosen(root: Path, model: str, name: str, revision: str | None) -> tuple[str, str]:
+    """The commit of a revision, and how it was found. InputError where it is not clear which one is meant."""
+    if (commit := _commit(root, revision or "main")) is not None:
+        return commit, f"revision {revision or 'main'}"
+    snapshots = sorted(path.name for path in (root / "snapshots").glob("*") if os.path.isdir(path))
+    begun = [snapshot for snapshot in snapshots if snapshot.startswith((revision or "").lower())]
+    if len(begun) == 1:
+        return begun[0], "the only revision there, without a refs/main" if revision is None else "revision"
+    if len(begun) > 1 and revision is None:
+        problem = f"no refs/main, but several revisions: {some(begun)}; choose one with --revision"
+    elif len(begun) > 1:
+        problem = f"several revisions that begin with {revision}: {some(begun)}; give more of it"
+    else:
+        there = [*_references(root), *snapshots]
+        problem = f"no revision {revision or 'main'}" + (f", only {some(there)}" if there else "")
+        problem += f"; {_remedy(_command(name, revision, root.parent), 'fetches')}"
+    raise InputError(f"{model}: {root} has {problem}")
+
+
+def _commit(root: Path, revision: str) -> str | None:
+    """The commit of a branch or a tag. The hub's own refs/pr/1 lies in refs/refs/pr/1."""
+    for reference in (root / "refs" / revision, root / "refs/refs" / revision, root / revision):
+        if os.path.isfile(reference) and (root / "refs") in reference.parents:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                commit = reference.read_text(encoding="utf-8").strip()
+                if re.fullmatch(r"\w+", commit, re.ASCII):
+                    return commit
+    return None
+
+
+def _references(root: Path) -> list[str]:
+    refs = root / "refs"
+    return sorted(path.relative_to(refs).as_posix() for path in refs.rglob("*") if os.path.isfile(path))
+
+
+def _require_complete(
+    folder: Path, model: str, root: Path, name: str, revision: str | None, need: str
+) -> None:
+    unfinished = len(list((root / "blobs").glob("*.incomplete")))
+    if lacking := missing_files(folder, need, begun=unfinished > 0):
+        also = f", and {root / 'blobs'} has {unfinished} unfinished files" if unfinished else ""
+        raise _incomplete(model, f"{folder} lacks {lacking}{also}", _command(name, revision, root.parent))
+
+
+def missing_files(folder: Path, need: str = WEIGHTS, begun: bool = False) -> str:
+    """What an interrupted download has left out, in words; "" if the folder is complete.
+
+    A link to a blob that is not there counts as missing. begun: files are unfinished, so that even those
+    count which a folder can do without. Pickled weights are for the loader to refuse.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:  # the loader says why
+        return ""
+    there = [name for name in names if os.path.exists(folder / name)]
+    if need == VOCABULARY:
+        return "" if need in there else need
+    lacking = [CONFIG, *(["generation_config.json", VOCABULARY] if begun else [])]
+    lacking += [name for name in names if any(fnmatchcase(name, pattern) for pattern in FILES)]
+    for index in _matching(there, "*.safetensors.index.json"):
+        with contextlib.suppress(InputError):  # the loader says what is wrong with it
+            lacking += _shards(read_json_object(folder / index))
+    weights = _matching(names, "*.safetensors")
+    if not _matching(names, "*.safetensors.index.json"):
+        sets = Counter(shard.groups() for shard in map(_SHARD.fullmatch, weights) if shard)
+        for (stem, count), number in sets.items():
+            if number < int(count):  # all of them need no index
+                lacking.append(f"{stem}.safetensors.index.json")
+        if need == WEIGHTS and not weights and not _matching(names, "*.bin"):
+            lacking.append("*.safetensors")
+    return some([name for name in dict.fromkeys(lacking) if name not in there], most=4)
+
+
+def _matching(names: list[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _shards(index: dict[str, Any]) -> list[str]:
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict):
+        return []
+    named = {name for name in shards.values() if isinstance(name, str) and "/" not in name}
+    return _matching(sorted(named), "*.safetensors")
+
+
+# What to do
+
+
+def _as(model: str | Path, name: str) -> str:
+    """The name under which a model was looked for, if it is not the one that was given."""
+    return "" if str(model) == name else f"as {name} "
+
+
+def _incomplete(model: str | Path, what: str, command: str) -> InputError:
+    return InputError(f"{model}: the download is not complete: {what}; {_remedy(command, 'completes')}")
+
+
+def _remedy(command: str, does: str) -> str:
+    return f"the option --download {does} it, or this command: {command}"
+
+
+def _command(name: str, revision: str | None = None, cache: Path | None = None) -> str:
+    """What fetches the files that are read with Hugging Face's own command."""
+    words = ["hf download", name, *(f'"{each}"' if "*" in each else each for each in FILES)]
+    if revision is not None:
+        words += ["--revision", revision]
+    if cache is not None and cache != hugging_face_cache():
+        words += ["--cache-dir", shlex.quote(str(cache))]
+    return " ".join(words)
+
+
+def _source(model: str | Path, revision: str | None) -> tuple[str, str | None, Path] | None:
+    """Repository, revision and cache of what is to be fetched; None for a path outside of a cache."""
+    if not os.path.exists(model):
+        name = repository(model)
+        return None if name is None else (_owners(name)[0], revision, hugging_face_cache())
+    cached = _in_cache(Path(model))
+    if cached is None or (cached.snapshot is not None and revision is not None):
+        return None
+    return _name_of(cached.root), cached.snapshot or revision, cached.root.parent
+
+
+def _download(name: str, revision: str | None, cache: Path) -> str:
+    """Downloads into a cache; returns the snapshot's folder. Its progress goes to stderr."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # the ranks of a machine wait for each other at a lock
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError("--download takes huggingface_hub: pip install 'qwen_ref[hub]' brings it") from None
+    try:
+        return snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(FILES))
+    except Exception as error:  # of huggingface_hub, of what it fetches with, or of the disk
+        if lacks_memory(error):
+            raise
+        kind = type(error).__name__
+        said = textwrap.shorten(_CAUSES.get(kind) or f"{kind}: {error}", 300, placeholder=" …")
+        raise InputError(f"{name} could not be fetched: {said}; HF_ENDPOINT names another server") from None
