@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, WEIGHTS, change_json, cli_of, refused
+from conftest import GOLDEN, change_json, cli_of, refused
 from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
@@ -206,14 +205,31 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
 # Bad input
 
 
-@pytest.mark.parametrize("content", [{}, {"chat_format": "raw"}, {"chat_format": "chatglm"}])
-def test_a_base_checkpoint_is_refused_with_the_remedy(cli: Callable, content: dict, tmp_path: Path) -> None:
-    shutil.copy(WEIGHTS / "config.json", tmp_path)
-    assert "has a generation_config.json" in refused(cli("--model", tmp_path, "--once", "x"))
-    (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    line = refused(cli("--model", tmp_path, "--once", "x"))
-    assert f"chat_format is {content.get('chat_format', 'raw')!r}" in line
-    assert line.endswith("use its -Chat release, or python -m qwen_ref.generate")
+@pytest.mark.parametrize(
+    ("content", "lack"),
+    [
+        (None, "FOLDER has no generation_config.json, which would say that it is a chat model"),
+        ({}, "FOLDER/generation_config.json has no chat_format, which is 'chatml' in a chat release"),
+        ({"chat_format": None}, "FOLDER/generation_config.json has no chat_format"),
+        ({"chat_format": "raw"}, "FOLDER/generation_config.json: chat_format is 'raw': a base model"),
+        ({"chat_format": "chatglm"}, "chat_format is 'chatglm', and this command knows 'chatml' only"),
+    ],
+)
+def test_what_is_no_chat_model_by_its_folder_is_refused_with_the_remedy(
+    cli: Callable, content: dict | None, lack: str, folder: Path
+) -> None:
+    """And answers if the user says that it is one: a merged fine-tune keeps the file of its base."""
+    file = folder / "generation_config.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(json.dumps(content))
+    line = refused(cli("--model", folder, "--once", QUESTION))
+    assert lack.replace("FOLDER", str(folder)) in line
+    assert "; use a -Chat release, or python -m qwen_ref.generate; " in line
+    assert line.endswith("if it was trained on ChatML, add --chat-format chatml")
+    result = cli("--model", folder, "--once", QUESTION, "--chat-format", "chatml")
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert "stop at 2500, 2501, 2502" in result.err
 
 
 @pytest.mark.parametrize(
