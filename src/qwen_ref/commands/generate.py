@@ -99,12 +99,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     stop_texts = (*defaults.stop_texts, *args.stop)
     if "" in stop_texts:
         raise InputError("--stop is empty: it would end every text at once")
-    for stop in args.stop:
-        if re.search(r"\\[nrt]", stop):
-            say(
-                f"note: --stop '{stop}' is taken as it is typed, backslash and letter; in bash and zsh "
-                "$'\\n' is a line end and $'\\t' a tab"
-            )
     top = _checked_top(args, config)
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
     if draft_tokens := checked_lookup(args, folder, settings):
@@ -114,6 +108,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     ranks.share(json.dumps((request, scored_ids)))
     model = load(args, folder, ranks)
     say(describe(settings, defaults.stop_ids, stop_texts))
+    for stop in args.stop:
+        if re.search(r"\\[nrt]", stop):
+            say(
+                f"note: --stop '{stop}' is taken as it is typed, backslash and letter; in bash and zsh "
+                "$'\\n' is a line end and $'\\t' a tab"
+            )
     if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
         say(note)
 
@@ -135,7 +135,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         echoed = tokenizer.decode(prompt_ids) if args.echo else ""
         text, code = _print_stream(stream, args, tokenizer, echoed, alternatives)
     if args.json:
-        tokens = [*alternatives.prompt, *alternatives.steps] if scores else None
+        tokens = [*alternatives.prompt, *alternatives.steps[: len(stream.steps)]] if scores else None
         report: dict[str, Any] = {
             "prompt": prompt,
             "text": text,
@@ -170,9 +170,8 @@ def _checked_top(args: argparse.Namespace, config: QwenConfig) -> int:
     if top is None:
         return 0
     if not 0 <= top <= most:
-        raise InputError(
-            f"--top-logprobs {top} must be from 0 to {most}; the vocabulary has {config.vocab_size}"
-        )
+        limit = f"{most}, and the vocabulary has {config.vocab_size} tokens"
+        raise InputError(f"--top-logprobs {top} must be from 0 to {limit}")
     if not (args.logprobs or args.json):
         raise InputError("--top-logprobs goes with --logprobs (a line per token) or --json")
     return top
