@@ -18,6 +18,7 @@ from qwen_ref.commands import generate as command_generate
 from qwen_ref.commands.clock import Clock
 from qwen_ref.commands.completion import name
 from qwen_ref.commands.generate import main
+from qwen_ref.config import InputError
 from qwen_ref.decoding import alternatives
 from qwen_ref.decoding.alternatives import Alternatives
 from qwen_ref.generate import generate
@@ -207,6 +208,16 @@ def test_logits_that_are_not_finite_are_refused_also_in_the_prompt(cli: Callable
     result = cli(PROMPT, "--model", folder, "--json", "--echo", "--logprobs")
     assert (result.code, result.out) == (2, "")
     assert "NaN" in result.err.splitlines()[-1]
+
+
+def test_the_logits_of_every_position_of_the_prompt_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    qwen = golden_model("extended_base", "float64")
+    forward = qwen.lm_head.forward
+    nan_before_the_last = lambda x, **o: forward(x, **o) * (torch.nan if len(x) > 1 else 1.0)  # noqa: E731
+    monkeypatch.setattr(qwen.lm_head, "forward", nan_before_the_last)
+    assert len(list(generate(qwen, [1, 2, 3], 2))) == 2
+    with Alternatives(qwen, 1, [1, 2, 3]), pytest.raises(InputError, match="640 NaN"):
+        list(generate(qwen, [1, 2, 3], 2))
 
 
 def test_long_prompts_are_scored_a_few_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

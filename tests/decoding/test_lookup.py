@@ -430,6 +430,16 @@ def test_random_models_share_a_cache_too() -> None:
             ids += [*found, *PROMPT]
 
 
+def test_a_cache_of_generate_goes_on_by_lookup_and_back() -> None:
+    qwen, ids = tiny("float32"), TINY.encode(REPETITIVE[0])
+    cache = qwen.new_cache(1, 200)
+    first = tokens(generate(qwen, ids, 3, cache=cache))
+    cache.length = 0
+    ids += tokens(generate(qwen, ids, 3, cache=cache, stop_ids=first[1:2]))  # it ends before its end
+    ids += tokens(generate_lookup(qwen, ids, 20, cache=cache))
+    assert tokens(generate(qwen, ids, 5, cache=cache)) == tokens(generate(qwen, ids, 5))
+
+
 def test_a_cache_that_does_not_fit_is_refused() -> None:
     qwen = tiny("float32")
     with pytest.raises(InputError, match="12 positions are needed, the cache has 11"):
