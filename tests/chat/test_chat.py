@@ -116,6 +116,12 @@ def test_the_tiny_checkpoint_answers_in_chat(tiny: Qwen, own: Tokenizer) -> None
     assert history == [ICELAND]  # as it was
 
 
+def test_no_history_may_be_none(tiny: Qwen, own: Tokenizer) -> None:
+    assert build_context(own, ICELAND[0], None) == build_context(own, ICELAND[0])
+    assert reply(tiny, own, ICELAND[0], history=None) == (ICELAND[1], [ICELAND])
+    assert Conversation(tiny, own, history=None).history == []
+
+
 def test_an_answer_is_what_generate_gives_for_the_context(tiny: Qwen, own: Tokenizer) -> None:
     sampled = {"temperature": 1.5, "top_p": 0.9, "seed": 3, "max_new_tokens": 20}
     response, _ = reply(tiny, own, "你好", [NORWAY], "", 300, **sampled)

@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, WEIGHTS, change_json, cli_of, refused
+from conftest import GOLDEN, change_json, cli_of, refused
 from forked_ranks import command, run_ranks
 
 from qwen_ref.chat import terminal
@@ -52,6 +51,14 @@ def test_a_piped_conversation_is_answered_line_by_line(cli: Callable) -> None:
     result = cli(stdin=lines(QUESTION, "", "What is the capital of Norway?"))
     assert (result.code, result.out) == (0, f"{ANSWER}\nOslo.\n")
     assert "31 tokens of 49 known from before; prefill 18 tokens" in result.err
+
+
+def test_a_byte_order_mark_before_a_piped_line_is_dropped(cli: Callable) -> None:
+    marked = b"\xef\xbb\xbf" + lines(QUESTION, "/history")
+    result = cli(stdin=marked.replace(b"\n", b"\r\n"))  # as Windows writes it
+    assert (result.code, result.out) == (0, f"{ANSWER}\n> {QUESTION}\n{ANSWER}\n")
+    assert "note: a line begins with a byte order mark (U+FEFF), which is dropped" in result.err
+    assert "note: stdin begins with a byte order mark" in cli("--once", stdin=marked).err
 
 
 def test_the_system_message_is_what_was_given(cli: Callable) -> None:
@@ -203,17 +210,78 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     assert "23 tokens of 24 known from before" in err
 
 
+# Lookup
+
+COUNTING = "Count: " + ", ".join(["1", "2", "3", "4"] * 6)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [["--dtype", "float32"], ["--fast"], ["--quantize", "int8"], ["--fast", "--dtype", "float32"]],
+    ids=str,
+)
+def test_lookup_gives_the_same_answers_in_fewer_passes(cli: Callable, form: list[str]) -> None:
+    """From turn to turn, with the cache of the turns before, also those of which guesses were left."""
+    script = lines(QUESTION, COUNTING, QUESTION, "/retry", COUNTING, "/reset", COUNTING, QUESTION)
+    plain, found = cli(*form, stdin=script), cli(*form, "--lookup", stdin=script)
+    assert (found.code, found.out) == (0, plain.out)
+    assert " known from before; " in found.err
+    assert found.err.count(" tokens per pass\n") == 7
+    assert "tokens per pass" not in plain.err
+    made = [line.split("; lookup: ")[1].split() for line in found.err.splitlines() if "; lookup: " in line]
+    assert sum(int(passes) for _, _, _, passes, *_ in made) < sum(int(tokens) for tokens, *_ in made)
+    assert cli(*form, "--lookup", "3", stdin=script).out == plain.out
+
+
+def test_lookup_on_two_ranks(cli: Callable, tmp_path: Path) -> None:
+    script = lines(QUESTION, COUNTING, "/retry", "What is the capital of Norway?")
+    form = ("--dtype", "float32", "--lookup")
+    out, err = run_ranks(2, tmp_path, command, "qwen_ref.chat", *form, stdin=script)
+    assert out == cli(*form[:2], stdin=script).out
+    assert err.count("; lookup: ") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fast", "--temperature", "0.7"], "--lookup is greedy only, without temperature=0.7; add"),
+        ([], "lookup in plain bfloat16 would take more passes than it saves"),
+        (["--fast", "--kv-cache", "int8"], "lookup does not go with an int8 cache"),
+        (["--fast", "--lookup", "0"], "draft_tokens=0 must be at least 1"),
+    ],
+)
+def test_lookup_is_refused_as_in_generate(cli: Callable, arguments: list[str], message: str) -> None:
+    assert message in refused(cli("--once", "x", "--lookup", *arguments))
+
+
 # Bad input
 
 
-@pytest.mark.parametrize("content", [{}, {"chat_format": "raw"}, {"chat_format": "chatglm"}])
-def test_a_base_checkpoint_is_refused_with_the_remedy(cli: Callable, content: dict, tmp_path: Path) -> None:
-    shutil.copy(WEIGHTS / "config.json", tmp_path)
-    assert "has a generation_config.json" in refused(cli("--model", tmp_path, "--once", "x"))
-    (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    line = refused(cli("--model", tmp_path, "--once", "x"))
-    assert f"chat_format is {content.get('chat_format', 'raw')!r}" in line
-    assert line.endswith("use its -Chat release, or python -m qwen_ref.generate")
+@pytest.mark.parametrize(
+    ("content", "lack"),
+    [
+        (None, "FOLDER has no generation_config.json, which would say that it is a chat model"),
+        ({}, "FOLDER/generation_config.json has no chat_format, which is 'chatml' in a chat release"),
+        ({"chat_format": None}, "FOLDER/generation_config.json has no chat_format"),
+        ({"chat_format": "raw"}, "FOLDER/generation_config.json: chat_format is 'raw': a base model"),
+        ({"chat_format": "chatglm"}, "chat_format is 'chatglm', and this command knows 'chatml' only"),
+    ],
+)
+def test_what_is_no_chat_model_by_its_folder_is_refused_with_the_remedy(
+    cli: Callable, content: dict | None, lack: str, folder: Path
+) -> None:
+    """And answers if the user says that it is one: a merged fine-tune keeps the file of its base."""
+    file = folder / "generation_config.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(json.dumps(content))
+    line = refused(cli("--model", folder, "--once", QUESTION))
+    assert lack.replace("FOLDER", str(folder)) in line
+    assert "; use a -Chat release, or python -m qwen_ref.generate; " in line
+    assert line.endswith("if it was trained on ChatML, add --chat-format chatml")
+    result = cli("--model", folder, "--once", QUESTION, "--chat-format", "chatml")
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert "stop at 2500, 2501, 2502" in result.err
 
 
 @pytest.mark.parametrize(
@@ -239,6 +307,7 @@ def test_bad_input_is_one_line_and_code_2(cli: Callable, arguments: list, stdin:
     ("stdin", "message"),
     [
         ("冰".encode()[:2], "error: a line is not UTF-8 (byte 0xe5 at offset 0); it ends within a character"),
+        ("\ufeff冰岛\n".encode("utf-16-le"), "error: a line is UTF-16 (it begins with the bytes ff fe)"),
         (b'"""\nabc\n', 'error: the end of the input came before the """ that ends a message'),
     ],
 )
@@ -331,6 +400,66 @@ def test_saving_again_keeps_a_link_and_who_may_read(cli: Callable, tmp_path: Pat
     assert link.is_symlink()
     assert file.stat().st_mode & 0o777 == 0o600
     assert cli("--history", file, stdin=lines("/history")).out == "> 3+4=?\n7\n"
+
+
+def test_save_writes_the_chat_at_its_end(cli: Callable, tmp_path: Path) -> None:
+    """With the turns of --history, which may be the same file."""
+    file = tmp_path / "saved.json"
+    result = cli("--once", QUESTION, "--save", file, "--system", "You know geography.")
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert result.err.splitlines()[-1] == f"qwen_ref: {file}: 1 turns"
+    cli("--history", file, "--save", file, stdin=lines("3+4=?", "/quit", "x"))
+    other = tmp_path / "other.json"
+    cli("--history", file, "--save", other, stdin=lines("/reset", "3+4=?"))
+    saved = {"format": "qwen_ref.chat", "system": "You know geography."}
+    assert json.loads(file.read_text("utf-8")) == {**saved, "history": [[QUESTION, ANSWER], ["3+4=?", "7"]]}
+    assert json.loads(other.read_text("utf-8")) == {**saved, "history": [["3+4=?", "7"]]}
+
+
+def test_what_there_is_of_a_chat_is_saved_however_it_ends(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "saved.json"
+    result = cli("--save", file, stdin=lines("3+4=?") + b"caf\xe9\n")
+    assert result.code == 2
+    assert json.loads(file.read_text("utf-8"))["history"] == [["3+4=?", "7"]]
+
+    def interrupted(clock: Clock, steps: Iterator) -> Iterator:
+        yield next(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Clock, "watch", interrupted)
+    assert cli("--once", QUESTION, "--save", file).code == 130
+    ((_, answer),) = json.loads(file.read_text("utf-8"))["history"]
+    assert ANSWER.startswith(answer)
+    file.unlink()
+    monkeypatch.setattr(Clock, "watch", lambda *_: (_ for _ in ()).throw(InputError("3 NaN")))
+    assert cli("--once", QUESTION, "--save", file).code == 2
+    assert not file.exists()  # nothing was said
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder", "no/where", "generation_config.json"])
+def test_where_a_chat_cannot_be_saved_is_said_before_it_begins(
+    cli: Callable, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "notes.txt").write_text("mine")
+    (folder / "folder").mkdir()
+    monkeypatch.setattr("qwen_ref.chat.__main__.load", None)
+    before = {path: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    path = folder / name
+    line = refused(cli("--model", folder, "--once", "x", "--save", path))
+    if path.is_file():
+        assert f"--save {path} is there already and is no saved chat; give another name" in line
+    else:
+        assert f"--save {path}: cannot be written: " in line
+    assert {path: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_paths_in_the_home_folder(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli("--save=~/a.json", stdin=lines("3+4=?", "/save ~/b.json"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+    assert cli("--history=~/a.json", stdin=lines("/history")).out == "> 3+4=?\n7\n"
 
 
 # In a terminal

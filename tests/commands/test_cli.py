@@ -185,13 +185,14 @@ def test_an_interrupt_while_loading_is_no_traceback(cli: Callable, monkeypatch: 
         (["x", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["x", "--temperature", "-1"], "temperature=-1.0 must be 0"),
         (["x", "--temperature", "nan"], "temperature=nan must be 0"),
-        (["x", "--top-k", "-1"], "top_k=-1 must be at least 0"),
-        (["x", "--top-p", "1.5"], "top_p=1.5 must be above 0"),
+        (["x", "--temperature", "1", "--top-k", "-2"], "top_k=-2 must be at least 0"),
+        (["x", "--temperature", "1", "--top-p", "1.5"], "top_p=1.5 must be above 0"),
+        (["x", "--temperature", "1", "--top-p", "0"], "top_p=0.0 must be above 0 and at most 1"),
         (["x", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be from 1e-5"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["x", "--seed=--"], "argument --seed: -- is no value"),
         (["x", "--stop=--"], "argument --stop: -- is no value"),
-        (["x", "--seed", "-1"], "seed=-1 must be at least 0"),
+        (["x", "--seed", "-2"], "seed=-2 must be at least 0"),
         (["x", "--seed", str(2**63)], "--seed: '9223372036854775808' must be a whole number of 64 bits"),
         (["x", "--top-k", "9" * 300], "999' must be a whole number of 64 bits"),
         (["x", "--lookup", "9" * 5000], "999' must be a whole number of 64 bits"),
@@ -258,24 +259,26 @@ def test_a_vocabulary_larger_than_the_model_is_refused(cli: Callable, folder: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": "many"}, "top_k='many' must be int"),
-        ({"top_p": True}, "top_p=True must be int or float"),
+        ({"top_k": "many", "do_sample": True}, "top_k='many' must be int"),
+        ({"top_p": True, "do_sample": True}, "top_p=True must be int or float"),
         ({"eos_token_id": "<|endoftext|>"}, "eos_token_id='<|endoftext|>' must be int or list"),
         ({"stop_words_ids": [1643]}, "stop_words_ids must hold ids from 0 to 2707, not 1643"),
         ({"stop_words_ids": [[1, 999_999]]}, "must hold ids from 0 to 2707, not [1, 999999]"),
         ({"stop_words_ids": [[0xE5, 0xA4]]}, "stop_words_ids: [229, 164] are no whole characters"),
         ({"eos_token_id": -1}, "must hold ids from 0 to 2707, not [-1]"),
         ({"do_sample": 1}, "do_sample=1 must be bool"),
-        ({"top_p": 1.5}, "top_p=1.5 must be above 0"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p=1.5 must be above 0"),
+        ({"top_p": 0, "do_sample": True}, "top_p=0 must be above 0"),
+        ({"top_k": -2, "do_sample": True}, "top_k=-2 must be at least 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 10**300}, "max_new_tokens=1000"),
         ({"max_window_size": -(10**300)}, "max_window_size=-1000"),
-        ({"top_k": 2**63}, "top_k=9223372036854775808 must be below 2**63"),
+        ({"top_k": 2**63, "do_sample": True}, "top_k=9223372036854775808 must be below 2**63"),
         ({"eos_token_id": 10**300}, "eos_token_id=1000"),
         ({"stop_words_ids": [[10**300]]}, "stop_words_ids must hold ids from 0 to 2707, not [1000"),
         ({"temperature": 10**309, "do_sample": True}, "temperature=inf must be 0"),
         ({"repetition_penalty": 10**400}, "repetition_penalty=inf must be from 1e-5"),
-        ({"chat_format": "x" * 10**5, "top_k": "x" * 10**5}, "top_k='xxx"),
+        ({"chat_format": "x" * 10**5, "top_k": "x" * 10**5, "do_sample": True}, "top_k='xxx"),
     ],
 )
 def test_a_wrong_generation_config_is_named(cli: Callable, folder: Path, changes: dict, message: str) -> None:
@@ -406,6 +409,131 @@ def test_nan_weights_are_named_and_nothing_is_printed(cli: Callable, folder: Pat
     result = cli("x", "--model", folder)
     assert (result.code, result.out) == (2, "")
     assert "NaN" in result.err.splitlines()[-1]
+
+
+# Prompts as files are
+
+
+MARK = "\ufeff"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(cli: Callable, tmp_path: Path) -> None:
+    marked = (MARK + QUICKSTART).encode()
+    (tmp_path / "prompt.txt").write_bytes(marked)
+    ways = {
+        "stdin": cli(stdin=marked),
+        str(tmp_path / "prompt.txt"): cli("--file", tmp_path / "prompt.txt"),
+        "the prompt": cli(MARK + QUICKSTART),  # as "$(cat prompt.txt)" gives it
+    }
+    for source, result in ways.items():
+        assert (result.code, result.out) == (0, ANSWER + "\n")
+        assert f"note: {source} begins with a byte order mark (U+FEFF), which is dropped" in result.err
+    assert "byte order mark" not in cli(QUICKSTART + MARK).err  # elsewhere it is a character
+    assert "the prompt is empty" in cli(stdin=MARK.encode()).err
+
+
+@pytest.mark.parametrize(("encoding", "begins"), [("utf-16-le", "ff fe"), ("utf-16-be", "fe ff")])
+def test_utf_16_is_named_with_what_converts_it(
+    cli: Callable, encoding: str, begins: str, tmp_path: Path
+) -> None:
+    content = (MARK + QUICKSTART).encode(encoding)
+    (tmp_path / "prompt.txt").write_bytes(content)
+    remedy = f"is UTF-16 (it begins with the bytes {begins}); convert it first: iconv -f UTF-16 -t UTF-8"
+    assert f"stdin {remedy}" in refused(cli(stdin=content))
+    assert f"prompt.txt {remedy}" in refused(cli("--file", tmp_path / "prompt.txt"))
+
+
+def test_windows_line_ends_change_the_answer_and_are_noted(cli: Callable, tmp_path: Path) -> None:
+    windows = QUICKSTART.replace("\n", "\r\n")
+    (tmp_path / "prompt.txt").write_bytes(windows.encode() + b"\r\n")
+    for result in (cli("--file", tmp_path / "prompt.txt"), cli(windows)):
+        assert result.code == 0
+        assert result.out != ANSWER + "\n"
+        assert "note: in the prompt 2 lines end in CRLF" in result.err
+        assert "tr -d '\\r' <FILE converts it" in result.err
+    assert "in the prompt a line ends in CRLF" in cli("冰岛\r\n").err
+    assert "CRLF" not in cli(stdin=QUICKSTART.encode() + b"\r\n").err  # the last line end is dropped
+
+
+def test_the_file_may_be_stdin(cli: Callable, run_command: Callable) -> None:
+    assert cli("--file", "-", stdin=QUICKSTART.encode() + b"\n").out == ANSWER + "\n"
+    assert "7+8" in run_command(main_of("trace"), "--file", "-", "--json", stdin=b"7+8").out
+
+
+@pytest.mark.parametrize("typed", ["\\n", "\\nUser:", "a\\t", "\\r\\n"])
+def test_a_line_end_that_the_shell_left_as_it_was_typed_is_noted(cli: Callable, typed: str) -> None:
+    result = cli(QUICKSTART, "--stop", typed)
+    assert result.out == ANSWER + "\n"
+    note = (
+        f"note: --stop '{typed}' is taken as it is typed, backslash and letter; in bash and zsh $'\\n' is a"
+    )
+    assert f"{note} line end and $'\\t' a tab" in result.err
+    for stop in ("\n", "\\", "\\x"):
+        assert "as it is typed" not in cli("7+8=", "--stop", stop, "--max-new-tokens", "1").err
+
+
+def test_a_path_may_begin_with_the_home_folder(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In quotes and behind = a shell does not expand it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_text(QUICKSTART, encoding="utf-8")
+    (tmp_path / "~").mkdir()
+    assert cli("--file=~/prompt.txt").out == ANSWER + "\n"
+    assert cli("--file", "~/prompt.txt").out == ANSWER + "\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~" / "prompt.txt").write_text("7+8=")
+    assert cli("--file", "~/prompt.txt").out.startswith("15\n")  # it is there
+    assert "~nosuchuser/x: cannot be read" in refused(cli("--file", "~nosuchuser/x"))
+    assert "cannot be read" in refused(cli("--file", "~\0/x"))
+
+
+# Settings as published
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"top_p": 0, "temperature": 0, "top_k": None},
+        {"top_p": "", "temperature": "cold", "top_k": -1},
+        {"top_p": -1, "temperature": -1.5, "top_k": 2**63},
+        {"do_sample": True, "temperature": 0, "top_p": 0},
+    ],
+)
+def test_what_a_greedy_folder_says_of_sampling_is_passed_over(
+    cli: Callable, folder: Path, junk: dict
+) -> None:
+    change_json(folder / "generation_config.json", **junk)
+    result = cli(QUICKSTART, "--model", folder)
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert "greedy; at most" in result.err
+    assert "temperature 1, top-k 0, top-p 1, seed" in cli("x", "--model", folder, "--temperature", "1").err
+    for name, value in {"repetition_penalty": 0, "max_new_tokens": 0}.items():  # which greedy decoding reads
+        change_json(folder / "generation_config.json", **{name: value})
+        assert f"{name}=0" in refused(cli("x", "--model", folder))
+        change_json(folder / "generation_config.json", **{name: None})
+
+
+def test_who_samples_gets_the_top_p_of_a_greedy_folder(cli: Callable) -> None:
+    assert "temperature 1, top-k 0, top-p 0.8" in cli("x", "--temperature", "1", "--max-new-tokens", "1").err
+
+
+def test_options_that_greedy_decoding_does_not_read_are_noted(cli: Callable) -> None:
+    result = cli(QUICKSTART, "--temperature", "0", "--top-p", "0", "--top-k", "-5")
+    assert (result.code, result.out) == (0, ANSWER + "\n")
+    assert "note: --top-p is not read: temperature 0 is greedy" in result.err
+    assert "note: --top-k is not read: temperature 0 is greedy" in result.err
+    assert "is not read" not in cli(QUICKSTART).err
+
+
+def test_minus_1_is_no_limit_and_a_new_seed(cli: Callable, folder: Path) -> None:
+    sampled = ("冰岛", "--temperature", "3", "--max-new-tokens", "12", "--model", folder)
+    assert "top-k 0," in cli(*sampled, "--top-k", "-1").err
+    change_json(folder / "generation_config.json", do_sample=True, top_k=-1)
+    assert "top-k 0," in cli(*sampled).err
+    seeds = {cli(*sampled, "--seed", "-1").err.split("seed ")[1].split(";")[0] for _ in range(3)}
+    assert len(seeds) == 3
+    assert "-1" not in seeds
 
 
 # Progress

@@ -173,7 +173,7 @@ def test_codings_are_as_they_were(end: str, monkeypatch: pytest.MonkeyPatch, run
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="strict")
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", None)
-    assert generate.main([PROMPT, *(["--top-p", "7"] if end else [])]) == (2 if end else 0)
+    assert generate.main([PROMPT, *(["--temperature", "-7"] if end else [])]) == (2 if end else 0)
     assert (out.encoding, out.errors, sys.stderr) == ("latin-1", "strict", None)
     assert out.buffer.getvalue().decode().startswith("" if end else f"{ANSWER}（Reykjavik）\n")
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from qwen_ref import KVCache, Qwen, Tokenizer, load_model
 from qwen_ref.commands.generate import main
-from qwen_ref.decoding import lookup
+from qwen_ref.config import InputError
+from qwen_ref.decoding import PrefixCache, lookup
 from qwen_ref.decoding.lookup import MARGIN, Passes, Text, generate_lookup
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.fast.layers import fasten
@@ -400,6 +401,55 @@ def test_a_model_that_gives_nan_is_named() -> None:
 
 
 # Two ranks
+
+
+@pytest.mark.parametrize(("dtype", "fast"), HOW)
+def test_texts_that_begin_alike_share_a_cache(dtype: str, fast: bool) -> None:
+    """And an iterator that is left while guesses wait leaves none of them behind."""
+    plain, guessed = PrefixCache(tiny(dtype, fast)), PrefixCache(tiny(dtype, fast), draft_tokens=8)
+    text = TINY.encode(FACTS)
+    for number, more in enumerate([REPETITIVE[0], FACTS * 3, REPETITIVE[2], OTHER[0], FACTS * 5]):
+        ids = text + TINY.encode(more)
+        for count in (5, 30):
+            found = list(itertools.islice(guessed.generate(ids, 40), count + number))
+            wanted = list(itertools.islice(plain.generate(ids, 40), count + number))
+            assert tokens(found) == tokens(wanted)
+            assert (guessed.kept > 0) == (number > 0 or count == 30)
+        text = ids + tokens(found)  # as a chat goes on
+    assert guessed.passes.tokens_per_pass > 1
+
+
+def test_random_models_share_a_cache_too() -> None:
+    for folder in ("extended_base", "ntk_logn"):
+        qwen = golden_model(folder, "float64")
+        plain, guessed = PrefixCache(qwen), PrefixCache(qwen, draft_tokens=3)
+        ids = list(PROMPT)
+        for _ in range(4):
+            found = tokens(guessed.generate(ids, 12))
+            assert found == tokens(plain.generate(ids, 12))
+            ids += [*found, *PROMPT]
+
+
+def test_a_cache_of_generate_goes_on_by_lookup_and_back() -> None:
+    qwen, ids = tiny("float32"), TINY.encode(REPETITIVE[0])
+    cache = qwen.new_cache(1, 200)
+    first = tokens(generate(qwen, ids, 3, cache=cache))
+    cache.length = 0
+    ids += tokens(generate(qwen, ids, 3, cache=cache, stop_ids=first[1:2]))  # it ends before its end
+    ids += tokens(generate_lookup(qwen, ids, 20, cache=cache))
+    assert tokens(generate(qwen, ids, 5, cache=cache)) == tokens(generate(qwen, ids, 5))
+
+
+def test_a_cache_that_does_not_fit_is_refused() -> None:
+    qwen = tiny("float32")
+    with pytest.raises(InputError, match="12 positions are needed, the cache has 11"):
+        generate_lookup(qwen, [1, 2, 3], 10, cache=qwen.new_cache(1, 11))
+    with pytest.raises(InputError, match="must be of one row and hold fewer tokens than the prompt"):
+        generate_lookup(qwen, [1, 2, 3], 10, cache=qwen.new_cache(2, 12))
+    full = qwen.new_cache(1, 12)
+    qwen(torch.tensor([[1, 2, 3]]), cache=full)
+    with pytest.raises(InputError, match="must be of one row and hold fewer tokens than the prompt"):
+        generate_lookup(qwen, [1, 2, 3], 10, cache=full)
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:

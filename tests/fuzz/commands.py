@@ -59,9 +59,13 @@ _COMMANDS: dict[str, tuple[int, Callable[[list[str]], int], str, str, str]] = {
     "generate": (
         *(8, generate.main, "", "=text"),
         f"{_LOAD}{_SAMPLING} --file=path:text --stop=text --lookup=whole:1,8 --allow-special --logprobs"
-        " --json",
+        " --json --echo --top-logprobs=whole",
     ),
-    "chat": (5, chat.main, "", "--once=text", f"{_LOAD}{_SAMPLING} --system=text --history=path:saved"),
+    "chat": (
+        *(5, chat.main, "", "--once=text"),
+        f"{_LOAD}{_SAMPLING} --system=text --history=path:saved --lookup=whole:1,8 --save=path:saved,new"
+        " --chat-format=one:chatml",
+    ),
     "perplexity": (
         *(4, perplexity.main, "", "--text=path*:text,text,bytes --lengths=whole+:2,4,8"),
         f"{_LOAD} --stride=whole:1,2 --windows=whole:1,2 --batch-size=whole:1,2 --no-ntk --no-logn --json"

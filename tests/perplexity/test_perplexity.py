@@ -378,6 +378,29 @@ def test_a_text_is_taken_as_it_is(cli: Run, tmp_path: Path) -> None:
     assert report["texts"] == [{"file": str(path), "tokens": 7}]
 
 
+def test_a_text_may_come_from_stdin(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("7+8=15\n")
+    read, piped = (
+        json.loads(cli("--text", file, "--lengths", "7", "--json", stdin=path.read_bytes()).out)
+        for file in (path, "-")
+    )
+    assert piped["texts"] == [{"file": "-", "tokens": 7}]
+    assert piped["results"] == read["results"]
+
+
+def test_a_mark_is_dropped_and_windows_line_ends_stay(cli: Run, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbf7+8=15\r\n7+8=15\r\n")
+    result = cli("--text", path, "--lengths", "7", "--json")
+    assert f"note: {path} begins with a byte order mark (U+FEFF), which is dropped" in result.err
+    assert f"note: in {path} 2 lines end in CRLF" in result.err
+    (text,) = json.loads(result.out)["texts"]
+    assert text["tokens"] > 14
+    path.write_text("7+8=15\n", encoding="utf-16")
+    assert "is UTF-16" in refused(cli("--text", path, "--lengths", "7"))
+
+
 def test_either_engine_of_the_tokenizer_gives_the_same_table(
     cli: Run, text: Path, engine_options: list[str]
 ) -> None:

@@ -38,15 +38,15 @@ class Context(NamedTuple):
 def build_context(
     tokenizer: Tokenizer,
     query: str,
-    history: Sequence[Turn] = (),
+    history: Sequence[Turn] | None = None,
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = MAX_WINDOW_SIZE,
 ) -> list[int]:
     """The ids of a conversation up to where the assistant begins to answer query.
 
-    history: the turns so far, the oldest first. A turn is left out, with all turns before it, if it would
-    bring the system message and the turns up to max_window_size tokens. The query is always there and does
-    not count.
+    history: the turns so far, the oldest first; None and () are none. A turn is left out, with all turns
+    before it, if it would bring the system message and the turns up to max_window_size tokens. The query is
+    always there and does not count.
     Raises ValueError for a query or system message that is no text, a turn that is no pair of texts, and a
     max_window_size below 1.
 
@@ -59,11 +59,12 @@ def build_context(
 def fitted_context(
     tokenizer: Tokenizer,
     query: str,
-    history: Sequence[Turn] = (),
+    history: Sequence[Turn] | None = None,
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = MAX_WINDOW_SIZE,
 ) -> Context:
     """The ids of build_context, and how many turns were left out."""
+    history = () if history is None else history
     check_texts(query, history, system)
     check_tokens("max_window_size", max_window_size)
     im_start, im_end = (tokenizer.special_ids[name] for name in ("<|im_start|>", "<|im_end|>"))

@@ -44,7 +44,7 @@ class Conversation:
         model: Qwen,
         tokenizer: Tokenizer,
         system: str = DEFAULT_SYSTEM,
-        history: Sequence[Turn] = (),
+        history: Sequence[Turn] | None = None,
         max_window_size: int = MAX_WINDOW_SIZE,
         stop_texts: Collection[str] = (),
         stop_ids: Collection[int] | None = None,
@@ -53,6 +53,7 @@ class Conversation:
         """settings: those of qwen_ref.generate.generate, all but cache. A seed is the first answer's; each
         later answer has the seed before it plus one. stop_ids: those of ChatML by default.
         """
+        history = () if history is None else history
         check_texts("", history, system)
         self.settings = {"max_new_tokens": 512, **settings}
         check_tokens("max_window_size", max_window_size)
@@ -106,7 +107,7 @@ def reply(
     model: Qwen,
     tokenizer: Tokenizer,
     query: str,
-    history: Sequence[Turn] = (),
+    history: Sequence[Turn] | None = None,
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = MAX_WINDOW_SIZE,
     **settings: Any,

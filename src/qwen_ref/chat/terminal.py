@@ -19,9 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_ref.chat.context import Turn, check_texts
 from qwen_ref.chat.conversation import Conversation, dropped_note
-from qwen_ref.commands.cli import Progress, is_terminal, not_utf8, on_stdout, say, to_stderr
+from qwen_ref.commands.cli import Progress, is_terminal, on_stdout, say, to_stderr
 from qwen_ref.commands.clock import Clock
-from qwen_ref.commands.files import LARGEST_TEXT, from_stdin, output_path, write_whole
+from qwen_ref.commands.files import (
+    LARGEST_TEXT,
+    decoded,
+    from_stdin,
+    output_path,
+    without_mark,
+    write_whole,
+)
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import length_note
 from qwen_ref.config import InputError, read_json_object, shown
@@ -93,7 +100,8 @@ class Chat:
             limit = talk.settings["max_new_tokens"]
             say(f"the answer was cut at {limit} tokens; --max-new-tokens allows more")
         before = f"{kept} tokens of {tokens} known from before; " if kept else ""
-        say(before + self.clock.report(tokens - kept))
+        speed = before + self.clock.report(tokens - kept)
+        say(f"{speed}; {talk.prefix.passes}" if talk.prefix.draft_tokens else speed)
         return 0
 
     def _note(self, tokens: int) -> None:
@@ -129,13 +137,17 @@ class Chat:
         elif name == "/retry":
             self._retry()
         elif name == "/save" and argument:
-            save(_at_home(argument.strip()), talk.system, talk.history)
-            say(f"{argument}: {len(talk.history)} turns")
+            self.save(_at_home(argument.strip()))
         elif name == "/save":
             raise InputError("/save needs the name of a file")
         else:
             raise InputError(f"{shown(name)} is no command; /help lists them, and // begins a message with /")
         return True
+
+    def save(self, path: Path) -> None:
+        """Writes system message and turns to a file, as /save does."""
+        save(path, self.conversation.system, self.conversation.history)
+        say(f"{path}: {len(self.conversation.history)} turns")
 
     def _retry(self) -> None:
         history = self.conversation.history
@@ -156,8 +168,8 @@ class Chat:
 class WatchedCache(PrefixCache):
     """A PrefixCache that tells the other ranks what to generate, and times the steps."""
 
-    def __init__(self, model: Qwen, ranks: Ranks, clock: Clock) -> None:
-        super().__init__(model)
+    def __init__(self, model: Qwen, ranks: Ranks, clock: Clock, draft_tokens: int = 0) -> None:
+        super().__init__(model, draft_tokens)
         self.ranks, self.clock = ranks, clock
 
     def generate(
@@ -183,14 +195,19 @@ class WatchedCache(PrefixCache):
 def save(path: Path, system: str, history: Sequence[Turn]) -> None:
     """Writes a conversation as JSON, whole or not at all; ValueError if a file of another kind is there."""
     content = {"format": SAVED_AS, "system": system, "history": history}
-    target = output_path(path)
+    check_saving(path)
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def check_saving(path: Path, option: str = "") -> None:
+    """ValueError where no chat can be saved: only a saved chat is overwritten. option: the path's option."""
+    target = output_path(path, option)
     if target.exists():
         try:
             read_saved(target)
         except InputError:
-            problem = f"{path} is there already and is no saved chat; give another name"
-            raise InputError(problem) from None
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            problem = f"{option} {path} is there already and is no saved chat; give another name"
+            raise InputError(problem.strip()) from None
 
 
 def _at_home(argument: str) -> Path:
@@ -302,7 +319,8 @@ def _typed_line(prompt: str) -> str | None:
     except EOFError:
         print(flush=True)
         return None
-    return _decoded(line.encode("utf-8", "surrogateescape")).rstrip("\n")  # a paste may end with line ends
+    encoded = line.encode("utf-8", "surrogateescape")
+    return decoded("a line", encoded).rstrip("\n")  # a paste may end with line ends
 
 
 def _piped_line(prompt: str) -> str | None:
@@ -311,11 +329,5 @@ def _piped_line(prompt: str) -> str | None:
     line = from_stdin(LARGEST_TEXT + 1, line=True)
     if len(line) > LARGEST_TEXT:
         raise InputError(f"a line has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
-    return _decoded(line.removesuffix(b"\n").removesuffix(b"\r")) if line else None
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(not_utf8("a line", error)) from None
+    text = decoded("a line", line.removesuffix(b"\n").removesuffix(b"\r"))
+    return without_mark("a line", text) if line else None

@@ -57,9 +57,15 @@ def integer(argument: str) -> int:
 
 
 def given_path(argument: str) -> Path:
-    """type=Path, without the empty path: an unset variable of the shell would mean the current folder."""
+    """type=Path, without the empty path: an unset variable of the shell would mean the current folder.
+
+    ~ is the home folder, as a shell reads it. A shell does not see it in quotes and behind `--option=`.
+    """
     if not argument:
         raise argparse.ArgumentTypeError("the path is empty")
+    if argument.startswith("~") and not os.path.lexists(argument):
+        with contextlib.suppress(ValueError):  # a name that no user can have
+            argument = os.path.expanduser(argument)
     return Path(argument)
 
 

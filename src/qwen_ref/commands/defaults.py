@@ -13,7 +13,10 @@ _LARGEST_WINDOW = 2**24  # no Qwen comes near
 
 
 class Defaults(NamedTuple):
-    """What a folder's generation_config.json says; what it leaves out has the value that changes nothing."""
+    """What a folder's generation_config.json says; what it leaves out has the value that changes nothing.
+
+    A folder that is greedy may hold anything for top_k and top_p: a wrong value counts as left out there.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -36,6 +39,8 @@ def read_defaults(folder: Path, tokenizer: Tokenizer) -> Defaults:
 
 
 def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
+    from qwen_ref.generate import Sampling, check_settings
+
     def value(name: str, default: Any, *kinds: type) -> Any:
         found = raw.get(name)
         if found is None:
@@ -45,6 +50,19 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
             raise InputError(f"{name}={shown(found)} must be {wanted}")
         if float not in kinds and isinstance(found, int) and abs(found) >= 2**63:
             raise InputError(f"{name}={shown(found)} must be below 2**63")
+        return found
+
+    def of_sampling(name: str, default: float, *kinds: type) -> Any:
+        """A value that greedy decoding does not read."""
+        try:
+            found = value(name, default, *kinds)
+            if name == "top_k" and found == -1:  # so vLLM and others write "off"
+                found = 0
+            check_settings(1, Sampling(**{name: found}))
+        except ValueError:
+            if temperature != 0:
+                raise
+            return default
         return found
 
     def stop_text(word: list[int]) -> str:
@@ -63,19 +81,20 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         if not ids or min(word) < 0 or max(word) >= tokenizer.n_vocab:
             allowed = f"ids from 0 to {tokenizer.n_vocab - 1}"
             raise InputError(f"eos_token_id and stop_words_ids must hold {allowed}, not {shown(word)}")
+    temperature = 0.0
+    if value("do_sample", False, bool):
+        temperature = float(value("temperature", 1.0, int, float))
     defaults = Defaults(
         max_new_tokens=value("max_new_tokens", 64, int),
-        temperature=float(value("temperature", 1.0, int, float)) if value("do_sample", False, bool) else 0.0,
-        top_k=value("top_k", 0, int),
-        top_p=float(value("top_p", 1.0, int, float)),
+        temperature=temperature,
+        top_k=of_sampling("top_k", 0, int),
+        top_p=float(of_sampling("top_p", 1.0, int, float)),
         repetition_penalty=float(value("repetition_penalty", 1.0, int, float)),
         stop_ids=frozenset(word[0] for word in words if len(word) == 1),
         # A stop word of several ids is text that can also be spelled with other ids: it is matched as text.
         stop_texts=tuple(stop_text(word) for word in words if len(word) > 1),
         max_window_size=value("max_window_size", None, int),
     )
-    from qwen_ref.generate import Sampling, check_settings
-
     check_settings(defaults.max_new_tokens, Sampling(*defaults[1:5]))
     window = defaults.max_window_size
     if window is not None and not 1 <= window <= _LARGEST_WINDOW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import errno
 import os
@@ -20,6 +21,8 @@ from qwen_ref.config import InputError, read_bytes
 from qwen_ref.loading.hub import WEIGHTS, fetch_model, find_model
 
 LARGEST_TEXT = 2**28  # 256 MiB. A prompt as long as the longest context, 32,768 tokens, has 0.2 MB
+STDIN = Path("-")
+_MARK = "\ufeff"
 
 
 def bundled_checkpoint() -> Path:
@@ -45,32 +48,63 @@ def checkpoint_folder(args: argparse.Namespace, need: str = WEIGHTS) -> Path:
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt: a command's argument (see utf8), the text of a file, or stdin for the argument "-" or None.
+    """The prompt: a command's argument (see utf8), or the text of a file or of stdin (see read_text).
 
-    One line end at the end of a file or of stdin is dropped: `echo` and editors add it.
-    Raises ValueError for what is not UTF-8.
+    stdin is read for the argument "-" or None. One line end at the end of a file or of stdin is dropped:
+    `echo` and editors add it.
     """
-    if file is not None:
-        if argument is not None:
-            raise InputError("the prompt is given twice: as an argument and with --file")
-        text = read_text(file)
-    elif argument is None or argument == "-":
-        if sys.stdin is None:
-            raise InputError("stdin is closed; give the prompt as an argument or with --file")
-        if is_terminal(sys.stdin):
-            say("reading the prompt from the terminal; end it with Ctrl-D")
-        encoded = from_stdin(LARGEST_TEXT + 1)
-        if len(encoded) > LARGEST_TEXT:
-            raise InputError(f"stdin has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
-        text = decoded("stdin", encoded)
+    if file is not None and argument is not None:
+        raise InputError("the prompt is given twice: as an argument and with --file")
+    if argument is not None and argument != "-":
+        text = without_mark("the prompt", argument)
     else:
-        return argument
-    return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+        text = _unmarked_text(STDIN if file is None else file, "the prompt")
+        text = text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+    _note_line_ends("the prompt", text)
+    return text
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, exactly; a pipe, as `<(command)`, and a device will do."""
-    return decoded(str(path), read_stream(path))
+    """The text of a file in UTF-8, or of stdin for "-"; a pipe, as `<(command)`, and a device will do.
+
+    A byte order mark at its start is dropped, with a note. Line ends are kept; a note says if they are CRLF.
+    Raises ValueError for what is not UTF-8.
+    """
+    text = _unmarked_text(path, "the text")
+    _note_line_ends("stdin" if path == STDIN else str(path), text)
+    return text
+
+
+def _unmarked_text(path: Path, what: str) -> str:
+    """The text of a file or of stdin without its byte order mark."""
+    if path != STDIN:
+        return without_mark(str(path), decoded(str(path), read_stream(path)))
+    if sys.stdin is None:
+        raise InputError(
+            f"stdin is closed, and {what} was to come from there; give it otherwise (see --help)"
+        )
+    if is_terminal(sys.stdin):
+        say(f"reading {what} from the terminal; end it with Ctrl-D")
+    encoded = from_stdin(LARGEST_TEXT + 1)
+    if len(encoded) > LARGEST_TEXT:
+        raise InputError(f"stdin has more than {LARGEST_TEXT >> 20} MiB, the most that is read of a text")
+    return without_mark("stdin", decoded("stdin", encoded))
+
+
+def without_mark(source: str, text: str) -> str:
+    """A text without the byte order mark that some editors put before it; a note says so."""
+    if text.startswith(_MARK):
+        say(f"note: {source} begins with a byte order mark (U+FEFF), which is dropped")
+    return text.removeprefix(_MARK)
+
+
+def _note_line_ends(source: str, text: str) -> None:
+    if count := text.count("\r\n"):
+        lines = "a line ends" if count == 1 else f"{count} lines end"
+        say(
+            f"note: in {source} {lines} in CRLF, as on Windows; for a model it is other text than LF and may "
+            "change the answer; tr -d '\\r' <FILE converts it"
+        )
 
 
 def read_stream(path: Path) -> bytes:
@@ -102,6 +136,9 @@ def from_stdin(most: int, line: bool = False) -> bytes:
 
 def decoded(source: str, encoded: bytes) -> str:
     """The exact text of UTF-8 bytes; ValueError, with the source, for anything else."""
+    if encoded.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        begins = f"it begins with the bytes {encoded[:2].hex(' ')}"
+        raise InputError(f"{source} is UTF-16 ({begins}); convert it first: iconv -f UTF-16 -t UTF-8")
     try:
         return encoded.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -6,15 +6,18 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_ref.commands.cli import Parser, Progress, integer, on_stdout, run, say, utf8
+from qwen_ref.commands.cli import Parser, Progress, on_stdout, run, say, utf8
 from qwen_ref.commands.clock import Clock
+from qwen_ref.commands.completion import MOST_ALTERNATIVES, choice, top_logprobs, usage
 from qwen_ref.commands.defaults import read_defaults
 from qwen_ref.commands.files import read_prompt
 from qwen_ref.commands.loading import load, on_every_rank, open_folder
+from qwen_ref.commands.lookup import add_lookup_option, checked_lookup
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import (
     add_model_option,
@@ -25,10 +28,11 @@ from qwen_ref.commands.settings import (
     encoded_prompt,
     length_note,
 )
-from qwen_ref.config import InputError, shown, whole
+from qwen_ref.config import InputError, QwenConfig
 from qwen_ref.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from qwen_ref.decoding.alternatives import Alternatives, Scored
     from qwen_ref.decoding.lookup import Passes
     from qwen_ref.decoding.streaming import TextStream
     from qwen_ref.generate import Step
@@ -54,37 +58,33 @@ def _parser() -> Parser:
         metavar="TEXT",
         help="end before this text; may be given several times",
     )
+    add_lookup_option(parser, ". The option stands after the prompt")
+    add("--echo", action="store_true", help="print the prompt before the text")
     add(
-        "--lookup",
-        nargs="?",
-        type=_draft_tokens,
-        const=True,
-        metavar="N",
-        help="guess up to N tokens (default: 8) from the text so far and check all of them in one pass: the "
-        "same greedy text in fewer passes, if it repeats itself. It takes float32, --fast or --quantize. The "
-        "option stands after the prompt",
+        "--logprobs",
+        action="store_true",
+        help="print a line per token: log-probability, id, text as JSON; with --json they are in choices",
     )
-    add("--logprobs", action="store_true", help="print a line per token: log-probability, id, text as JSON")
+    add(
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="with --logprobs or --json: the N likeliest tokens in each token's place as well",
+    )
     add("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
 
-def _draft_tokens(argument: str) -> int:
-    try:
-        return integer(argument)
-    except ValueError:
-        message = f"{shown(argument)} is no number of tokens; a prompt goes before --lookup"
-        raise argparse.ArgumentTypeError(message) from None
-
-
 def _follow(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     """Every rank but 0: it only computes. Rank 0 reads the prompt, samples and prints."""
+    from qwen_ref.decoding.alternatives import Alternatives
     from qwen_ref.decoding.lookup import Passes
 
-    request = json.loads(ranks.share(None))
+    request, scored_ids = json.loads(ranks.share(None))
     model = load(args, folder, ranks)
-    for _ in _loop(model, request, Passes(), None):
-        pass
+    with Alternatives(model, 0, scored_ids):
+        for _ in _loop(model, request, Passes(), None):
+            pass
     return 0
 
 
@@ -97,17 +97,26 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     stop_texts = (*defaults.stop_texts, *args.stop)
     if "" in stop_texts:
         raise InputError("--stop is empty: it would end every text at once")
+    top = _checked_top(args, config)
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
-    if args.lookup is not None:
-        _check_lookup(args, folder, settings)
-        request["lookup"] = args.lookup
-    ranks.share(json.dumps(request))
+    if draft_tokens := checked_lookup(args, folder, settings):
+        request["lookup"] = draft_tokens
+    scores = args.logprobs or args.top_logprobs is not None
+    scored_ids = prompt_ids if args.echo and scores else []
+    ranks.share(json.dumps((request, scored_ids)))
     model = load(args, folder, ranks)
     say(describe(settings, defaults.stop_ids, stop_texts))
+    for stop in args.stop:
+        if re.search(r"\\[nrt]", stop):
+            say(
+                f"note: --stop '{stop}' is taken as it is typed, backslash and letter; in bash and zsh "
+                "$'\\n' is a line end and $'\\t' a tab"
+            )
     if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
         say(note)
 
     from qwen_ref.checkpoint import dtype_name
+    from qwen_ref.decoding.alternatives import Alternatives
     from qwen_ref.decoding.lookup import Passes
     from qwen_ref.decoding.streaming import TextStream
 
@@ -115,12 +124,16 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     # The loop is closed in any case: the other ranks wait for its next step.
     with (
         Progress("prompt", unit="tokens") as progress,
+        Alternatives(model, top, scored_ids) as alternatives,
         contextlib.closing(_loop(model, request, passes, progress.update)) as steps,
     ):
-        watched = clock.watch(ranks.until_interrupted(steps))
+        watched = clock.watch(alternatives.watch(ranks.until_interrupted(steps)))
         stream = TextStream(watched, tokenizer, defaults.stop_ids, stop_texts)
-        text, code = _print_stream(stream, args, tokenizer)
+        # As the tokenizer gives the prompt to the model: in NFC.
+        echoed = tokenizer.decode(prompt_ids) if args.echo else ""
+        text, code = _print_stream(stream, args, tokenizer, echoed, alternatives)
     if args.json:
+        tokens = [*alternatives.prompt, *alternatives.steps[: len(stream.steps)]] if scores else None
         report: dict[str, Any] = {
             "prompt": prompt,
             "text": text,
@@ -135,17 +148,31 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "prompt_tokens": len(prompt_ids),
             "prefill_tokens_per_second": clock.prefill_rate(len(prompt_ids)),
             "decode_tokens_per_second": clock.decode_rate(),
+            "object": "text_completion",
+            "model": str(folder),
+            "choices": [choice(echoed + text, stream.finish_reason, tokens, tokenizer)],
+            "usage": usage(len(prompt_ids), len(stream.steps)),
         }
-        if args.lookup is not None:
-            more = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": args.lookup}
+        if draft_tokens:
+            more = {"tokens_per_pass": passes.tokens_per_pass, "draft_tokens": draft_tokens}
             report["lookup"] = {**dataclasses.asdict(passes), **more}
         print(on_stdout(json.dumps(report, ensure_ascii=False)), flush=True)
     speed = clock.report(len(prompt_ids))
-    if args.lookup is not None:
-        each = f"{passes.tokens_per_pass:.1f} tokens per pass"
-        speed += f"; lookup: {passes.tokens} tokens in {passes.passes} passes, {each}"
-    say(speed)
+    say(f"{speed}; {passes}" if draft_tokens else speed)
     return code
+
+
+def _checked_top(args: argparse.Namespace, config: QwenConfig) -> int:
+    """How many likeliest tokens to give, 0 without --top-logprobs."""
+    top, most = args.top_logprobs, min(MOST_ALTERNATIVES, config.vocab_size)
+    if top is None:
+        return 0
+    if not 0 <= top <= most:
+        limit = f"{most}, and the vocabulary has {config.vocab_size} tokens"
+        raise InputError(f"--top-logprobs {top} must be from 0 to {limit}")
+    if not (args.logprobs or args.json):
+        raise InputError("--top-logprobs goes with --logprobs (a line per token) or --json")
+    return top
 
 
 def _loop(
@@ -162,52 +189,30 @@ def _loop(
     return generate_lookup(model, **settings, draft_tokens=draft_tokens, passes=passes, progress=progress)
 
 
-def _check_lookup(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where another setting rules --lookup out, with its origin and the remedy."""
-    from qwen_ref.checkpoint import compute_dtype
-    from qwen_ref.decoding.lookup import DRAFT_TOKENS, check_model
-    from qwen_ref.fast.attention import FastCache
-    from qwen_ref.fast.int8_cache import Int8Cache
-    from qwen_ref.loading.loader import open_checkpoint
-    from qwen_ref.model import KVCache
-
-    if args.lookup is True:
-        args.lookup = DRAFT_TOKENS
-    whole("draft_tokens", args.lookup)
-    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
-    wrong = [name for name, value in greedy.items() if settings[name] != value]
-    if wrong:
-        config = folder / "generation_config.json"
-        there = [
-            f"{name}={settings[name]:g}" + ("" if getattr(args, name) is not None else f" (from {config})")
-            for name in wrong
-        ]
-        remedy = [f"--{name.replace('_', '-')} {greedy[name]:g}" for name in wrong]
-        raise InputError(f"--lookup is greedy only, without {' and '.join(there)}; add {' '.join(remedy)}")
-    fast = args.fast or args.quantize is not None
-    cache_type = Int8Cache if args.kv_cache is not None else FastCache if fast else KVCache
-    check_model(compute_dtype(args.dtype, open_checkpoint(folder)[1]), cache_type)
-
-
-def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, int]:
-    """Prints the stream as the options ask; returns the whole text and the exit code."""
+def _print_stream(
+    stream: TextStream,
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    echoed: str,
+    alternatives: Alternatives,
+) -> tuple[str, int]:
+    """Prints what is echoed and the stream, as the options ask; returns the stream's text and the code."""
     text, code = "", 0
-    characters = steps = 0  # how many are printed
+    characters = lines = 0  # how many are printed
 
     def show() -> None:
-        nonlocal characters, steps
+        nonlocal characters, lines
         # Text counts as printed before it is printed: Ctrl-C in between must not print it twice.
-        new_text, characters = text[characters:], len(text)
-        new_steps, steps = stream.steps[steps:], len(stream.steps)
+        new_text, characters = (echoed + text)[characters:], len(echoed + text)
+        scored = [*alternatives.prompt, *alternatives.steps[: len(stream.steps)]]
+        new_scored, lines = scored[lines:], len(scored)
         if args.json:
             return
         if not args.logprobs:
             print(on_stdout(new_text), end="", flush=True)
             return
-        for step in new_steps:
-            token = _token_report(step, tokenizer)
-            quoted = json.dumps(token["text"], ensure_ascii=False)
-            print(on_stdout(f"{token['logprob']:.6f}\t{token['id']}\t{quoted}"), flush=True)
+        for each in new_scored:
+            print(on_stdout(_line(each, args, tokenizer)), flush=True)
 
     try:
         for piece in stream:
@@ -221,9 +226,21 @@ def _print_stream(stream: TextStream, args: argparse.Namespace, tokenizer: Token
     return text, code
 
 
+def _line(scored: Scored, args: argparse.Namespace, tokenizer: Tokenizer) -> str:
+    """The line of a token for --logprobs: null is the log-probability of a text's first token."""
+    logprob = "null" if scored.logprob is None else f"{scored.logprob:.6f}"
+    columns = [logprob, str(scored.token), json.dumps(_text(scored.token, tokenizer), ensure_ascii=False)]
+    if args.top_logprobs is not None:
+        columns.append(json.dumps(top_logprobs(scored, tokenizer), ensure_ascii=False))
+    return "\t".join(columns)
+
+
+def _text(token: int, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([token]) if token < tokenizer.n_vocab else "\ufffd"
+
+
 def _token_report(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
-    text = tokenizer.decode([step.token]) if step.token < tokenizer.n_vocab else "\ufffd"
-    return {"id": step.token, "text": text, "logprob": step.logprob}
+    return {"id": step.token, "text": _text(step.token, tokenizer), "logprob": step.logprob}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_ref.commands.cli import given_path, utf8
+from qwen_ref.commands.cli import given_path, say, utf8
 from qwen_ref.commands.defaults import Defaults
 from qwen_ref.commands.ranks import TIMEOUT
 from qwen_ref.config import InputError, QwenConfig
@@ -127,7 +127,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, what: str) -> None:
     add = parser.add_argument
     end = "(one newline at its end is dropped)"
     add("prompt", type=utf8, nargs="?", help=f"{what}; - or nothing reads stdin {end}")
-    add("--file", type=Path, help=f"read the prompt from this file {end}")
+    add("--file", type=Path, help=f"read the prompt from this file, - for stdin {end}")
     add(
         "--allow-special", action="store_true", help="parse special tokens such as <|im_start|> in the prompt"
     )
@@ -160,7 +160,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-new-tokens", type=int, metavar="N", help="stop after N tokens")
     add("--temperature", type=float, metavar="T", help="0 is greedy; 1 samples the model's own distribution")
-    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens; 0 is no limit")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens; 0 or -1 is no limit")
     add(
         "--top-p",
         type=float,
@@ -173,7 +173,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="above 1 makes tokens of the text so far less likely",
     )
-    add("--seed", type=int, help="the same seed gives the same text (default: a new one, printed)")
+    add("--seed", type=int, help="the same seed gives the same text (default, and -1: a new one, printed)")
     add_load_options(parser)
 
 
@@ -194,12 +194,23 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_settings(args: argparse.Namespace, defaults: Defaults) -> dict[str, Any]:
-    """The loop's settings, checked: the options of add_options that are given, else the folder's own."""
+    """The loop's settings, checked: the options of add_options that are given, else the folder's own.
+
+    Greedy decoding does not read top-k and top-p: they are off then, whatever was given.
+    """
     found = {
         name: getattr(defaults, name) if getattr(args, name) is None else getattr(args, name)
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
     }
-    found["seed"] = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+    if found["temperature"] == 0:
+        for name in ("top_k", "top_p"):
+            if getattr(args, name) is not None:
+                say(f"note: --{name.replace('_', '-')} is not read: temperature 0 is greedy")
+        found |= {"top_k": 0, "top_p": 1.0}
+    if found["top_k"] == -1:
+        found["top_k"] = 0
+    new_seed = args.seed is None or args.seed == -1
+    found["seed"] = random.SystemRandom().randrange(2**32) if new_seed else args.seed
     from qwen_ref.generate import Sampling, check_settings
 
     sampling = {name: value for name, value in found.items() if name != "max_new_tokens"}

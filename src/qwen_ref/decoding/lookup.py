@@ -55,6 +55,10 @@ class Passes:
     tokens: int = 0
     passes: int = 0
 
+    def __str__(self) -> str:
+        each = f"{self.tokens_per_pass:.1f} tokens per pass"
+        return f"lookup: {self.tokens} tokens in {self.passes} passes, {each}"
+
     @property
     def tokens_per_pass(self) -> float:
         return self.tokens / max(self.passes, 1)
@@ -69,6 +73,7 @@ def generate_lookup(
     longest_match: int = LONGEST_MATCH,
     draft_tokens: int = DRAFT_TOKENS,
     passes: Passes | None = None,
+    cache: KVCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[Step]:
     """Yields the tokens of greedy `generate`, one by one, in fewer passes through the model.
@@ -76,7 +81,7 @@ def generate_lookup(
     longest_match: how many of the last ids are looked up, then fewer, down to one.
     draft_tokens: how many tokens are guessed at most.
     passes: counts while the iteration runs.
-    progress: as `generate`'s.
+    cache, progress: as `generate`'s.
 
     Two kinds of models are taken, and each gives the tokens of `generate` for its own reason.
 
@@ -102,14 +107,22 @@ def generate_lookup(
         whole("draft_tokens", draft_tokens)
         prompt_ids = checked_ids(prompt_ids, model.config.vocab_size)
         stop_ids = checked_stop_ids(stop_ids)
+        needed = len(prompt_ids) + max_new_tokens - 1  # the last token is never fed back
+        if cache is not None and not (cache.batch_size == 1 and cache.length < len(prompt_ids)):
+            raise InputError("the cache must be of one row and hold fewer tokens than the prompt")
+        if cache is not None and cache.max_length < needed:
+            raise InputError(f"{needed} positions are needed, the cache has {cache.max_length}")
     if group.size > 1:
         how, end = f"{longest_match=}, {draft_tokens=}", (max_new_tokens, sorted(stop_ids))
-        group.require_same("this generation", {"the prompt": prompt_ids, "lookup": how, "the end": end})
-    full = len(prompt_ids) + max_new_tokens
-    with group.together():
-        cache = model.new_cache(1, full - 1)  # as the plain loop's: the last token is never fed back
-    text, count = Text(prompt_ids, longest_match), Passes() if passes is None else passes
-    exact = 0  # the first `exact` positions of the cache have the plain loop's bits
+        asked = {"the prompt": prompt_ids, "lookup": how, "the end": end}
+        group.require_same("this generation", {**asked, "what the cache holds": cache and cache.length})
+    if cache is None:
+        with group.together():
+            cache = model.new_cache(1, needed)
+    text, count, start = Text(prompt_ids, longest_match), Passes() if passes is None else passes, cache.length
+    cache.text_end = None
+    full = needed + 1
+    exact = 0  # the first `exact` positions of the cache have the plain loop's bits; 0: before the first pass
     fast = isinstance(cache, FastCache)
     if fast:
         draft_tokens = min(draft_tokens, FEW_ROWS - 1)
@@ -117,15 +130,15 @@ def generate_lookup(
     def states_of(ids: Sequence[int]) -> Tensor:
         """(1, T, D); of a long prompt its last chunk."""
         count.passes += 1
-        told = progress if cache.length == 0 else None
+        told = None if exact else progress
         *_, states = in_chunks(model, torch.tensor([ids], device="cpu"), cache, progress=told)
         return states
 
     def plain() -> list[Step]:
         """The next token, from passes with the plain loop's bits; what is not exact yet is computed again."""
         nonlocal exact
-        cache.length = exact
-        for ids in [[token] for token in text.ids[exact:]] if exact else [text.ids]:
+        cache.length = max(exact, start)
+        for ids in [[token] for token in text.ids[exact:]] if exact else [text.ids[start:]]:
             last = states_of(ids)[:, -1]
         exact = cache.length
         logits = model.lm_head(last, only_rank_0=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen_ref.config import whole
+from qwen_ref.decoding.lookup import Passes, generate_lookup
 from qwen_ref.generate import Step, begun, checked_ids, generate
 from qwen_ref.model import KVCache, Qwen, ntk_alpha
 
@@ -26,8 +27,11 @@ class PrefixCache:
     another base, nothing is kept. Memory grows with the texts. Several ranks use theirs alike.
     """
 
-    def __init__(self, model: Qwen) -> None:
+    def __init__(self, model: Qwen, draft_tokens: int = 0) -> None:
+        """draft_tokens: above 0 the loop is generate_lookup, which guesses so many tokens at most."""
         self.model = model
+        self.draft_tokens = draft_tokens
+        self.passes = Passes()  # what the last text took, if it was generate_lookup's
         self.kept = 0  # positions of the last prompt that were in the cache before
         self._cache: KVCache | None = None
         self._room = 0  # positions that its tensors take
@@ -37,13 +41,18 @@ class PrefixCache:
     def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int = 64, **settings: Any
     ) -> Generator[Step]:
-        """Takes the arguments of qwen_ref.generate.generate, except `cache`.
+        """Takes the arguments of qwen_ref.generate.generate, except `cache`; or those of generate_lookup.
 
         There is one text at a time: an iterator that is still running ends with the next call.
         """
         prompt_ids = checked_ids(prompt_ids, self.model.config.vocab_size)
         cache = self.rewind(prompt_ids, len(prompt_ids) + whole("max_new_tokens", max_new_tokens) - 1)
-        steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
+        self.passes = Passes()
+        if self.draft_tokens > 0:
+            settings |= {"draft_tokens": self.draft_tokens, "passes": self.passes}
+            steps = generate_lookup(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
+        else:
+            steps = generate(self.model, prompt_ids, max_new_tokens, **settings, cache=cache)
 
         def watched() -> Generator[Step | None]:
             try:
@@ -52,7 +61,7 @@ class PrefixCache:
                     for step in steps:
                         self._ids.append(step.token)
                         yield step
-                        self.make_room(min(cache.length + 1, cache.max_length))
+                        self.make_room(min(cache.length + 1 + self.draft_tokens, cache.max_length))
             except ValueError:  # logits that are not finite; the keys and values may not be finite either
                 self._cache = None
                 raise
@@ -78,7 +87,8 @@ class PrefixCache:
             self._room = _allocated(cache, len(prompt_ids))
             self._cache = cache
         else:
-            held = min(cache.length, len(prompt_ids) - 1)  # the last token's logits are wanted
+            # The last token's logits are wanted. The cache may hold guesses that nobody has taken.
+            held = min(cache.length, len(before), len(prompt_ids) - 1)
             while self.kept < held and before[self.kept] == prompt_ids[self.kept]:
                 self.kept += 1
             cache.length = self.kept

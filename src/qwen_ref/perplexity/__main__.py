@@ -49,7 +49,7 @@ def _parser() -> Parser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="texts in UTF-8; each is scored by itself",
+        help="texts in UTF-8, - for stdin; each is scored by itself",
     )
     add(
         "--lengths",
