@@ -278,7 +278,7 @@ def test_what_is_no_chat_model_by_its_folder_is_refused_with_the_remedy(
     line = refused(cli("--model", folder, "--once", QUESTION))
     assert lack.replace("FOLDER", str(folder)) in line
     assert "; use a -Chat release, or python -m qwen_ref.generate; " in line
-    assert line.endswith("if it was trained on ChatML, add --chat-format chatml")
+    assert line.endswith("if the model was trained on ChatML, add --chat-format chatml")
     result = cli("--model", folder, "--once", QUESTION, "--chat-format", "chatml")
     assert (result.code, result.out) == (0, ANSWER + "\n")
     assert "stop at 2500, 2501, 2502" in result.err

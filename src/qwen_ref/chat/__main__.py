@@ -147,8 +147,8 @@ def _require_chat(folder: Path) -> None:
         else:
             problem = f"{path}: chat_format is {shown(found)}, and this command knows 'chatml' only"
     raise InputError(
-        f"{problem}; use a -Chat release, or python -m qwen_ref.generate; if it was trained on ChatML, "
-        "add --chat-format chatml"
+        f"{problem}; use a -Chat release, or python -m qwen_ref.generate; if the model was trained on "
+        "ChatML, add --chat-format chatml"
     )
 
 

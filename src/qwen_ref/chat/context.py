@@ -38,7 +38,7 @@ class Context(NamedTuple):
 def build_context(
     tokenizer: Tokenizer,
     query: str,
-    history: Sequence[Turn] | None = None,
+    history: Sequence[Turn] | None = (),
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = MAX_WINDOW_SIZE,
 ) -> list[int]:
@@ -59,7 +59,7 @@ def build_context(
 def fitted_context(
     tokenizer: Tokenizer,
     query: str,
-    history: Sequence[Turn] | None = None,
+    history: Sequence[Turn] | None = (),
     system: str = DEFAULT_SYSTEM,
     max_window_size: int = MAX_WINDOW_SIZE,
 ) -> Context:
