@@ -13,10 +13,11 @@ from types import ModuleType, SimpleNamespace
 
 import forked_ranks
 import pytest
+import torch
 from conftest import GOLDEN, WEIGHTS, Result, Run, command, python, refused
 from golden_folders import INDEX, SHARDS
 
-from qwen_ref import InputError, Tokenizer, load_model
+from qwen_ref import InputError, Tokenizer, load_model, parity
 from qwen_ref.loading.hub import (
     FILES,
     fetch_model,
@@ -25,6 +26,7 @@ from qwen_ref.loading.hub import (
     model_name,
     repository,
 )
+from qwen_ref.trace import trace
 
 NAME, CHAT = "Qwen/Qwen-1_8B", "Qwen/Qwen-1_8B-Chat"
 COMMITS = ("fa6e214ccbbc6a55235c26ef406355b6bfdf5eed", "fa6e0000cbbc6a55235c26ef406355b6bfdf5eed", "0" * 40)
@@ -672,3 +674,17 @@ def test_numbered_files_that_are_all_there_need_no_index(cache: Path) -> None:
     assert find_model(NAME).folder == snapshot
     (snapshot / SHARDS[1]).unlink()
     assert f"{snapshot} lacks {INDEX}" in refusal(NAME)
+
+
+def test_the_kit_and_the_trace_take_names_as_well(cache: Path, home: Path) -> None:
+    cached(cache)
+    ids = torch.tensor([[1, 2, 3]])
+    parity.record(NAME, ids, home / "truth.safetensors")
+    assert parity.check(NAME, home / "truth.safetensors", dtype="bfloat16").within
+    assert trace(NAME, [1, 2, 3]) is not None
+
+
+def test_a_completion_names_the_model_as_it_was_typed(cache: Path, run_command: Run) -> None:
+    cached(cache)
+    found = run_command(command("generate"), QUESTION, "--model", NAME, "--json", *ONE_LINE)
+    assert json.loads(found.out)["model"] == NAME

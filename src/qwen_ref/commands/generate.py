@@ -149,7 +149,7 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
             "prefill_tokens_per_second": clock.prefill_rate(len(prompt_ids)),
             "decode_tokens_per_second": clock.decode_rate(),
             "object": "text_completion",
-            "model": str(folder),
+            "model": str(args.model or folder),
             "choices": [choice(echoed + text, stream.finish_reason, tokens, tokenizer)],
             "usage": usage(len(prompt_ids), len(stream.steps)),
         }

@@ -590,7 +590,7 @@ def read_ids(path: str | Path) -> tuple[Tensor, Tensor | None]:
 
     Lists of unequal length are rows of a batch, padded on the left with 0.
     """
-    text = read_stream(Path(path)).decode("utf-8", errors="replace").strip()
+    text = read_stream(Path(path)).decode("utf-8-sig", errors="replace").strip()
     try:
         found: list[Any] = parse_json(text) if text.startswith("[") else _plain_ids(text)
     except ValueError as error:

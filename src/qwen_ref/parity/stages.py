@@ -26,6 +26,7 @@ from qwen_ref.checkpoint import (
 from qwen_ref.commands.cli import out_of_memory
 from qwen_ref.config import InputError
 from qwen_ref.loading.files import weight_files
+from qwen_ref.loading.hub import find_model
 from qwen_ref.loading.loader import check_values, opened, say_notes
 from qwen_ref.model import Attention, Block, KVCache, Positions, Qwen, RMSNorm
 from qwen_ref.parallel import linear
@@ -37,10 +38,13 @@ _HEAD_BYTES = 2**30
 
 
 class Checkpoint:
-    """An opened checkpoint folder: its configuration, and its weights by our names, as they are stored."""
+    """An opened checkpoint: its configuration, and its weights by our names, as they are stored.
+
+    folder: or a name as "Qwen/Qwen-1_8B" (loading/hub.py).
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = folder = find_model(folder).folder
         self.config, self.stored, notes = opened(folder)
         say_notes(notes)
         check_values(folder, self.stored)
