@@ -407,11 +407,12 @@ def test_pieces_land_at_their_positions(tmp_path: Path) -> None:
         ("1 2 3", [[1, 2, 3]]),
         ("1,2,\n3\n", [[1, 2, 3]]),
         ("[1, 2, 3]", [[1, 2, 3]]),
+        ("\ufeff1 2 3", [[1, 2, 3]]),
         ("[[1, 2, 3], [4]]", [[1, 2, 3], [0, 0, 4]]),
     ],
 )
 def test_ids_are_read_from_a_file(tmp_path: Path, text: str, rows: list[list[int]]) -> None:
-    (tmp_path / "ids").write_text(text)
+    (tmp_path / "ids").write_text(text, encoding="utf-8")
     ids, mask = read_ids(tmp_path / "ids")
     assert ids.tolist() == rows
     assert (mask is None) == (len(rows) == 1)
