@@ -102,7 +102,8 @@ def fasten(
     for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
-    for name, norm in [found for found in model.named_modules() if isinstance(found[1], RMSNorm)]:
+    norms = [found for found in model.named_modules() if isinstance(found[1], RMSNorm)]
+    for name, norm in norms if hasattr(F, "rms_norm") else []:  # torch 2.2, the last for Intel Macs, has none
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, FastNorm(norm))
     for block in model.blocks:
