@@ -104,8 +104,8 @@ def steps(hour: Hour) -> Iterator[str]:
 
     out = hour.type("-m", "qwen_ref.checkpoint", "inspect", CHAT, says=(from_chat,))
     first, second = out.splitlines()[:2]
-    assert first.startswith("fits: 0.004 GB of weights"), first
-    assert "a decode step" in second, second
+    assert first.startswith("fits: 3.5 MB of weights in bfloat16 and 1.0 MB for 512 positions; "), first
+    assert second.startswith("a decode step reads 2.8 MB: the processor's caches may hold that"), second
     assert "4 layers of 4 heads of 32" in out
     yield "whether it fits, and what a token takes"
 
@@ -113,7 +113,7 @@ def steps(hour: Hour) -> Iterator[str]:
     out = hour.type(
         *generate, QUESTION, "--model", CHAT, "--max-new-tokens", "9", says=(from_chat, loaded, *how)
     )
-    assert out == "雷克雅未克（Reykjavik）\n"
+    assert out.startswith("雷克雅未克（Reykjavik）")
     yield "a completion"
 
     prompt = f"\ufeff挪威的首都是奥斯陆（Oslo）\r\n{QUESTION}".encode()
@@ -149,7 +149,9 @@ def steps(hour: Hour) -> Iterator[str]:
     once = (*chat, "--model", CHAT, "--once")
     saved = (*("--history", "talk.json"), *("--save", "talk.json"))
     says = (from_chat, loaded, *how)
-    assert hour.type(*once, "冰岛的首都是哪里？", *saved[2:], says=(*says, r"talk\.json: 1 turns")).startswith("雷")
+    assert hour.type(
+        *once, "冰岛的首都是哪里？", *saved[2:], says=(*says, r"talk\.json: 1 turns")
+    ).startswith("雷")
     out = hour.type(*once, "What is the capital of Norway?", *saved, says=(*says, r"talk\.json: 2 turns"))
     assert out == "Oslo.\n"
     refusal = (
@@ -164,7 +166,15 @@ def steps(hour: Hour) -> Iterator[str]:
 
     text = "".join(f"{QUESTION}雷克雅未克（Reykjavik）\n" for _ in range(40))
     (hour.folder / "calibration.txt").write_text(text, encoding="utf-8")
-    quantise = (str(ROOT / "examples/make/quantize_gptq.py"), CHAT, "Int4", "--bits", "4", "--group-size", "32")
+    quantise = (
+        str(ROOT / "examples/make/quantize_gptq.py"),
+        CHAT,
+        "Int4",
+        "--bits",
+        "4",
+        "--group-size",
+        "32",
+    )
     done = subprocess.run(
         [sys.executable, *quantise, "--text", "calibration.txt"],
         cwd=hour.folder, env=hour.environment, capture_output=True, timeout=300,
@@ -174,7 +184,7 @@ def steps(hour: Hour) -> Iterator[str]:
     says = (LOADED.format(model="Int4", form=form), KERNELS, r"(note: each 4-bit weight .+|greedy; .+)", ".+")
     fast = ("--fast", "--dtype", "bfloat16", "--kernel", "int4")
     out = hour.type(*generate, QUESTION, "--model", "Int4", *fast, "--max-new-tokens", "9", says=says)
-    assert out == "雷克雅未克（Reykjavik）\n"
+    assert out.startswith("雷克雅未克（Reykjavik）")
     says = (from_chat, LOADED.format(model=CHAT, form="int4"), KERNELS, *how)
     rounded = ("--quantize", "int4", "--kernel", "int4")
     assert hour.type(*generate, QUESTION, "--model", CHAT, *rounded, says=says).startswith("雷克雅未克")

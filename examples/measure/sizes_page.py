@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from qwen_ref import QwenConfig
-from qwen_ref.checkpoint import TensorSpec, tensor_table
+from qwen_ref.checkpoint import tensor_table
 from qwen_ref.commands.cli import Parser, run
-from qwen_ref.commands.sizes import cache_bytes
+from qwen_ref.commands.sizes import cache_bytes, int4_group, quantized_bytes
 from qwen_ref.config import InputError
-from qwen_ref.fast.matrices import block_width
-from qwen_ref.quantize.config import INT4_GROUP, INT4_GROUPS
+from qwen_ref.quantize.config import INT4_GROUP
 
 SIZES = ("1.8b", "7b", "14b", "72b")
 RANKS = (1, 2, 4, 8)
@@ -86,13 +85,6 @@ def decode_flops(config: QwenConfig, position: int) -> tuple[int, int]:
     return sum(product_flops(config)), attention_flops(config, position + 1)
 
 
-def int4_group(config: QwenConfig, ranks: int) -> int | None:
-    """Inputs that share a scale: 64, or 32 where a rank's inputs are no multiple of 64; None: nor of 32."""
-    inputs = (config.hidden_size, config.hidden_size // ranks, config.mlp_width // ranks)
-    groups = [size for size in INT4_GROUPS if size <= INT4_GROUP and all(n % size == 0 for n in inputs)]
-    return max(groups, default=None)
-
-
 def weight_bytes(config: QwenConfig, form: str, ranks: int = 1) -> int:
     """Bytes of the weights of each of so many ranks: "bf16", or "int8" or "int4" as `--quantize` holds them
     with one thread a rank. Raises ValueError where int4's groups do not divide a rank's inputs.
@@ -100,26 +92,10 @@ def weight_bytes(config: QwenConfig, form: str, ranks: int = 1) -> int:
     group = int4_group(config, ranks)
     if form == "int4" and group is None:
         raise InputError(f"no group of int4 divides the inputs of {ranks} ranks; use int8 or fewer ranks")
-    return sum(_tensor_bytes(spec, form, ranks, group) for spec in tensor_table(config))
-
-
-def _tensor_bytes(spec: TensorSpec, form: str, ranks: int, group: int | None) -> int:
-    """What qwen_ref.fast keeps of a tensor on a rank, or the plain model."""
-    shape = spec.shape_of_rank(ranks)
-    if form == "bf16" or len(shape) == 1 or spec.name == "embed.weight":
-        return math.prod(shape) * torch.bfloat16.itemsize
-    outputs, inputs = shape
-    in_groups = form == "int4" and spec.name != "lm_head.weight"
-    added_up = (
-        ranks > 1 and spec.cut == "columns"
-    )  # in float32, which torch's product of 4 bits does not give
-    if in_groups and not added_up:
-        outputs = -(-outputs // 64) * 64  # it packs so many at a time
-        return outputs * inputs // 2 + outputs * (inputs // group) * 2 * torch.bfloat16.itemsize
-    width = block_width(outputs, threads=1)
-    blocks = -(-outputs // width)
-    scales = 2 * (inputs // group) if in_groups else 1  # of an output: in groups each has an offset as well
-    return blocks * (inputs * (width + 8) + width * scales * torch.float32.itemsize)
+    table = tensor_table(config)
+    if form == "bf16":
+        return sum(math.prod(spec.shape_of_rank(ranks)) for spec in table) * torch.bfloat16.itemsize
+    return sum(quantized_bytes(spec, form, ranks, group) for spec in table)
 
 
 def int8_cache_bytes(config: QwenConfig, context: int) -> int:

@@ -539,31 +539,102 @@ def test_minus_1_is_no_limit_and_a_new_seed(cli: Callable, folder: Path) -> None
 # Progress
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_bytes_and_the_time_left(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stderr, now = io.StringIO(), 0.0
-    stderr.isatty = lambda: terminal
+class OutStream(io.StringIO):
+    """A notebook's stderr, as ipykernel has it: no terminal, and no file with a number."""
+
+    encoding = "UTF-8"
+
+    def isatty(self) -> bool:
+        return False
+
+
+OutStream.__module__ = "ipykernel.iostream"
+
+
+class AsciiStream(OutStream):
+    encoding = "ascii"
+
+
+class NoIsatty(OutStream):
+    """As older ones."""
+
+    @property
+    def isatty(self) -> None:
+        raise AttributeError("isatty")
+
+
+def terminal() -> io.StringIO:
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    return stream
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the time."""
+    monkeypatch.setattr(shared.time, "monotonic", lambda: 0.0)
+    return lambda now: monkeypatch.setattr(shared.time, "monotonic", lambda: now)
+
+
+@pytest.mark.parametrize("stream", [terminal, OutStream, AsciiStream, NoIsatty])
+def test_progress_is_a_bar_that_is_redrawn(
+    stream: Callable, clock: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal and in a notebook, in ASCII where the stream has no other characters."""
+    stderr = stream()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(shared.time, "monotonic", lambda: now)
+    progress = shared.Progress("loading").update  # as `progress=` takes it
+    for now in (0.05, 11.0, 22.0, 44.0):
+        clock(now)
+        progress(done=int(now * 1e8), total=4_400_000_000)
+    lines = [
+        "qwen_ref: loading █████─────────────── 25 % 1.10 of 4.40 GB, 33 s left",
+        "qwen_ref: loading ██████████────────── 50 % 2.20 of 4.40 GB, 22 s left",
+        "qwen_ref: loading ████████████████████ 100 % 4.40 of 4.40 GB, in 44 s ",
+    ]
+    wanted = "".join(f"\r{line}" for line in lines) + "\n"
+    if stream is AsciiStream:
+        wanted = wanted.replace("█", "#").replace("─", "-")
+    assert stderr.getvalue() == wanted
+
+
+def test_progress_elsewhere_is_a_line_every_ten_seconds(
+    clock: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     with shared.Progress("loading") as progress:
-        for now in (0.05, 11.0, 22.0):
+        for now in (9.0, 11.0, 12.0, 22.0, 44.0):
+            clock(now)
             progress.update(done=int(now * 1e8), total=4_400_000_000)
     first = "qwen_ref: loading 1.10 of 4.40 GB, 33 s left"
     second = "qwen_ref: loading 2.20 of 4.40 GB, 22 s left"
-    expected = f"\r{first}    \r{second}    \n" if terminal else f"{first}\n{second}\n"
-    assert stderr.getvalue() == expected
+    assert sys.stderr.getvalue() == f"{first}\n{second}\n"
 
 
-def test_progress_that_is_complete_leaves_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what is written next, before the end of its block, does not stand behind it."""
-    stderr, clock = io.StringIO(), iter([0.0, 1.0])
-    stderr.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(shared.time, "monotonic", lambda: next(clock))
+def test_a_line_of_progress_covers_the_one_before_and_fits(
+    clock: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal())
+    with shared.Progress("looking for needles", "tokens") as progress:
+        for now in (1.0, 5.0):
+            clock(now)
+            progress.update(done=int(200_000 * now), total=1_000_000_000 if now == 1 else 2_000_000)
+    first, second = sys.stderr.getvalue().strip("\r\n").split("\r")
+    assert len(first) == 79
+    assert first == ("qwen_ref: looking for needles ──── 0 % 200000 of 1000000000 tokens, 4999 s left")
+    assert second == f"{'qwen_ref: looking for needles ████──── 50 % 1000000 of 2000000 tokens, 5 s left':79}"
+
+
+def test_progress_that_ends_early_ends_its_line(clock: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal())
     with shared.Progress("scoring", "tokens") as progress:
-        for done in (1, 2, 2):
-            progress.update(done, total=2)
-    assert stderr.getvalue() == "\rqwen_ref: scoring 1 of 2 tokens, 1 s left    \n"
+        clock(1.0)
+        progress.update(done=1, total=2)
+    shown = sys.stderr.getvalue()
+    assert shown == "\rqwen_ref: scoring ██████████────────── 50 % 1 of 2 tokens, 1 s left\n"
+    with shared.Progress("scoring", "tokens") as progress:
+        progress.update(done=2, total=2)
+    assert sys.stderr.getvalue() == shown  # what is done at once shows nothing
 
 
 class Terminal(io.TextIOWrapper):

@@ -1,8 +1,11 @@
-"""`python -m qwen_ref.checkpoint inspect`: its bytes are those of the files and of the published index."""
+"""`python -m qwen_ref.checkpoint inspect`: its bytes are those of the files, of the published index and of
+models in memory; what it says of this machine follows from its memory and its bandwidth.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,12 +20,22 @@ from golden_folders import change
 from safetensors.torch import load_file
 
 from qwen_ref import QwenConfig, load_model
-from qwen_ref.checkpoint import INDEX_NAME
+from qwen_ref.bench.measure import bytes_per_token
+from qwen_ref.checkpoint import INDEX_NAME, open_checkpoint, packing, tensor_table
+from qwen_ref.commands import memory
 from qwen_ref.commands.inspect import main
-from qwen_ref.commands.sizes import cache_bytes
+from qwen_ref.commands.sizes import cache_bytes, kinds, resident_bytes
+from qwen_ref.fast.layers import fasten
 
 cli = cli_of(main)
 PUBLISHED_BYTES = {"1.8b": 3_673_657_344, "7b": 15_442_649_088, "14b": 28_334_581_760, "72b": 144_575_840_256}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with 24 GB of free memory, read at 20 GB/s, whatever this one has."""
+    monkeypatch.setattr(memory, "memory_left", lambda: 24 * 10**9)
+    monkeypatch.setattr(memory, "read_rate", lambda: memory.Measured(20e9, 0.3))
 
 
 @pytest.fixture
@@ -77,7 +90,9 @@ def test_a_configuration_alone_is_enough(inspect: Callable, tmp_path: Path) -> N
     texts = {inspect(place, "--tp", "2") for place in (tmp_path, tmp_path / "config.json")}
     assert len(texts) == 1
     stored = inspect(GOLDEN / "long", "--tp", "2")
-    assert texts == {f"from the configuration alone: weights as they should be, in bfloat16\n{stored}"}
+    here, _, table = stored.partition("\n\n")
+    alone = "from the configuration alone: weights as they should be, in bfloat16"
+    assert texts == {f"{here}\n\n{alone}\n{table}"}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +113,7 @@ def test_a_gptq_configuration_alone_is_counted_packed(
     assert inspect(tmp_path / "config.json") == text
     form = f"int{gptq['bits']}, {'one group' if gptq['group_size'] == -1 else 'groups of 128'}"
     first = f"from the configuration alone: weights as they should be, in float16 and {form}"
-    assert text.splitlines()[0] == first
+    assert first in text.splitlines()
     assert bytes_of("weights", text) == [wanted]
     assert bytes_of("not counted", text) == [biases]
 
@@ -117,7 +132,9 @@ def test_a_gptq_folder_and_its_configuration_alone_agree(
     packed_elsewhere.make_packed(WEIGHTS, stored, tmp_path / "plain", zero_biases=zero_biases, **gptq)
     alone.mkdir()
     shutil.copy(stored / "config.json", alone)
-    (_, *of_alone), of_stored = (inspect(folder, "--tp", ranks).splitlines() for folder in (alone, stored))
+    of_alone, of_stored = (inspect(folder, "--tp", ranks).splitlines() for folder in (alone, stored))
+    (said,) = [line for line in of_alone if line.startswith("from the configuration alone")]
+    of_alone.remove(said)
     assert of_alone[:-1] == (of_stored[:-1] if zero_biases else of_stored)
     total = sum(tensor.nbytes for tensor in load_file(stored / "model.safetensors").values())
     biases = bytes_of("not counted", of_alone[-1])[0]
@@ -186,3 +203,156 @@ def test_a_file_in_the_place_of_its_folder_is_said_at_once(name: str, cli: Run, 
 )
 def test_a_path_that_no_folder_can_have_is_one_line(path: str, cli: Run) -> None:
     assert "no such folder" in refused(cli("inspect", path))
+
+
+# This machine
+
+
+def test_what_fits_is_said_first(inspect: Callable) -> None:
+    assert inspect("1.8b").splitlines()[:4] == [
+        "fits: 3.7 GB of weights in bfloat16 and 1.6 GB for 8,192 positions; 24.0 GB of memory are free",
+        "a decode step reads 3.1 GB, 4.7 GB at position 8,192: at least 0.15 to 0.23 s, 6.6 to 4.3 tokens/s, "
+        "at the memory bandwidth of this machine, 20.0 GB/s (measured just now, 0.3 s)",
+        "--quantize int8: 2.2 GB of weights, at least 0.078 s; "
+        "--quantize int4: 1.6 GB of weights, at least 0.05 s",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verdict", "step", "fewer"),
+    [
+        (
+            "14b",
+            "does not fit: 28.3 GB of weights in bfloat16 and 1.7 GB for 2,048 positions; "
+            "24.0 GB of memory are free; --quantize int8 fits",
+            "the weights stay in the mapped file, and at least 6.0 GB are read from disk again for each "
+            "token: 6 s at 1 GB/s",
+            "--quantize int8: 15.3 GB of weights, at least 0.69 s",
+        ),
+        (
+            "72b --context 1024",
+            "24.0 GB of memory are free",
+            "at least 123.3 GB are read from disk again for each token: 123 s at 1 GB/s",
+            "--quantize int4: 43.0 GB of weights, does not fit",
+        ),
+        (
+            "1.8b --context 200000",
+            "; --context 103385 fits",
+            "keys and values must fit into memory; --context takes a shorter text",
+            "--quantize int4: 1.6 GB of weights, does not fit",
+        ),
+        (
+            "1.8b --tp 2",
+            "fits: each of 2 ranks takes 1.8 GB of weights in bfloat16 and 0.8 GB for 8,192 positions; "
+            "24.0 GB of memory are free",
+            "1.5 GB on each rank, 2.3 GB at position 8,192: at least 0.15 to 0.23 s, 6.6 to 4.3 tokens/s, at "
+            "the memory bandwidth that the ranks of one machine share, 20.0 GB/s (measured just now, 0.3 s)",
+            "--quantize int8: 1.1 GB of weights, at least 0.079 s",
+        ),
+        (
+            "7b --tp 4 --context 32768",
+            "; --quantize int4 fits",
+            "at least 8.6 GB are read from disk again for each token: 8.6 s at 1 GB/s",
+            "--quantize int8: 2.1 GB of weights, does not fit; --quantize int4: 1.7 GB of weights, at least ",
+        ),
+        (
+            "72b --tp 16 --context 1024",
+            "24.0 GB of memory are free, enough for 2 of them",
+            "at least 123.3 GB are read from disk again for each token: 123 s at 1 GB/s",
+            "",
+        ),
+        ("14b --tp 4", "--quantize int8 fits", "", "--quantize int4 --group-size 32: 3.2 GB of weights"),
+    ],
+)
+def test_what_does_not_fit_has_a_remedy_or_runs_from_disk(
+    inspect: Callable, arguments: str, verdict: str, step: str, fewer: str
+) -> None:
+    """On this machine: its ranks share its memory."""
+    first, second, third, *_ = inspect(*arguments.split()).splitlines()
+    assert verdict in first
+    assert step in second
+    assert fewer in third
+
+
+def test_a_gptq_release_is_estimated_dequantised_and_packed(inspect: Callable, tmp_path: Path) -> None:
+    gptq = {"bits": 4, "group_size": 128}
+    config = {"model_type": "qwen", **vars(QwenConfig.preset("7b")), "quantization_config": gptq}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = inspect(tmp_path).splitlines()
+    assert lines[0] == (
+        "fits: 15.4 GB of weights, dequantised to float16, and 4.3 GB for 8,192 positions; 24.0 GB of memory "
+        "are free"
+    )
+    assert lines[2] == "--fast --dtype bfloat16: 5.9 GB of weights, at least 0.23 s"
+    dequantised = inspect(tmp_path, "--context", "20000").splitlines()
+    assert dequantised[0].endswith("free; --fast --dtype bfloat16 fits")
+    assert dequantised[1].endswith("; dequantised weights are copies, which must fit into memory")
+
+
+def test_a_machine_that_does_not_tell_gets_no_verdict(
+    inspect: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "memory_left", lambda: math.inf)
+    first, second, *_ = inspect("1.8b").splitlines()
+    unknown = "this system does not tell how much memory is free"
+    assert first == f"3.7 GB of weights in bfloat16 and 1.6 GB for 8,192 positions; {unknown}"
+    assert "at least 0.15 to 0.23 s" in second
+
+
+def test_a_model_that_caches_may_hold_is_not_timed(
+    inspect: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "read_rate", None)
+    assert inspect(WEIGHTS).splitlines()[:3] == [
+        "fits: 3.5 MB of weights in bfloat16 and 1.0 MB for 512 positions; 24.0 GB of memory are free",
+        "a decode step reads 2.8 MB: the processor's caches may hold that, and its memory bandwidth does "
+        "not decide",
+        "",
+    ]
+
+
+def test_without_room_for_a_buffer_nothing_is_measured(
+    inspect: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the machine above
+    monkeypatch.setattr(memory, "memory_left", lambda: 2 * memory._BUFFER - 1)
+    assert memory.read_rate() is None
+    monkeypatch.setattr(memory, "read_rate", lambda: None)
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    second = inspect(WEIGHTS).splitlines()[1]
+    assert second.endswith("; memory bandwidth was not measured: it takes 0.5 GB of free memory")
+
+
+def test_bandwidth_is_measured_in_less_than_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "_BUFFER", 2**24)
+    monkeypatch.setattr(memory, "_PASSES", 0.02)
+    measured = memory.read_rate()
+    assert measured is not None
+    assert 1e8 < measured.rate < 1e13
+    assert 0.02 <= measured.seconds < 1
+
+
+@pytest.mark.parametrize("gptq", [None, {}, {"bits": 8, "group_size": 64}, {"group_size": -1}], ids=str)
+def test_estimates_are_what_models_hold_and_read(gptq: dict | None, tmp_path: Path) -> None:
+    """The tiny checkpoint; a token at position 0 reads what the bench says."""
+    folder = WEIGHTS
+    if gptq is not None:
+        folder = tmp_path / "packed"
+        packed_elsewhere.make_packed(WEIGHTS, folder, tmp_path / "plain", **gptq)
+    config, stored = open_checkpoint(folder)
+    rows = kinds(tensor_table(config), stored)
+    plain, fewer = memory.forms(config, rows, 1, packing(folder))
+    models = [load_model(folder, "auto")]
+    if gptq is None:
+        kernels = {"int8": "bag", "int4": "int4"}
+        models += [
+            fasten(load_model(folder, "bfloat16"), form, kernel=kernel) for form, kernel in kernels.items()
+        ]
+    else:
+        kernel = "bag" if gptq.get("bits") == 8 else "int4"
+        models.append(fasten(load_model(folder, "bfloat16", packed=True), kernel=kernel))
+    for form, model in zip((plain, *fewer), models, strict=True):
+        assert form.held == pytest.approx(resident_bytes(model), rel=0.005), form.name
+        assert form.read == pytest.approx(bytes_per_token(model, 0), rel=0.005), form.name

@@ -454,6 +454,43 @@ def test_tasks_by_name_and_by_folder(cli: Run, letters: Path) -> None:
     assert results(by_name)["letters"]["sample_len"] == 2
 
 
+@pytest.fixture
+def beside(letters: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is called like a task, in the working directory; another task is in it."""
+    folder = letters.parent / "work" / "letters"
+    folder.mkdir(parents=True)
+    task = letters.read_text("utf-8").replace("task: letters", "task: of_the_folder")
+    (folder / "it.yaml").write_text(task, encoding="utf-8")
+    monkeypatch.chdir(folder.parent)
+    return folder
+
+
+def test_a_task_wins_over_the_folder_of_its_name(cli: Run, letters: Path, beside: Path) -> None:
+    done = cli("--tasks", "letters", "--include-path", letters.parent, "--limit", "1", "--json")
+    assert set(results(done)) == {"letters"}
+    said = "qwen_ref: note: letters is a task of the harness; --tasks ./letters takes the folder of this name"
+    assert said in done.err.splitlines()
+
+
+@pytest.mark.parametrize("name", ["./letters", "letters/"])
+def test_a_slash_means_the_folder(cli: Run, letters: Path, beside: Path, name: str) -> None:
+    done = cli("--tasks", name, "--include-path", letters.parent, "--limit", "1", "--json")
+    assert set(results(done)) == {"of_the_folder"}
+
+
+def test_a_folder_whose_name_is_no_task_needs_no_slash(cli: Run, letters: Path, beside: Path) -> None:
+    """Also where it holds a group, whose parts the harness has to find."""
+    folder = beside.rename(beside.with_name("no_task"))
+    done = cli("--tasks", "no_task", "--limit", "1", "--json")
+    assert set(results(done)) == {"of_the_folder"}
+    group = GROUP.replace("[letters, letters_too]", "[of_the_folder]")
+    (folder / "group.yaml").write_text(group, encoding="utf-8")
+    assert set(results(cli("--tasks", "no_task", "--limit", "1", "--json"))) == {
+        "two_letters",
+        "of_the_folder",
+    }
+
+
 GROUP = """\
 group: two_letters
 task: [letters, letters_too]
@@ -561,7 +598,11 @@ def test_the_tasks_of_the_page_are_known_to_the_harness(index: TaskManager) -> N
         (["--tasks", "mmlu_anatmy"], "near: mmlu_anatomy"),
         (["--tasks", ","], "',' names no task"),
         (["--tasks", "nowhere.yaml"], "nowhere.yaml: no such task file"),
-        (["--tasks", "weights"], "weights has no .yaml file with a task or a group"),
+        (["--tasks", "./weights"], "error: ./weights has no .yaml file with a task or a group"),
+        (
+            ["--tasks", "weights"],
+            "the harness knows no task 'weights', and the folder weights has no .yaml file with a task",
+        ),
         (["--tasks", "README.md"], "README.md: the name of a task file must end in .yaml"),
         (
             ["--tasks", "gsm8k", "--output", "nowhere/x.json"],

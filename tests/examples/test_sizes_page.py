@@ -135,7 +135,9 @@ def test_every_rank_of_a_cut_model_holds_what_is_said(
 def test_eight_threads_hold_about_the_same(sizes: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [(QwenConfig.preset(size), form) for size in sizes.SIZES for form in ("int8", "int4")]
     of_one = [sizes.weight_bytes(*case) for case in cases]
-    monkeypatch.setattr(sizes, "block_width", lambda outputs, threads: block_width(outputs, 8))
+    monkeypatch.setattr(
+        "qwen_ref.commands.sizes.block_width", lambda outputs, threads: block_width(outputs, 8)
+    )
     off = [abs(sizes.weight_bytes(*case) / one - 1) for case, one in zip(cases, of_one, strict=True)]
     assert f"{max(off):.1%}" == "0.4%"
 

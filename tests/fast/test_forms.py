@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -367,6 +368,38 @@ def test_weights_stay_in_4_bits_where_memory_is_short(
     choice, found = Choice(None, ONE_RANK, 2**20), dict.fromkeys(("int4", "bag"), nothing)
     assert choice.among(found, *LARGE, torch.bfloat16, False) == expected
     assert Choice("bag", ONE_RANK, 2**20).among(found, *LARGE, torch.bfloat16, False) == "bag"
+
+
+GROUPS = {  # /proc/self/cgroup, and the files of a group with a limit of 1,000 bytes
+    "version 2": ("0::/a/b\n", "a", "memory.max", "memory.current", ""),
+    "version 2, a container": ("0::/\n", "", "memory.max", "memory.current", ""),
+    "version 1": (
+        "3:cpu:/a\n4:memory:/a/b\n",
+        "memory/a/b",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_memory_that_is_left_ends_at_a_containers_limit(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, group, limit, used, before = GROUPS[version]
+    files = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\n", "proc/self/cgroup": own}
+    folder = f"sys/fs/cgroup/{group}"
+    files |= {f"{folder}/{limit}": "1000\n", f"{folder}/{used}": "700\n"}
+    files |= {f"{folder}/memory.stat": f"anon 600\n{before}active_file 40\n{before}inactive_file 2\n"}
+    files |= {"sys/fs/cgroup/a/b/memory.max": "max\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(kernels, "Path", lambda path: Path(f"{tmp_path}{path}"))
+    assert kernels.memory_left() == 1000 - 700 + 42
+    (tmp_path / folder / limit).unlink()
+    assert kernels.memory_left() == 5 * 1024
 
 
 def test_memory_that_cannot_be_had_ends_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qwen_ref.commands.memory import ReadRate
 from qwen_ref.commands.sizes import resident_bytes
 from qwen_ref.fast.int8_cache import Int8Cache
 from qwen_ref.model import Qwen
@@ -24,7 +25,7 @@ from qwen_ref.model import Qwen
 _READ_BYTES = 2**29  # of the buffer that memory bandwidth is measured with
 
 
-# The memory of this process, and its bandwidth
+# The memory of this process
 
 
 class Resident(NamedTuple):
@@ -72,20 +73,6 @@ class Memory(threading.Thread):
         self.look()
         if self.peak is not None and self.before is not None:
             self.anonymous, self.mapped = map(operator.sub, self.peak, self.before)
-
-
-class ReadRate:
-    """Bytes per second at which this process's threads read memory: torch's sum of half a gigabyte."""
-
-    def __init__(self, device: str) -> None:
-        self._sync = _sync(device)
-        self._buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
-        self.measure()
-
-    def measure(self) -> float:
-        with _Timer(self._sync) as timer:
-            self._buffer.sum()
-        return self._buffer.nbytes / timer.seconds
 
 
 class _Timer:
@@ -170,7 +157,7 @@ def measure(
     `tokens` more, and after each of them the memory's rate is measured. Rates count the tokens of all rows.
     One more repeat comes before the others and does not count: it allocates what is allocated once.
     """
-    sync, rate = _sync(device), ReadRate(device)
+    sync, rate = _sync(device), ReadRate(_READ_BYTES, device)
     generator = torch.Generator().manual_seed(0)
     found = {(s.name, length): Timing([], [], [], []) for s in subjects for length in lengths}
     turns = itertools.product(range(-1, repeats), lengths, subjects)

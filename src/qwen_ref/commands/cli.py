@@ -263,12 +263,18 @@ def as_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 
 class Progress:
-    """One line on stderr: what is done and the time left, redrawn in a terminal, else every 10 s."""
+    """One line on stderr: what is done and the time left. It is redrawn, as a bar, in a terminal and in a
+    notebook; elsewhere there is a line every 10 s.
+
+        model = load_model("Qwen-7B", "auto", progress=Progress("loading").update)
+    """
 
     def __init__(self, what: str, unit: str = "GB") -> None:
         self.what, self.unit = what, unit
-        self.interval = 0.1 if is_terminal(sys.stderr) else 10.0
+        self.redrawn = is_terminal(sys.stderr) or _is_notebook(sys.stderr)
+        self.interval = 0.1 if self.redrawn else 10.0
         self.start = self.shown = time.monotonic()
+        self.columns = 0  # of the longest line so far
 
     def __enter__(self) -> Progress:
         return self
@@ -277,21 +283,50 @@ class Progress:
         self._end_line()
 
     def _end_line(self) -> None:
-        if self.shown > self.start and is_terminal(sys.stderr):
+        if self.shown > self.start and self.redrawn:
             to_stderr("")
-            self.shown = self.start
+        self.shown = self.start
 
     def update(self, done: int, total: int) -> None:
-        if done == total:
-            return self._end_line()
         now = time.monotonic()
+        if done == total:
+            if self.shown > self.start and self.redrawn:
+                self._redraw(done, total, f"in {now - self.start:.0f} s")
+            return self._end_line()
         if now - self.shown < self.interval or os.environ.get("RANK", "0") != "0":  # rank 0 speaks for all
             return
         self.shown = now
-        left = (now - self.start) * (total - done) / max(done, 1)
-        count = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self.unit == "GB" else f"{done} of {total}"
-        line = f"qwen_ref: {self.what} {count} {self.unit}, {left:.0f} s left"
-        if is_terminal(sys.stderr):
-            to_stderr(f"\r{line}", end="    ")
+        left = f"{(now - self.start) * (total - done) / max(done, 1):.0f} s left"
+        if self.redrawn:
+            self._redraw(done, total, left)
         else:
-            to_stderr(line)
+            to_stderr(f"qwen_ref: {self.what} {self._count(done, total)}, {left}")
+
+    def _redraw(self, done: int, total: int, time: str) -> None:
+        begin = f"qwen_ref: {self.what} "
+        end = f" {100 * done // total} % {self._count(done, total)}, {time}"
+        cells = max(0, min(_BAR, _COLUMNS - len(begin) - len(end)))
+        line = f"{begin}{_bar(cells * done // total, cells)}{end}"
+        self.columns = max(self.columns, len(line))
+        to_stderr(f"\r{line.ljust(self.columns)}", end="")
+
+    def _count(self, done: int, total: int) -> str:
+        count = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self.unit == "GB" else f"{done} of {total}"
+        return f"{count} {self.unit}"
+
+
+_BAR, _COLUMNS = 20, 79  # of the bar, and of a line with one, at most
+
+
+def _bar(full: int, cells: int) -> str:
+    bar = "█" * full + "─" * (cells - full)
+    try:
+        bar.encode(getattr(sys.stderr, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return "#" * full + "-" * (cells - full)
+    return bar
+
+
+def _is_notebook(stream: TextIO) -> bool:
+    """Whether a stream is a Jupyter notebook's. It is no terminal, but a carriage return redraws the line."""
+    return any(kind.__module__ == "ipykernel.iostream" for kind in type(stream).__mro__)

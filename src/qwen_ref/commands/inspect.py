@@ -1,4 +1,7 @@
-"""`python -m qwen_ref.checkpoint inspect FOLDER`: tensors and their bytes, for any number of ranks."""
+"""`python -m qwen_ref.checkpoint inspect FOLDER`: does it fit, how fast can it be; tensors and their bytes.
+
+For any number of ranks. memory.py says what the estimates leave out.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from qwen_ref.checkpoint import INDEX_NAME, STORED_DTYPES, dtype_name, tensor_table
 from qwen_ref.commands.cli import Parser, run
 from qwen_ref.commands.files import checkpoint_folder
+from qwen_ref.commands.memory import estimate
 from qwen_ref.commands.settings import add_hub_options
 from qwen_ref.commands.sizes import Kind, bias_bytes, cache_bytes, expected, kinds, weight_bytes
 from qwen_ref.commands.tables import aligned
@@ -110,6 +114,7 @@ def inspect(args: argparse.Namespace) -> int:
     if gptq is not None and (problem := unpackable(table, gptq)) is not None:
         raise InputError(f"{path}: {problem}")
     rows = kinds(table, expected(table, gptq) if stored is None else stored)
+    print("\n".join(estimate(config, rows, args.tp, context, gptq)), end="\n\n")
     if stored is None:
         forms = " and ".join(sorted({row.form for row in rows}))
         print(f"from the configuration alone: weights as they should be, in {forms}")
@@ -134,8 +139,9 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
         "inspect",
-        help="tensors, shapes, dtypes, and the bytes of each rank",
-        description="Print every kind of tensor, its cut, and what a rank must hold. No weight is read.",
+        help="does it fit, how fast can it be; tensors, shapes, dtypes, and the bytes of each rank",
+        description="Print whether the model fits into this machine's memory and the least time of a decode "
+        "step, then every kind of tensor, its cut, and what a rank must hold. No weight is read.",
     )
     inspect.add_argument(
         "model",

@@ -78,20 +78,21 @@ class PrefixCache:
         if self._steps is not None:
             self._steps.close()  # it would continue on the changed cache
         prompt_length = prompt_length or len(prompt_ids)
-        before, self._ids, self.kept = self._ids, list(prompt_ids), 0
-        cache = self._cache
-        if cache is None or not self._same_base(cache.prompt_length or 0, prompt_length):
+        self.kept, cache = 0, self._cache
+        if cache is None or not self._same_base(cache.prompt_length, prompt_length):
             cache = self._cache = None  # its memory is needed for the next one
             with self.model.group.together():
                 cache = self.model.new_cache(1, len(prompt_ids))
+            cache.prompt_length = prompt_length
             self._room = _allocated(cache, len(prompt_ids))
             self._cache = cache
         else:
             # The last token's logits are wanted. The cache may hold guesses that nobody has taken.
-            held = min(cache.length, len(before), len(prompt_ids) - 1)
-            while self.kept < held and before[self.kept] == prompt_ids[self.kept]:
+            held = min(cache.length, len(self._ids), len(prompt_ids) - 1)
+            while self.kept < held and self._ids[self.kept] == prompt_ids[self.kept]:
                 self.kept += 1
-            cache.length = self.kept
+            cache.length = self.kept  # before _ids: an interruption in between must leave them in agreement
+        self._ids = list(prompt_ids)
         cache.max_length, cache.prompt_length = length, prompt_length
         self.make_room(len(prompt_ids))
         return cache
@@ -115,10 +116,11 @@ class PrefixCache:
                     held[layer] = torch.cat((x, x.new_empty(*x.shape[:2], more, *x.shape[3:])), dim=2)
         self._cache = cache
 
-    def _same_base(self, before: int, now: int) -> bool:
+    def _same_base(self, before: int | None, now: int) -> bool:
         config = self.model.config
         if not config.use_dynamic_ntk:
             return True
+        assert before is not None
         return ntk_alpha(before, config.seq_length) == ntk_alpha(now, config.seq_length)
 
 

@@ -55,7 +55,8 @@ def _parser() -> Parser:
         type=_names,
         required=True,
         metavar="TASK,TASK,…",
-        help="names of the harness (wildcards allowed), task files (.yaml), or folders of them",
+        help="names of the harness (wildcards allowed), task files (.yaml), or folders of them. What has a "
+        "slash is a folder: ./mmlu, where mmlu is a task",
     )
     add(
         "--include-path",
@@ -117,11 +118,18 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         raise InputError(f"--limit {args.limit:g} must be a number above 0")
     if args.output is not None:
         output_path(args.output, "--output", args)
-    files = _task_files(args.tasks)
+    files = _task_files([name for name in args.tasks if _is_path(name)])
     _, tokenizer = open_folder(folder, args.tokenizer_engine)
     defaults = read_defaults(folder, tokenizer)
     simple_evaluate, manager = _harness(args, files)
-    tasks = _tasks(manager, args.tasks, files)
+    names = [name for name in args.tasks if not _is_path(name)]
+    if folders := _folders(manager, names):
+        more = _task_files(folders)
+        files |= more
+        if any(declared and declared[0] == "group" for declared in more.values()):
+            _, manager = _harness(args, files)  # it must know the parts of the group
+    known = _known(manager, [name for name in names if name not in folders])
+    tasks = _tasks(manager, known, files, args.tasks)
     model = load(args, folder, ranks)
 
     from qwen_ref.evaluate.harness import MARK, HarnessModel
@@ -166,6 +174,22 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     return 0
 
 
+def _is_path(name: str) -> bool:
+    """Whether a name of --tasks is a file or a folder, whatever tasks there are."""
+    return name.endswith(".yaml") or "/" in name or os.sep in name
+
+
+def _folders(manager: TaskManager, names: list[str]) -> list[str]:
+    """The names that are files or folders here, and no tasks of the harness: those win, as elsewhere."""
+    found = []
+    for name in filter(os.path.exists, names):
+        if not manager.match_tasks([name]):
+            found.append(name)
+        elif os.path.isdir(name):
+            say(f"note: {name} is a task of the harness; --tasks ./{name} takes the folder of this name")
+    return found
+
+
 def _task_files(names: list[str]) -> dict[Path, Declared | None]:
     """The task files among the names, and those in the folders among them, each with what it declares.
 
@@ -177,7 +201,8 @@ def _task_files(names: list[str]) -> dict[Path, Declared | None]:
         if path.is_dir():
             inside = {file: _declared(file) for file in sorted(path.glob("*.yaml"))}
             if not any(inside.values()):
-                raise InputError(f"{name} has no .yaml file with a task or a group")
+                unknown = "" if _is_path(name) else f"the harness knows no task {name!r}, and the folder "
+                raise InputError(f"{unknown}{name} has no .yaml file with a task or a group")
             found.update((file, declared) for file, declared in inside.items() if declared)
         elif path.suffix == ".yaml" or path.is_file():
             if not path.exists():
@@ -217,12 +242,10 @@ def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tu
         return simple_evaluate, TaskManager(include_path=included or None)
 
 
-def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | None]) -> list[Any]:
-    """The tasks and groups of these names and files, with their data sets."""
+def _known(manager: TaskManager, names: list[str]) -> list[str]:
+    """The names of the harness that these names or wildcards mean; ValueError where one means none."""
     known: list[str] = []
     for name in names:
-        if Path(name).is_dir() or Path(name).suffix == ".yaml":
-            continue
         matches = manager.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=4)
@@ -232,10 +255,17 @@ def _tasks(manager: TaskManager, names: list[str], files: dict[Path, Declared | 
                 "your own"
             )
         known += matches
+    return known
+
+
+def _tasks(
+    manager: TaskManager, known: list[str], files: dict[Path, Declared | None], asked: list[str]
+) -> list[Any]:
+    """The tasks and groups of these names of the harness and of these files, with their data sets."""
     # The harness finds the parts of a group by the group's name, not by its file.
-    known += [declared[1] for declared in files.values() if declared and declared[0] == "group"]
-    with _of_harness("loading", names):
-        by_name = manager.load(list(dict.fromkeys(known)))
+    groups_of_files = [declared[1] for declared in files.values() if declared and declared[0] == "group"]
+    with _of_harness("loading", asked):
+        by_name = manager.load(list(dict.fromkeys(known + groups_of_files)))
         rest = [
             str(file)
             for file, declared in files.items()

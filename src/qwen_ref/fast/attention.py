@@ -81,12 +81,13 @@ class FastCache(KVCache):
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts the keys and values of T new positions, (B, H, T, K) each, behind those that are there."""
         K, end = k.shape[3], self.length + k.shape[2]
-        self.values[layer][:, :, self.length : end] = v
         start_of_zeros, ready = self.zeros[layer]
         stop = -(-end // self.BLOCK) * self.BLOCK
         if stop > ready or end < start_of_zeros:  # a new block, or a cache that was rewound
             self.values[layer][:, :, end : max(start_of_zeros, stop)] = 0
+        # In this order: a pass may be interrupted, and what it leaves behind `length` is no zeros.
         self.zeros[layer] = end, max(ready, stop)
+        self.values[layer][:, :, self.length : end] = v
         start = self.length
         while start < end:
             block, offset = divmod(start, self.BLOCK)

@@ -136,11 +136,35 @@ class Choice:
 
 
 def memory_left() -> float:
-    """Bytes; infinite where the system does not tell: only Linux does."""
+    """Bytes, within the limits of a container; infinite where the system does not tell: only Linux does."""
+    left = _left_in_groups()
     with contextlib.suppress(OSError, IndexError, ValueError):
         text = Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
-    return math.inf
+        left = min(left, int(text.split("MemAvailable:")[1].split()[0]) * 1024)
+    return left
+
+
+def _left_in_groups() -> float:
+    """What the control groups of this process may still take. Pages of files that they hold count as free."""
+    left, own = math.inf, ""
+    with contextlib.suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
+    for line in own.splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers == "":  # version 2
+            root, limit, used, before = "", "memory.max", "memory.current", ""
+        elif controllers == "memory":
+            root, limit, used, before = "/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        group = Path(f"/sys/fs/cgroup{root}{path}")
+        for folder in (group, *group.parents):  # a container may see its own group as the root
+            with contextlib.suppress(OSError, ValueError):  # no such file; no limit, which is "max"
+                room = int((folder / limit).read_text()) - int((folder / used).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                room += sum(int(stat.get(f"{before}{kind}_file", 0)) for kind in ("active", "inactive"))
+                left = min(left, room)
+    return left
 
 
 @functools.lru_cache(maxsize=1)

@@ -74,7 +74,8 @@ def fasten(
     dtype of its files ("auto"), the peak memory is that of the fast model and one layer.
     progress is called with the bytes done and the bytes in all. Several ranks call it alike.
     Raises ValueError if the device, the dtype or the widths do not allow it, before anything is changed; and
-    for weights to quantise that are not finite: then the model cannot be used any more.
+    for weights to quantise that are not finite. After that, or where it is interrupted, some layers are laid
+    out and others are not: the model then refuses every pass.
     """
     with model.group.together():
         _check(model, quantize, group_size)
@@ -82,6 +83,7 @@ def fasten(
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     choice = Choice(kernel, model.group, sum(layer.in_features * layer.out_features for layer in layers))
     total, done = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), 0
+    unfinished = model.blocks[0].register_forward_pre_hook(_refuse)
     try:
         for name in [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]:
             layer = cast(nn.Linear, model.get_submodule(name))
@@ -100,19 +102,27 @@ def fasten(
     for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
-    for name, norm in [found for found in model.named_modules() if isinstance(found[1], RMSNorm)]:
+    norms = [found for found in model.named_modules() if isinstance(found[1], RMSNorm)]
+    for name, norm in norms if hasattr(F, "rms_norm") else []:  # torch 2.2, the last for Intel Macs, has none
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, FastNorm(norm))
     for block in model.blocks:
         block.attn = FastAttention(cast(Attention, block.attn))
     model.cache_type = FastCache
+    unfinished.remove()
     if progress is not None:
         progress(total, total)
     return model
 
 
+def _refuse(*_: object) -> None:
+    raise InputError("fasten did not finish with this model, which has layers of both kinds; load it again")
+
+
 def _check(model: Qwen, quantize: str | None, group_size: int) -> None:
     weight = model.embed.weight
+    if _refuse in cast(Block, model.blocks[0])._forward_pre_hooks.values():
+        _refuse()
     if is_fast(model):
         raise InputError("this model is fast already; load it again to make it so in another way")
     if quantize is not None and quantize not in QUANTIZATIONS:

@@ -413,6 +413,8 @@ def int4_layout() -> tuple[int, bool] | None:
     outputs n (low half) and n + strip / 2 of the strip; or, where neighbours share a byte, 2n and 2n + 1.
     AVX-512 has strips of 64, AVX2 of 32. Without either, neighbours share a byte.
     """
+    if not hasattr(torch, "_convert_weight_to_int4pack_for_cpu"):  # torch 2.2, the last for Intel Macs
+        return None
     q = (torch.arange(64, device="cpu")[:, None] * 7 + torch.arange(32, device="cpu") * 5) // 3 % 16
     packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 2).view(1, -1)
     for strip in (64, 32, 16):
