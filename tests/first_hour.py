@@ -33,9 +33,9 @@ PORT = """
 import dataclasses, sys, torch, qwen_ref
 from qwen_ref import parity
 model = qwen_ref.load_model("{model}", "float32")
-ids = parity.read_bundle("truth.safetensors").ids
+ids = parity.read_bundle("truth.safetensors").input_ids
 parity.write_bundle("right.safetensors", ids, {{"logits": model(ids)}}, dtype="float32")
-model.config = dataclasses.replace(model.config, rotary_emb_base=1e6)
+model.config = dataclasses.replace(model.config, rotary_emb_base=1e4)
 parity.write_bundle("wrong.safetensors", ids, {{"logits": model(ids)}}, dtype="float32")
 """
 
@@ -78,6 +78,7 @@ class Hour:
         typed = " ".join(words)
         assert done.returncode == code, f"{typed}: code {done.returncode}\n{err}"
         lines = [line.removeprefix("qwen_ref: ") for line in err.splitlines()]
+        lines = [line for line in lines if not line.endswith(" s left")]  # progress, on a slow machine
         assert len(lines) == len(says), f"{typed}: {lines}"
         for line, pattern in zip(lines, says, strict=True):
             assert re.fullmatch(pattern, line), f"{typed}: {line!r} is not {pattern!r}"
@@ -127,7 +128,7 @@ def steps(hour: Hour) -> Iterator[str]:
         says = (from_chat, mark.format(name), ends, loaded, *how)
         hour.type(*generate, *words, "--model", CHAT, "--max-new-tokens", "9", says=says, stdin=stdin)
     stop = r"note: --stop '\\n' is taken as it is typed, backslash and letter; in bash and zsh .+"
-    short = (GREEDY.format(n=2).replace("2502", r"2502, '\\\\\\\\n'"), SPEED)
+    short = (GREEDY.format(n=2) + r", '\\\\n'", SPEED)
     hour.type(
         *(*generate, QUESTION, "--model", CHAT, "--stop", r"\n", "--max-new-tokens", "2"),
         says=(from_chat, stop, loaded, *short),
@@ -137,7 +138,7 @@ def steps(hour: Hour) -> Iterator[str]:
     out = hour.type(
         *(*generate, QUESTION, "--model", CHAT, "--json", "--echo", "--top-logprobs", "2"),
         *("--max-new-tokens", "2", "--top-k", "-1", "--seed", "-1", "--temperature", "0.5"),
-        says=(from_chat, loaded, r"temperature 0\.5, top-k 0, top-p 1, seed \d+; at most 2 .+", SPEED),
+        says=(from_chat, loaded, r"temperature 0\.5, top-k 0, top-p 0\.8, seed \d+; at most 2 .+", SPEED),
     )
     (choice,) = json.loads(out)["choices"]
     assert choice["text"].startswith(QUESTION)
@@ -156,7 +157,7 @@ def steps(hour: Hour) -> Iterator[str]:
     assert out == "Oslo.\n"
     refusal = (
         rf"error: {re.escape(str(hour.base))}.generation_config\.json: chat_format is 'raw': a base model, which "
-        r"continues text; use a -Chat release, .+; if it was trained on ChatML, add --chat-format chatml"
+        r"continues text; use a -Chat release, .+; if the model was trained on ChatML, add --chat-format chatml"
     )
     merged = (*chat, "--model", BASE, "--once", "冰岛的首都是哪里？")
     hour.type(*merged, says=(from_base, refusal), code=2)
@@ -166,22 +167,11 @@ def steps(hour: Hour) -> Iterator[str]:
 
     text = "".join(f"{QUESTION}雷克雅未克（Reykjavik）\n" for _ in range(40))
     (hour.folder / "calibration.txt").write_text(text, encoding="utf-8")
-    quantise = (
-        str(ROOT / "examples/make/quantize_gptq.py"),
-        CHAT,
-        "Int4",
-        "--bits",
-        "4",
-        "--group-size",
-        "32",
-    )
-    done = subprocess.run(
-        [sys.executable, *quantise, "--text", "calibration.txt"],
-        cwd=hour.folder, env=hour.environment, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
+    script = str(ROOT / "examples/make/quantize_gptq.py")
+    how4 = ("--bits", "4", "--group-size", "32", "--text", "calibration.txt")
+    hour.type(script, CHAT, "Int4", *how4)
     form = r"bfloat16, GPTQ, 4 bits in groups of 32,"
-    says = (LOADED.format(model="Int4", form=form), KERNELS, r"(note: each 4-bit weight .+|greedy; .+)", ".+")
+    says = (LOADED.format(model="Int4", form=form), KERNELS, GREEDY.format(n=9), SPEED)
     fast = ("--fast", "--dtype", "bfloat16", "--kernel", "int4")
     out = hour.type(*generate, QUESTION, "--model", "Int4", *fast, "--max-new-tokens", "9", says=says)
     assert out.startswith("雷克雅未克（Reykjavik）")
@@ -192,7 +182,7 @@ def steps(hour: Hour) -> Iterator[str]:
 
     score = ("-m", "qwen_ref.perplexity", "--model", CHAT, "--lengths", "64", "--text", "-")
     out = hour.type(*score, says=(from_chat, loaded), stdin=text.encode())
-    assert re.search(r"^ *64 ", out, re.MULTILINE), out
+    assert re.search(r"^\| 64 \| 1 \| 5 \| 315 \|", out, re.MULTILINE), out
     yield "the perplexity of a text from stdin"
 
     record = ("-m", "qwen_ref.parity", "record", "--model", CHAT, "--prompt", text[:120])
@@ -201,7 +191,7 @@ def steps(hour: Hour) -> Iterator[str]:
     kit = ("-m", "qwen_ref.parity", "diagnose", "--model", CHAT, "--bundle")
     assert "\nrounding only: " in hour.type(*kit, "right.safetensors", says=(from_chat,))
     out = hour.type(*kit, "wrong.safetensors", says=(from_chat,), code=1)
-    assert "\nthe mistake: RoPE base 1e+06 for 10000\n" in out, out
+    assert "\nthe mistake: RoPE base 10000 for 1e+06\n" in out, out
     yield "a right port, and one whose mistake is named"
 
 

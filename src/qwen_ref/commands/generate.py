@@ -97,6 +97,12 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     stop_texts = (*defaults.stop_texts, *args.stop)
     if "" in stop_texts:
         raise InputError("--stop is empty: it would end every text at once")
+    for stop in args.stop:
+        if re.search(r"\\[nrt]", stop):
+            say(
+                f"note: --stop '{stop}' is taken as it is typed, backslash and letter; in bash and zsh "
+                "$'\\n' is a line end and $'\\t' a tab"
+            )
     top = _checked_top(args, config)
     request = {"prompt_ids": prompt_ids, **settings, "stop_ids": sorted(defaults.stop_ids)}
     if draft_tokens := checked_lookup(args, folder, settings):
@@ -106,12 +112,6 @@ def _lead(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
     ranks.share(json.dumps((request, scored_ids)))
     model = load(args, folder, ranks)
     say(describe(settings, defaults.stop_ids, stop_texts))
-    for stop in args.stop:
-        if re.search(r"\\[nrt]", stop):
-            say(
-                f"note: --stop '{stop}' is taken as it is typed, backslash and letter; in bash and zsh "
-                "$'\\n' is a line end and $'\\t' a tab"
-            )
     if note := length_note(config, len(prompt_ids) + settings["max_new_tokens"]):
         say(note)
 
