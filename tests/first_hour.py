@@ -2,7 +2,7 @@
 
     python tests/first_hour.py
 
-In an empty folder, with nothing but a Hugging Face cache in which one chat release and one base model lie. The
+In an empty folder, with nothing but a Hugging Face cache that holds one chat release and one base model. The
 tiny checkpoint stands for both. Each step is what the pages tell to type; what it must say stands beside it.
 """
 
@@ -97,8 +97,8 @@ def steps(hour: Hour) -> Iterator[str]:
     yield "the commands are listed"
 
     missing = (
-        r"error: Qwen/Qwen-7B: not a folder, and neither in Hugging Face's cache, .+, nor in ModelScope's, .+; "
-        r"the option --download fetches it, or this command: hf download Qwen/Qwen-7B config\.json .+"
+        r"error: Qwen/Qwen-7B: not a folder, and neither in Hugging Face's cache, .+, nor in ModelScope's, "
+        r".+; the option --download fetches it, or this command: hf download Qwen/Qwen-7B config\.json .+"
     )
     hour.type(*generate, "x", "--model", "Qwen/Qwen-7B", says=(missing,), code=2)
     yield "a model that is not there: one line with the command that fetches it"
@@ -156,8 +156,9 @@ def steps(hour: Hour) -> Iterator[str]:
     out = hour.type(*once, "What is the capital of Norway?", *saved, says=(*says, r"talk\.json: 2 turns"))
     assert out == "Oslo.\n"
     refusal = (
-        rf"error: {re.escape(str(hour.base))}.generation_config\.json: chat_format is 'raw': a base model, which "
-        r"continues text; use a -Chat release, .+; if the model was trained on ChatML, add --chat-format chatml"
+        rf"error: {re.escape(str(hour.base))}.generation_config\.json: chat_format is 'raw': a base model, "
+        r"which continues text; use a -Chat release, .+; if the model was trained on ChatML, "
+        r"add --chat-format chatml"
     )
     merged = (*chat, "--model", BASE, "--once", "冰岛的首都是哪里？")
     hour.type(*merged, says=(from_base, refusal), code=2)

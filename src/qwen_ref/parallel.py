@@ -178,7 +178,7 @@ def has_products(dtype: torch.dtype) -> bool:
     """Whether the CPU multiplies matrices of this dtype faster than those of float32."""
     if dtype.itemsize > 2 or platform.machine() not in ("x86_64", "AMD64"):
         return True
-    bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    bfloat16 = any(getattr(torch.cpu, f"_is_{n}_supported", bool)() for n in ("avx512_bf16", "amx_tile"))
     found = torch.ops.mkldnn._is_mkldnn_fp16_supported() if dtype == torch.float16 else bfloat16
     return found and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
