@@ -108,9 +108,11 @@ def whole(command: str) -> bool:
 def link_checkpoints(folder: Path) -> None:
     """weights/, under its own name and under the published ones."""
     (folder / "weights").symlink_to(ROOT / "weights")
+    (folder / "Qwen").mkdir()
     for name in PLAIN:
         for kind in ("", "-Chat"):
-            (folder / f"{name}{kind}").symlink_to(ROOT / "weights")
+            for place in (folder, folder / "Qwen"):  # a name of the hub, too, is a folder here
+                (place / f"{name}{kind}").symlink_to(ROOT / "weights")
 
 
 def pack_checkpoint(folder: Path) -> None:
