@@ -265,7 +265,7 @@ def test_a_model_with_an_encoder_is_named(key: str, single: Path, run_command: R
         assert f'"{key}": Qwen-VL or Qwen-Audio, with an encoder; only text models are read' in line
 
 
-# A config.json that newer transformers saved again. Real ones have these keys.
+# A config.json that newer transformers saved again. The last is what its save_pretrained wrote of this one.
 
 RESAVED: dict[str, Callable[[dict], dict]] = {
     "transformers 4.3x": lambda raw: {
@@ -294,6 +294,12 @@ RESAVED: dict[str, Callable[[dict], dict]] = {
         "rope_scaling": None,
         "sliding_window": None,
         "num_key_value_heads": raw["num_attention_heads"],
+    },
+    "transformers 5.3.0": lambda raw: {
+        **{key: value for key, value in raw.items() if key != "use_cache"},
+        "auto_map": {"AutoConfig": "Qwen/Qwen-7B--configuration_qwen.QWenConfig"},
+        "dtype": "bfloat16",
+        "transformers_version": "5.3.0",
     },
 }
 
