@@ -93,6 +93,12 @@ _COMMANDS: dict[str, tuple[int, Callable[[list[str]], int], str, str, str]] = {
         f"{_MODEL}{_SHOWN} --plot=path:new.png",
     ),
     "diagnose": (1, parity.main, "diagnose", "--bundle=path:other,bundle", f"{_MODEL}{_SHOWN}"),
+    "make": (
+        *(1, parity.main, "make", "--like=one:1.8b,72b --out=path:new"),
+        " --layers=whole:1,2 --hidden=whole:64,128 --heads=whole:1,2 --intermediate=whole:64,128"
+        " --seq-length=whole:2,8 --vocab=whole:300,1024 --seed=whole --dtype=one:bfloat16,float16,float32"
+        " --gptq=one:4,8 --vocabulary=path:text",
+    ),
     "bench": (
         *(2, bench.main, "--lengths 2 --tokens 1 --repeats 1", ""),
         f"{_MODEL}{_DTYPE}{_SPEED} --lengths=whole*:1,2,4 --tokens=whole:1,2 --repeats=one:1,0,-1,{HUGE}"

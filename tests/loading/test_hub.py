@@ -508,7 +508,7 @@ def test_a_snapshot_with_its_configuration_alone_can_be_inspected(cache: Path, r
     (snapshot / "model.safetensors").unlink()
     found = run_command(command("checkpoint"), "inspect", NAME)
     assert found.code == 0
-    assert found.out.startswith("from the configuration alone")
+    assert "from the configuration alone" in found.out
     snapshot = cached(cache, SHARDED, name=CHAT)
     (snapshot / SHARDS[0]).unlink()
     assert "not complete" in refused(run_command(command("checkpoint"), "inspect", CHAT))

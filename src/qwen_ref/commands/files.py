@@ -223,7 +223,11 @@ def _is_open_as(number: int, there: os.stat_result) -> bool:
 
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents; InputError where that cannot be."""
+    if os.path.isdir(path):
+        return
     try:
+        if os.path.exists(path):
+            raise FileExistsError
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{path} is no folder, or lies in a file; give another folder") from None
