@@ -87,8 +87,9 @@ class PrefixCache:
             self._room = _allocated(cache, len(prompt_ids))
             self._cache = cache
         else:
-            # The last token's logits are wanted. The cache may hold guesses that nobody has taken.
-            held = min(cache.length, len(self._ids), len(prompt_ids) - 1)
+            # The last token's logits are wanted. The cache may hold guesses that nobody has taken, and the
+            # last token, which it would not hold without guesses: then the same positions are computed again.
+            held = min(cache.length, len(self._ids) - (self.draft_tokens > 0), len(prompt_ids) - 1)
             while self.kept < held and self._ids[self.kept] == prompt_ids[self.kept]:
                 self.kept += 1
             cache.length = self.kept  # before _ids: an interruption in between must leave them in agreement
