@@ -150,9 +150,9 @@ def steps(hour: Hour) -> Iterator[str]:
     once = (*chat, "--model", CHAT, "--once")
     saved = (*("--history", "talk.json"), *("--save", "talk.json"))
     says = (from_chat, loaded, *how)
-    assert hour.type(
-        *once, "冰岛的首都是哪里？", *saved[2:], says=(*says, r"talk\.json: 1 turns")
-    ).startswith("雷")
+    assert hour.type(*once, "冰岛的首都是哪里？", *saved[2:], says=(*says, r"talk\.json: 1 turn")).startswith(
+        "雷"
+    )
     out = hour.type(*once, "What is the capital of Norway?", *saved, says=(*says, r"talk\.json: 2 turns"))
     assert out == "Oslo.\n"
     refusal = (

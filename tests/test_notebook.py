@@ -11,6 +11,7 @@ from conftest import GOLDEN, WEIGHTS
 
 import qwen_ref
 from qwen_ref import InputError, Qwen, QwenConfig, Tokenizer, load_model
+from qwen_ref.chat import Conversation
 from qwen_ref.checkpoint import tensor_table
 from qwen_ref.fast.layers import fasten
 from qwen_ref.generate import generate
@@ -37,6 +38,8 @@ def test_reprs_are_short_and_tell_sizes(model: Qwen) -> None:
     assert repr(cache) == "KVCache(3 of 40 positions, batch of 2, 3 layers, torch.float32)"
     tokenizer = Tokenizer.from_file(WEIGHTS / "qwen.tiktoken")
     assert repr(tokenizer) == "FastTokenizer(2,500 tokens, 208 special ones)"
+    talk = Conversation(model, tokenizer, history=[("a", "b")])
+    assert repr(talk) == f"Conversation(1 answered, {model!r})"
 
 
 def test_a_fast_model_has_the_same_number_of_parameters(model: Qwen) -> None:

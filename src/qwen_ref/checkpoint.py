@@ -159,9 +159,9 @@ class NoInitialisation(TorchFunctionMode):
 
 def compute_dtype(name: str, stored: Mapping[str, Stored]) -> torch.dtype:
     """The dtype of this name; "auto": that of the matrices. ValueError if unknown, or auto and several."""
-    kinds = sorted({tensor.dtype for tensor in stored.values() if len(tensor.shape) > 1})
+    kinds = sorted({t.dtype for t in stored.values() if len(t.shape) > 1 and t.packed is None})
     if name == "auto" and len(kinds) > 1:
-        raise InputError(f"the matrices are stored in {' and '.join(kinds)}; name the dtype, not auto")
+        raise InputError(f"matrices are stored in {' and '.join(kinds)}; name the dtype (--dtype), not auto")
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
     return STORED_DTYPES[kinds[0]] if name == "auto" else DTYPES[name]

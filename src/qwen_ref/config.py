@@ -106,9 +106,7 @@ class QwenConfig:
         return _PRESETS[size]
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises ValueError where heads or MLP cannot be cut evenly for so many ranks.
-
-        A vocabulary of any size can: the last rank has fewer rows, but it must have some.
+        """Raises ValueError where heads or MLP cannot be cut evenly, or a rank would have no vocabulary.
 
         >>> QwenConfig.preset("72b").check_ranks(6)
         Traceback (most recent call last):
@@ -173,6 +171,9 @@ def _architecture(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         for key, (value, reason) in _SUPPORTED_VALUES.items()
         if key in raw and (raw[key] != value or isinstance(raw[key], bool) != isinstance(value, bool))
     ]
+    rope = raw.get("rope_parameters") or {}  # what newer transformers write for rope_scaling and the base
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        problems.append(f"rope_parameters={shown(rope)}: {_SUPPORTED_VALUES['rope_scaling'][1]}")
     kv_heads, heads = raw.get("num_key_value_heads"), raw.get("num_attention_heads", raw.get("n_head"))
     if kv_heads is not None and kv_heads != heads:
         problems.append(f"num_key_value_heads={shown(kv_heads)} is not supported: each head has its own keys")

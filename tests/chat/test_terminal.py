@@ -91,7 +91,7 @@ def test_the_commands_do_what_help_says(cli: Callable, tmp_path: Path) -> None:
     assert json.loads(file.read_text(encoding="utf-8"))["history"] == [[QUESTION, ANSWER]]
     for said in (
         "23 tokens of 24 known from before",
-        f"{file}: 1 turns",
+        f"{file}: 1 turn",
         "all turns are forgotten",
         "error: there is no query to repeat yet",
         "error: /reset takes no argument",
@@ -396,7 +396,7 @@ def test_saving_again_keeps_a_link_and_who_may_read(cli: Callable, tmp_path: Pat
     cli(stdin=lines(f"/save {file} "))
     file.chmod(0o600)
     link.symlink_to(file)
-    assert "1 turns" in cli(stdin=lines("3+4=?", f"/save {link}")).err
+    assert "1 turn" in cli(stdin=lines("3+4=?", f"/save {link}")).err
     assert link.is_symlink()
     assert file.stat().st_mode & 0o777 == 0o600
     assert cli("--history", file, stdin=lines("/history")).out == "> 3+4=?\n7\n"
@@ -407,7 +407,7 @@ def test_save_writes_the_chat_at_its_end(cli: Callable, tmp_path: Path) -> None:
     file = tmp_path / "saved.json"
     result = cli("--once", QUESTION, "--save", file, "--system", "You know geography.")
     assert (result.code, result.out) == (0, ANSWER + "\n")
-    assert result.err.splitlines()[-1] == f"qwen_ref: {file}: 1 turns"
+    assert result.err.splitlines()[-1] == f"qwen_ref: {file}: 1 turn"
     cli("--history", file, "--save", file, stdin=lines("3+4=?", "/quit", "x"))
     other = tmp_path / "other.json"
     cli("--history", file, "--save", other, stdin=lines("/reset", "3+4=?"))

@@ -321,3 +321,46 @@ def test_a_command_says_each_note_once(sharded: Path, run_command: Run) -> None:
     assert [line for line in lines if "does not name it" in line] == [
         f"qwen_ref: note: transformer.h.7.ln_1.weight: not read, since {INDEX} does not name it"
     ]
+
+
+def test_an_adapters_folder_is_named(tmp_path: Path, run_command: Run) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.lora_A.weight": torch.zeros(4)}, tmp_path / "adapter_model.safetensors")
+    want = f"{tmp_path}: a LoRA adapter, not a model; merge it into its base model first"
+    assert reason(tmp_path) == want
+    assert want in refused(run_command(generate, "x", "--model", tmp_path))
+
+
+def test_the_dtype_of_a_gptq_checkpoint_is_that_of_its_plain_matrices(gptq: Path) -> None:
+    for name, tensor in tensors_of(gptq / SINGLE).items():
+        if name.endswith(".scales"):
+            change(gptq / SINGLE, **{name: tensor.float()})
+    assert load_model(gptq, "auto").embed.weight.dtype == torch.float16
+
+
+def test_inspect_names_every_dtype_of_the_matrices(single: Path, run_command: Run) -> None:
+    head = tensors_of(single / SINGLE)["lm_head.weight"]
+    change(single / SINGLE, lm_head__weight=head.float())
+    assert "of weights in bfloat16 and float32 and" in run_command(inspect, "inspect", single).out
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "yarn", "factor": 4.0}, "yarn", ["x"]])
+def test_rope_parameters_that_change_the_model_are_refused(rope: object, single: Path) -> None:
+    change_json(single / "config.json", rope_parameters=rope)
+    assert "rope_parameters=" in reason(single)
+    same = {"rope_type": "default", "rope_theta": 10000.0}
+    change_json(single / "config.json", rope_parameters=same)
+    loads_as_golden(single, "ntk_logn")
+
+
+def test_a_vocabulary_that_was_cut_at_a_line_is_noted(tmp_path: Path, run_command: Run) -> None:
+    """Its control tokens have other ids than in training: the text would be wrong in silence."""
+    folder = shutil.copytree(WEIGHTS, tmp_path / "cut")
+    lines = (folder / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
+    (folder / "qwen.tiktoken").write_bytes(b"".join(lines[:2400]))
+    said = run_command(generate, "x", "--model", folder, "--max-new-tokens", "1").err
+    assert (
+        "note: a text ends at 2500, which is '<|extra_97|>' by qwen.tiktoken, while <|endoftext|> is 2400"
+        in said
+    )
+    assert "cut short?" not in run_command(generate, "x", "--max-new-tokens", "1").err

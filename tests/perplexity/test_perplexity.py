@@ -357,6 +357,8 @@ def test_windows_do_not_cross_files(cli: Run, text: Path, tmp_path: Path) -> Non
     short.write_text("7+8=15\n")
     other.write_bytes(text.read_bytes()[:600])
     done = cli("--text", text, short, other, "--lengths", "64", "--dtype", "float64", "--json")
+    again = cli("--text", text, "--text", short, other, "--lengths", "64", "--dtype", "float64", "--json")
+    assert again.out == done.out
     assert f"note: left out, shorter than a window of 64 tokens: {short} (7)" in done.err
     (result,) = json.loads(done.out)["results"]
     parts = [

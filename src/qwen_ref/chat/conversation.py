@@ -71,6 +71,9 @@ class Conversation:
         self.finish_reason: str | None = None
         self._answer: Generator[str] | None = None
 
+    def __repr__(self) -> str:
+        return f"Conversation({len(self.history)} answered, {self.prefix.model})"
+
     def ask(self, query: str) -> Generator[str]:
         """Yields the answer's text as it comes, in whole characters; then the turn is part of the history.
 

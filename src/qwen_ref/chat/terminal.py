@@ -147,7 +147,8 @@ class Chat:
     def save(self, path: Path) -> None:
         """Writes system message and turns to a file, as /save does."""
         save(path, self.conversation.system, self.conversation.history)
-        say(f"{path}: {len(self.conversation.history)} turns")
+        turns = len(self.conversation.history)
+        say(f"{path}: {turns} turn{'s' * (turns != 1)}")
 
     def _retry(self) -> None:
         history = self.conversation.history

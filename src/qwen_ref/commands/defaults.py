@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen_ref.commands.cli import say
 from qwen_ref.config import InputError, read_json_object, shown
 from qwen_ref.tokenizer import Tokenizer
 
@@ -81,6 +82,7 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
         if not ids or min(word) < 0 or max(word) >= tokenizer.n_vocab:
             allowed = f"ids from 0 to {tokenizer.n_vocab - 1}"
             raise InputError(f"eos_token_id and stop_words_ids must hold {allowed}, not {shown(word)}")
+    _note_other_tokens([word[0] for word in words if len(word) == 1], tokenizer)
     temperature = 0.0
     if value("do_sample", False, bool):
         temperature = float(value("temperature", 1.0, int, float))
@@ -100,3 +102,15 @@ def _defaults(raw: dict[str, Any], tokenizer: Tokenizer) -> Defaults:
     if window is not None and not 1 <= window <= _LARGEST_WINDOW:
         raise InputError(f"max_window_size={window} must be from 1 to {_LARGEST_WINDOW} tokens")
     return defaults
+
+
+def _note_other_tokens(ends: list[int], tokenizer: Tokenizer) -> None:
+    """Says so where no token that ends a text is a control token: the vocabulary may be another one's."""
+    controls = {tokenizer.special_ids[name] for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+    other = [token for token in ends if token not in controls]
+    if other:
+        end = tokenizer.special_ids["<|endoftext|>"]
+        say(
+            f"note: a text ends at {other[0]}, which is {tokenizer.decode(other[:1])!r} by qwen.tiktoken, "
+            f"while <|endoftext|> is {end}: is qwen.tiktoken another model's, or cut short?"
+        )

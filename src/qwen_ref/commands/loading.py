@@ -76,7 +76,8 @@ def open_folder(folder: Path, engine: str = "python") -> tuple[QwenConfig, Token
     tokenizer = FastTokenizer.from_file(folder / "qwen.tiktoken", engine)
     if tokenizer.n_vocab > config.vocab_size:
         raise InputError(
-            f"{folder}: qwen.tiktoken has {tokenizer.n_vocab} ids, the model vocab_size={config.vocab_size}"
+            f"{folder}: qwen.tiktoken has {tokenizer.n_vocab} ids, the model vocab_size={config.vocab_size}; "
+            "put the model's own qwen.tiktoken there"
         )
     return config, tokenizer
 

@@ -95,7 +95,8 @@ def forms(
         option = "--fast --dtype bfloat16" if gptq.bits == 4 else "--fast"
         packed = form(option, lambda row: row.number * packed_bytes(row.spec, gptq, ranks))
         return form(f"weights, dequantised to {dtype_name(dtype)},", dequantised), [packed]
-    plain = form(f"weights in {dtype_name(dtype)}", lambda row: weight_bytes(row, ranks))
+    stored = " and ".join(dict.fromkeys(row.form for row in rows if len(row.spec.shape) > 1))
+    plain = form(f"weights in {stored}", lambda row: weight_bytes(row, ranks))
     also = "" if dtype == torch.bfloat16 else " --dtype bfloat16"
     group = int4_group(config, ranks)
     fewer = []

@@ -203,8 +203,8 @@ def chosen_settings(args: argparse.Namespace, defaults: Defaults) -> dict[str, A
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
     }
     if found["temperature"] == 0:
-        for name in ("top_k", "top_p"):
-            if getattr(args, name) is not None:
+        for name, off in (("top_k", (None, 0, -1)), ("top_p", (None, 1.0))):
+            if getattr(args, name) not in off:
                 say(f"note: --{name.replace('_', '-')} is not read: temperature 0 is greedy")
         found |= {"top_k": 0, "top_p": 1.0}
     if found["top_k"] == -1:

@@ -136,7 +136,7 @@ def _none(folder: Path, there: list[str]) -> str:
             "use the safetensors release"
         )
     else:
-        message = f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder"
+        message = f"neither {SINGLE_NAME} nor {INDEX_NAME} is in the folder: fetch the weights"
     return f"{message}; not taken: {some(found, longest=400)}" if found else message
 
 

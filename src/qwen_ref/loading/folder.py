@@ -15,3 +15,6 @@ def require_folder(folder: str | Path) -> None:
         if os.path.exists(folder):
             remedy = f"give the folder that it is in, {os.path.dirname(folder) or '.'}"
         raise InputError(f"{str(folder) or repr('')}: not a folder; {remedy}")
+    inside = Path(folder)
+    if (inside / "adapter_config.json").exists() and not os.path.lexists(inside / "config.json"):
+        raise InputError(f"{folder}: a LoRA adapter, not a model; merge it into its base model first")

@@ -259,7 +259,7 @@ def _read_headers(files: WeightFiles, problems: list[str]) -> tuple[dict[str, St
     for path in files.paths:
         try:
             if problem := file_problem(path):
-                raise InputError(f"{path.name}: {problem}")
+                raise InputError(f"{path.name}: {problem}" + ("" if os.path.exists(path) else "; fetch it"))
             for name, header in read_headers(path).items():
                 places.setdefault(name, {})[path.name] = header
         except ValueError as error:

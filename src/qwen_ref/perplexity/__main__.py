@@ -47,6 +47,7 @@ def _parser() -> Parser:
         "--text",
         type=Path,
         nargs="+",
+        action="extend",
         required=True,
         metavar="FILE",
         help="texts in UTF-8, - for stdin; each is scored by itself",
