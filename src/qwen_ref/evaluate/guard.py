@@ -70,7 +70,7 @@ def guarded(run_unsafe_code: bool) -> Iterator[None]:
         if task_file is None and not _is_explicit(path):
             raise _Refused(
                 f"the folder {path} of the working directory would be read in place of the data set {path}; "
-                "start in another folder, or read the folder in a task file of your own"
+                f"start in another folder, or write ./{path} in a task of your own"
             )
         return local_data(path, *args, **how)
 
