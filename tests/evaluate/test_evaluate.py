@@ -598,6 +598,8 @@ def test_the_tasks_of_the_page_are_known_to_the_harness(index: TaskManager) -> N
         (["--tasks", "mmlu_anatmy"], "near: mmlu_anatomy"),
         (["--tasks", ","], "',' names no task"),
         (["--tasks", "nowhere.yaml"], "nowhere.yaml: no such task file"),
+        (["--tasks", "./nowhere"], "error: ./nowhere: no such folder or task file"),
+        (["--tasks", "tiny_sums,~/nowhere"], "error: ~/nowhere: no such folder or task file"),
         (["--tasks", "./weights"], "error: ./weights has no .yaml file with a task or a group"),
         (
             ["--tasks", "weights"],
@@ -670,3 +672,114 @@ def test_a_missing_harness_names_what_brings_it(cli: Run, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     line = refused(cli("--tasks", "gsm8k"))
     assert "pip install 'qwen_ref[eval]'" in line
+
+
+# What lies in the working directory
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another working directory, with programs that are called like metrics of the `evaluate` library."""
+    import evaluate.config
+
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the library adds its folder of modules
+    folder = tmp_path / "work"
+    for name in ("code_eval", "bleu", "exact_match"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"{name}.py").write_text("open('was_run', 'w')\n", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "asked", ["humaneval", "humaneval*", "mbpp", "longproc", "./group.yaml", "./code.yaml"]
+)
+def test_tasks_that_run_code_are_refused_before_any_load(cli: Run, work: Path, asked: str) -> None:
+    """By name, wildcard, tag and group, and those of the user's."""
+    (work / "group.yaml").write_text("group: a_group\ntask: [a_task]\n", encoding="utf-8")
+    (work / "code.yaml").write_text("task: a_task\ndataset_path: x\nunsafe_code: true\n", encoding="utf-8")
+    line = refused(cli("--tasks", asked))
+    said = r"error: the task \S+( \(and \d+ more\))? runs programs that the model writes; --run-unsafe-code"
+    assert re.search(said, line)
+    assert not (work / "was_run").exists()
+
+
+METRICS = {
+    "hf_evaluate": ("metric: acc", "metric: exact_match\n    hf_evaluate: true"),
+    "unknown to the harness": ("metric: acc", "metric: code_eval"),
+    "load": ("metric: acc", "metric: !function loads.metric"),
+}
+
+
+@pytest.mark.parametrize("how", METRICS)
+def test_no_metric_is_run_unasked(cli: Run, letters: Path, work: Path, how: str) -> None:
+    letters.with_name("loads.py").write_text(
+        "import evaluate\ntry:\n    metric = evaluate.load('bleu')\nexcept Exception:\n    metric = max\n",
+        encoding="utf-8",
+    )
+    letters.write_text(letters.read_text("utf-8").replace(*METRICS[how]), encoding="utf-8")
+    said = last_line(cli("--tasks", letters, "--limit", "1"))
+    assert "is a program of the evaluate library" in said
+    assert "--run-unsafe-code allows it" in said
+    said = last_line(cli("--tasks", letters, "--limit", "1", "--run-unsafe-code"))
+    assert "of the working directory would be run as a metric" in said
+    assert not (work / "was_run").exists()
+
+
+def test_a_metric_by_its_path_is_run_when_asked(cli: Run, letters: Path, work: Path) -> None:
+    metric = ("metric: acc", "metric: ./bleu\n    hf_evaluate: true")
+    letters.write_text(letters.read_text("utf-8").replace(*metric), encoding="utf-8")
+    cli("--tasks", letters, "--limit", "1", "--run-unsafe-code")
+    assert (work / "was_run").exists()
+
+
+def test_a_metric_that_is_not_here_says_so(cli: Run, letters: Path, work: Path) -> None:
+    (work / "bleu" / "bleu.py").unlink()
+    metric = ("metric: acc", "metric: bleu\n    hf_evaluate: true")
+    letters.write_text(letters.read_text("utf-8").replace(*metric), encoding="utf-8")
+    said = last_line(cli("--tasks", letters, "--run-unsafe-code"))
+    assert "the metric 'bleu' of the evaluate library is not on this machine" in said
+    assert said.endswith("or give --download")
+
+
+@pytest.mark.parametrize("task", ["hellaswag", "gsm8k", "graphwalks_128k"])
+def test_no_folder_is_read_in_place_of_a_data_set(cli: Run, work: Path, task: str) -> None:
+    """Also where a function of the task reads the data set."""
+    for name in ("Rowan/hellaswag", "openai/gsm8k", "openai/graphwalks"):
+        (work / name).mkdir(parents=True)
+        (work / name / "validation.jsonl").write_text('{"question": "7+8=", "answer": "15"}\n')
+    said = refused(cli("--tasks", task, "--limit", "1"))
+    assert re.search(r"the folder \S+ of the working directory would be read in place of the data set", said)
+
+
+@pytest.mark.parametrize("folder", ["questions", "./questions"])
+def test_a_task_file_may_read_a_folder(cli: Run, letters: Path, work: Path, folder: str) -> None:
+    (work / "questions").mkdir()
+    for name, split in (("questions", "test"), ("examples", "validation")):
+        (letters.parent / f"{name}.jsonl").rename(work / "questions" / f"{split}.jsonl")
+    task = re.sub(
+        r"dataset_path: json\n.*?\ntest_split",
+        f"dataset_path: {folder}\ntest_split",
+        letters.read_text("utf-8").replace("split: dev", "split: validation"),
+        flags=re.DOTALL,
+    )
+    letters.write_text(task, encoding="utf-8")
+    assert results(cli("--tasks", letters, "--limit", "1", "--json"))["letters"]["sample_len"] == 1
+
+
+def test_the_projects_tasks_work_from_elsewhere(cli: Run, work: Path) -> None:
+    found = results(cli("--tasks", TASKS, "--limit", "2", "--json"))
+    assert set(found) == {"tiny_capitals", "tiny_chinese_capitals", "tiny_sums"}
+
+
+def test_data_files_are_looked_for_here_first_and_then_beside_the_task(
+    cli: Run, letters: Path, work: Path
+) -> None:
+    letters.write_text(letters.read_text("utf-8").replace(f"{letters.parent}/", ""), encoding="utf-8")
+    beside = results(cli("--tasks", letters, "--json"))["letters"]["sample_len"]
+    one = (letters.parent / "questions.jsonl").read_text("utf-8").splitlines()[0]
+    (work / "questions.jsonl").write_text(one + "\n", encoding="utf-8")
+    here = results(cli("--tasks", letters, "--json"))["letters"]["sample_len"]
+    assert (beside, here) == (10, 1)

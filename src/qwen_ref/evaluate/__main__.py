@@ -16,7 +16,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from qwen_ref.commands.loading import load, on_every_rank, open_folder
 from qwen_ref.commands.ranks import Ranks
 from qwen_ref.commands.settings import add_load_options, add_model_option, add_tokenizer_option
 from qwen_ref.config import InputError, read_bytes
+from qwen_ref.evaluate.guard import guarded
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -129,13 +130,16 @@ def _evaluate(args: argparse.Namespace, folder: Path, ranks: Ranks) -> int:
         if any(declared and declared[0] == "group" for declared in more.values()):
             _, manager = _harness(args, files)  # it must know the parts of the group
     known = _known(manager, [name for name in names if name not in folders])
-    tasks = _tasks(manager, known, files, args.tasks)
+    if not args.run_unsafe_code:
+        _refuse_code(manager, known, files, args.tasks)
+    with guarded(args.run_unsafe_code):
+        tasks = _tasks(manager, known, files, args.tasks)
     model = load(args, folder, ranks)
 
     from qwen_ref.evaluate.harness import MARK, HarnessModel
 
     adapter = HarnessModel(model, tokenizer, args.batch_size, args.max_length, defaults.stop_ids, args.seed)
-    with _of_harness("running", args.tasks):
+    with guarded(args.run_unsafe_code), _of_harness("running", args.tasks):
         results = simple_evaluate(
             adapter,
             tasks=tasks,
@@ -210,6 +214,8 @@ def _task_files(names: list[str]) -> dict[Path, Declared | None]:
             if path.suffix != ".yaml":
                 raise InputError(f"{name}: the name of a task file must end in .yaml")
             found[path] = _declared(path)
+        else:
+            raise InputError(f"{name}: no such folder or task file")
     return found
 
 
@@ -222,7 +228,8 @@ def _declared(file: Path) -> Declared | None:
 def _harness(args: argparse.Namespace, files: dict[Path, Declared | None]) -> tuple[Any, TaskManager]:
     """The harness's own loop and its index of tasks; ValueError where it is not installed."""
     if not args.download:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        for library in ("HUB", "DATASETS", "EVALUATE"):
+            os.environ[f"HF_{library}_OFFLINE"] = "1"
     if args.run_unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the harness asks for it a second time
     try:
@@ -256,6 +263,45 @@ def _known(manager: TaskManager, names: list[str]) -> list[str]:
             )
         known += matches
     return known
+
+
+def _refuse_code(
+    manager: TaskManager, known: list[str], files: dict[Path, Declared | None], asked: list[str]
+) -> None:
+    """ValueError where a task runs what the model writes. It comes before the data set is asked for."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    with _of_harness("loading", asked):
+        unsafe = set(_running_code(manager, known))
+        for file in files:
+            settings = load_yaml(file, resolve_func=False)
+            if "group" in settings:
+                unsafe.update(_running_code(manager, [settings]))
+            elif settings.get("unsafe_code", False) is not False:
+                unsafe.add(str(file))
+    if unsafe:
+        first, *more = sorted(unsafe)
+        and_more = f" (and {len(more)} more)" if more else ""
+        raise InputError(
+            f"the task {first}{and_more} runs programs that the model writes; --run-unsafe-code allows it "
+            "(do this in a container)"
+        )
+
+
+def _running_code(manager: TaskManager, parts: Iterable[str | dict[str, Any]]) -> Iterator[str]:
+    """The tasks that run what the model writes, among tasks, groups and tags: names, or parts of a group."""
+    for part in parts:
+        here = part if isinstance(part, dict) else {}
+        name = here.get("group", here.get("task")) if isinstance(part, dict) else part
+        entry = manager.task_index.get(name)
+        indexed = (entry.cfg if entry else None) or {}
+        inside = next((each["task"] for each in (here, indexed) if isinstance(each.get("task"), list)), None)
+        if inside is not None:
+            yield from _running_code(manager, inside)
+        elif entry and entry.kind.name == "TAG":
+            yield from _running_code(manager, entry.tags)
+        elif {**indexed, **here}.get("unsafe_code", False) is not False:
+            yield str(name)
 
 
 def _tasks(
