@@ -20,6 +20,7 @@ from golden_folders import INDEX, SHARDS
 from qwen_ref import InputError, Tokenizer, load_model, parity
 from qwen_ref.loading.hub import (
     FILES,
+    TEXT,
     fetch_model,
     find_model,
     hugging_face_cache,
@@ -350,6 +351,34 @@ def test_unfinished_blobs_count_where_a_published_file_is_missing(file: str, cac
     assert find_model(NAME).folder == snapshot  # the repository may have none
 
 
+def test_a_snapshot_without_a_tokenizer_is_whole_for_the_library_and_not_for_text(
+    cache: Path, library: SimpleNamespace, run_command: Run
+) -> None:
+    snapshot = cached(cache)
+    (snapshot / "qwen.tiktoken").unlink()
+    assert find_model(NAME).folder == snapshot
+    load_model(NAME)
+    for name in ("generate", "trace", "parity record", "chat", "perplexity"):
+        module, *sub = name.split()
+        line = refused(run_command(command(module), *sub, *COMMANDS[name], "--model", NAME))
+        assert f"{snapshot} lacks qwen.tiktoken; " in line
+    assert library.calls == []
+    found = run_command(command("generate"), QUESTION, "--model", NAME, "--download", *ONE_LINE)
+    assert (found.code, found.out) == (0, f"{ANSWER}\n")
+
+
+def test_a_published_chat_model_without_its_settings_is_an_incomplete_download(
+    cache: Path, library: SimpleNamespace
+) -> None:
+    for name in (CHAT, "me/Qwen-1_8B-Chat"):
+        (cached(cache, name=name) / "generation_config.json").unlink()
+    assert "lacks generation_config.json; " in refusal(CHAT, need=TEXT)
+    find_model("me/Qwen-1_8B-Chat", need=TEXT)
+    find_model(CHAT)
+    fetch_model(CHAT, need=TEXT)
+    find_model(CHAT, need=TEXT)
+
+
 def test_a_snapshot_that_is_only_promised_is_an_incomplete_download(cache: Path) -> None:
     snapshot = cached(cache)
     shutil.rmtree(snapshot)
@@ -479,10 +508,9 @@ def test_evaluate_takes_a_name_and_a_revision(cache: Path, run_command: Run) -> 
     main = command("evaluate")
     snapshot = cached(cache, SHARDED, ref="old")  # without a tokenizer
     line = refused(run_command(main, "--tasks", "x", "--model", snapshot))
-    assert "qwen.tiktoken: cannot be read" in line
+    assert "lacks qwen.tiktoken" in line
     found = run_command(main, "--tasks", "x", "--model", NAME, "--revision", "old")
-    assert f"{NAME}: revision old" in found.err
-    assert "qwen.tiktoken: cannot be read" in found.err
+    assert f"{NAME}: the download is not complete: {snapshot} lacks qwen.tiktoken" in refused(found)
     assert "not a folder" in refused(run_command(main, "--tasks", "x", "--model", CHAT))
 
 

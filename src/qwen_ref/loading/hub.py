@@ -32,11 +32,14 @@ FILES = (
     *("config.json", "generation_config.json", "qwen.tiktoken", "quantize_config.json"),
     *("*.safetensors", "*.safetensors.index.json"),
 )
-# What a caller needs of a folder. CONFIG and VOCABULARY are one file; WEIGHTS is all that a model needs.
-WEIGHTS, CONFIG, VOCABULARY = "weights", "config.json", "qwen.tiktoken"
+# What a caller needs of a folder. CONFIG and VOCABULARY are one file; WEIGHTS is all that a model needs, TEXT
+# all that a command needs which reads or writes text.
+TEXT, WEIGHTS, CONFIG, VOCABULARY = "text", "weights", "config.json", "qwen.tiktoken"
+_GENERATION = "generation_config.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PUBLISHED = re.compile(r"Qwen-(?:1_8B|7B|14B|72B)(?:-Chat(?:-Int[48])?)?")
+_CHAT = re.compile(r"[Qq]wen/Qwen-(?:1_8B|7B|14B|72B)-Chat(?:-Int[48])?")
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 _CAUSES = {
@@ -88,7 +91,7 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
             except InputError as error:
                 problems.append(error)
     for owner, folder in _of_modelscope(name, revision):
-        if not (lacking := missing_files(folder, need)):
+        if not (lacking := missing_files(folder, need, owner)):
             return Found(folder, f"{model}: {_as(model, owner)}in ModelScope's cache, {folder}")
         problems.append(
             _incomplete(model, f"{folder} lacks {lacking}", f"modelscope download --model {owner}")
@@ -111,7 +114,7 @@ def fetch_model(model: str | Path, revision: str | None = None, *, need: str = W
         if (source := _source(model, revision)) is None:
             raise
     folder = Path(_download(*source))
-    if lacking := missing_files(folder, need):
+    if lacking := missing_files(folder, need, source[0]):
         raise InputError(
             f"{model}: fetched to {folder}, which lacks {lacking}: the repository does not have it, or the "
             "network was lost"
@@ -261,16 +264,17 @@ def _require_complete(
     folder: Path, model: str, root: Path, name: str, revision: str | None, need: str
 ) -> None:
     unfinished = len(list((root / "blobs").glob("*.incomplete")))
-    if lacking := missing_files(folder, need, begun=unfinished > 0):
+    if lacking := missing_files(folder, need, name, begun=unfinished > 0):
         also = f", and {root / 'blobs'} has {unfinished} unfinished files" if unfinished else ""
         raise _incomplete(model, f"{folder} lacks {lacking}{also}", _command(name, revision, root.parent))
 
 
-def missing_files(folder: Path, need: str = WEIGHTS, begun: bool = False) -> str:
+def missing_files(folder: Path, need: str, whose: str, begun: bool = False) -> str:
     """What an interrupted download has left out, in words; "" if the folder is complete.
 
-    A link to a blob that is not there counts as missing. begun: files are unfinished, so that even those
-    count which a folder can do without. Pickled weights are for the loader to refuse.
+    A link to a blob that is not there counts as missing. whose: the repository; every published chat model
+    has a generation_config.json. begun: files are unfinished, so that even those count which a
+    folder can do without. Pickled weights are for the loader to refuse.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -279,7 +283,11 @@ def missing_files(folder: Path, need: str = WEIGHTS, begun: bool = False) -> str
     there = [name for name in names if os.path.exists(folder / name)]
     if need == VOCABULARY:
         return "" if need in there else need
-    lacking = [CONFIG, *(["generation_config.json", VOCABULARY] if begun else [])]
+    lacking = [CONFIG]
+    if begun or need == TEXT:
+        lacking.append(VOCABULARY)
+    if begun or (need == TEXT and _CHAT.fullmatch(whose)):
+        lacking.append(_GENERATION)
     lacking += [name for name in names if any(fnmatchcase(name, pattern) for pattern in FILES)]
     for index in _matching(there, "*.safetensors.index.json"):
         with contextlib.suppress(InputError):  # the loader says what is wrong with it
@@ -290,7 +298,7 @@ def missing_files(folder: Path, need: str = WEIGHTS, begun: bool = False) -> str
         for (stem, count), number in sets.items():
             if number < int(count):  # all of them need no index
                 lacking.append(f"{stem}.safetensors.index.json")
-        if need == WEIGHTS and not weights and not _matching(names, "*.bin"):
+        if need != CONFIG and not weights and not _matching(names, "*.bin"):
             lacking.append("*.safetensors")
     return some([name for name in dict.fromkeys(lacking) if name not in there], most=4)
 
