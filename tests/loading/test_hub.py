@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import forked_ranks
 import pytest
@@ -19,6 +20,7 @@ from golden_folders import INDEX, SHARDS
 
 from qwen_ref import InputError, Tokenizer, load_model, parity
 from qwen_ref.loading.hub import (
+    CONFIG,
     FILES,
     TEXT,
     fetch_model,
@@ -223,7 +225,8 @@ def test_without_main_several_revisions_are_named(cache: Path) -> None:
         cached(cache, commit=commit, ref=None)
     line = refusal(NAME)
     assert (
-        f"no refs/main, but several revisions: {COMMITS[1]}, {COMMITS[0]}; choose one with --revision" in line
+        f"no refs/main, but several revisions: {COMMITS[1]}, {COMMITS[0]}; "
+        "choose one with --revision (in Python: revision=…)" in line
     )
 
 
@@ -301,7 +304,8 @@ def test_a_missing_model_is_one_line_with_the_caches_and_the_command(
     name = "" if model == NAME else f"as {NAME} "
     assert refusal(model) == (
         f"{model}: not a folder, and {name}neither in Hugging Face's cache, {cache}, nor in "
-        f"ModelScope's, {home / '.cache/modelscope'}; the option --download fetches it, or this command: "
+        f"ModelScope's, {home / '.cache/modelscope'}; "
+        "the option --download of generate, chat, … fetches it, or: "
         f"{FETCH}"
     )
 
@@ -319,7 +323,7 @@ def test_a_broken_link_to_a_blob_is_an_incomplete_download(cache: Path) -> None:
     (snapshot / "model.safetensors").resolve().unlink()
     assert refusal(NAME) == (
         f"{NAME}: the download is not complete: {snapshot} lacks model.safetensors; the option --download "
-        f"completes it, or this command: {FETCH}"
+        f"of generate, chat, … completes it, or: {FETCH}"
     )
     assert refusal(snapshot).startswith(f"{snapshot}: the download is not complete")
 
@@ -398,7 +402,7 @@ def test_what_completes_a_download_has_its_revision_and_its_cache(cache: Path, h
 def test_an_incomplete_folder_of_modelscope_is_completed_by_its_tool(home: Path) -> None:
     folder = shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/qwen/Qwen-1_8B")
     (folder / "model.safetensors").unlink()
-    assert refusal(NAME).endswith("or this command: modelscope download --model qwen/Qwen-1_8B")
+    assert refusal(NAME).endswith("or: modelscope download --model qwen/Qwen-1_8B")
 
 
 def test_a_damaged_index_and_pickles_are_for_the_loader_to_refuse(cache: Path) -> None:
@@ -542,6 +546,72 @@ def test_a_snapshot_with_its_configuration_alone_can_be_inspected(cache: Path, r
     assert "not complete" in refused(run_command(command("checkpoint"), "inspect", CHAT))
 
 
+def test_an_index_without_weights_is_inspected_from_the_configuration(
+    cache: Path, home: Path, run_command: Run
+) -> None:
+    snapshot = cached(cache, SHARDED)
+    folder = home / "folder"
+    folder.mkdir()
+    for file in ("config.json", INDEX):
+        shutil.copyfile(snapshot / file, folder / file)
+    for shard in SHARDS:
+        (snapshot / shard).unlink()
+    for model in (NAME, str(snapshot), str(folder)):
+        found = run_command(command("checkpoint"), "inspect", model)
+        assert found.code == 0, found.err
+        assert "from the configuration alone" in found.out
+
+
+def test_inspect_says_what_needs_no_file_and_fetches_no_weights(
+    cache: Path, library: SimpleNamespace, run_command: Run
+) -> None:
+    inspect = command("checkpoint")
+    line = refused(run_command(inspect, "inspect", "Qwen/Qwen-72B-Chat"))
+    assert line.endswith(
+        "; inspect 72b needs no file; "
+        "the option --download of inspect fetches its configuration, or: hf download "
+        'Qwen/Qwen-72B-Chat config.json quantize_config.json "*.safetensors.index.json"'
+    )
+    assert "needs no file" not in refused(run_command(inspect, "inspect", "Qwen/Qwen-72B-Chat-Int4"))
+    library.source = SHARDED
+    found = run_command(inspect, "inspect", NAME, "--download")
+    assert found.code == 0, found.err
+    assert "from the configuration alone" in found.out
+    there = sorted(path.name for path in find_model(NAME, need=CONFIG).folder.iterdir())
+    assert there == ["config.json", INDEX]
+    assert f"lacks {', '.join(SHARDS)}; " in refusal(NAME)
+
+
+def test_inspect_does_not_complete_weights_and_says_what_does(
+    cache: Path, library: SimpleNamespace, run_command: Run
+) -> None:
+    (cached(cache, SHARDED) / SHARDS[0]).unlink()
+    for download in ((), ("--download",)):
+        line = refused(run_command(command("checkpoint"), "inspect", NAME, *download))
+        assert line.endswith(
+            f"lacks {SHARDS[0]}; the option --download of generate, chat, … completes it, or: {FETCH}"
+        )
+    assert list(FILES) not in [options["allow_patterns"] for _, options in library.calls]
+
+
+@pytest.mark.parametrize("need", ["weights", TEXT, CONFIG])
+def test_of_another_model_only_the_configuration_is_fetched(
+    need: str, home: Path, library: SimpleNamespace
+) -> None:
+    library.source = shutil.copytree(WEIGHTS, home / "other")
+    (library.source / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match=r"nothing but its configuration was fetched: .*qwen2"):
+        fetch_model("mine/Qwen2", need=need)
+    assert [options["allow_patterns"] for _, options in library.calls] == [["config.json"]]
+
+
+def test_a_repository_without_a_configuration_is_said_to_be_so(home: Path, library: SimpleNamespace) -> None:
+    library.source = home / "bare"
+    library.source.mkdir()
+    with pytest.raises(InputError, match=r"which lacks config\.json: the repository does not have it"):
+        fetch_model(NAME)
+
+
 def test_a_path_with_a_point_is_no_name(cache: Path, run_command: Run) -> None:
     cached(cache)
     line = refused(run_command(command("generate"), QUESTION, "--model", f"./{NAME}"))
@@ -575,13 +645,24 @@ def library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stand-in for huggingface_hub: its hub is a folder, and it notes what it is asked for."""
     state = SimpleNamespace(calls=[], source=WEIGHTS, error=None)
 
-    def snapshot_download(name: str, **options: object) -> str:
+    def snapshot_download(name: str, **options: Any) -> str:
         state.calls.append((name, options))
         if state.error is not None:
             raise state.error
         root = Path(str(options["cache_dir"])) / f"models--{name.replace('/', '--')}"
-        shutil.rmtree(root, ignore_errors=True)
-        return str(cached(root.parent, state.source, ref=str(options["revision"] or "main"), name=name))
+        revision = str(options["revision"] or "main")
+        commit = revision if revision in COMMITS else COMMITS[0]
+        snapshot = root / "snapshots" / commit
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in state.source.iterdir():
+            if file.name != "golden.safetensors" and any(map(file.match, options["allow_patterns"])):
+                (snapshot / file.name).unlink(missing_ok=True)
+                shutil.copyfile(file, snapshot / file.name)
+        if revision != commit:
+            reference = root / "refs" / revision
+            reference.parent.mkdir(exist_ok=True)
+            reference.write_text(commit)
+        return str(snapshot)
 
     module = ModuleType("huggingface_hub")
     module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
@@ -595,8 +676,9 @@ def test_a_download_fetches_what_is_read_and_nothing_else(
 ) -> None:
     found = run_command(command("generate"), QUESTION, "--model", model, "--download", *ONE_LINE)
     assert (found.code, found.out) == (0, f"{ANSWER}\n")
-    options = {"revision": None, "cache_dir": cache, "allow_patterns": list(FILES)}
-    assert library.calls == [(NAME, options)]
+    first = {"revision": None, "cache_dir": cache, "allow_patterns": ["config.json"]}
+    then = {"revision": COMMITS[0], "cache_dir": cache, "allow_patterns": list(FILES)}
+    assert library.calls == [(NAME, first), (NAME, then)]
     assert f"note: {model}: " in found.err
     assert not any(Path("modeling_qwen.py").match(each) or Path("x.bin").match(each) for each in FILES)
 
@@ -614,14 +696,14 @@ def test_what_is_not_complete_is_fetched_into_its_cache(home: Path, library: Sim
         (snapshot / "model.safetensors").unlink()
         library.calls.clear()
         assert fetch_model(model).folder == snapshot
-        ((name, options),) = library.calls
+        name, options = library.calls[0]
         assert (name, options["revision"], options["cache_dir"]) == (NAME, revision, home / "mine")
 
 
 def test_a_revision_is_fetched(cache: Path, library: SimpleNamespace) -> None:
     cached(cache)
     fetch_model(NAME, "v1")
-    assert [options["revision"] for _, options in library.calls] == ["v1"]
+    assert [options["revision"] for _, options in library.calls] == ["v1", COMMITS[0]]
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def _has_weights(folder: Path) -> bool:
     suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    return any(path.name == INDEX_NAME or path.suffix in suffixes for path in folder.iterdir())
+    return any(path.suffix in suffixes for path in folder.iterdir())
 
 
 def _parser() -> Parser:

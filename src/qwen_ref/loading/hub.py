@@ -19,19 +19,21 @@ import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen_ref.config import InputError, lacks_memory, read_json_object, shown, some
+from qwen_ref.config import InputError, QwenConfig, lacks_memory, read_json_object, shown, some
 from qwen_ref.loading.folder import require_folder
 
-# What is read of a published folder, as patterns of file names.
+# What is read of a published folder, as patterns of file names; and what is fetched of it where only the
+# configuration is asked for.
 FILES = (
     *("config.json", "generation_config.json", "qwen.tiktoken", "quantize_config.json"),
     *("*.safetensors", "*.safetensors.index.json"),
 )
+CONFIG_FILES = ("config.json", "quantize_config.json", "*.safetensors.index.json")
 # What a caller needs of a folder. CONFIG and VOCABULARY are one file; WEIGHTS is all that a model needs, TEXT
 # all that a command needs which reads or writes text.
 TEXT, WEIGHTS, CONFIG, VOCABULARY = "text", "weights", "config.json", "qwen.tiktoken"
@@ -40,6 +42,8 @@ _GENERATION = "generation_config.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PUBLISHED = re.compile(r"Qwen-(?:1_8B|7B|14B|72B)(?:-Chat(?:-Int[48])?)?")
 _CHAT = re.compile(r"[Qq]wen/Qwen-(?:1_8B|7B|14B|72B)-Chat(?:-Int[48])?")
+_SIZE = re.compile(r"[Qq]wen/Qwen-(1_8B|7B|14B|72B)(?:-Chat)?")
+_CHOOSE = "choose one with --revision (in Python: revision=…)"
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 _CAUSES = {
@@ -94,27 +98,40 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
         if not (lacking := missing_files(folder, need, owner)):
             return Found(folder, f"{model}: {_as(model, owner)}in ModelScope's cache, {folder}")
         problems.append(
-            _incomplete(model, f"{folder} lacks {lacking}", f"modelscope download --model {owner}")
+            _incomplete(model, f"{folder} lacks {lacking}", f"modelscope download --model {owner}", need)
         )
     if problems:
         raise problems[0]
     raise InputError(
         f"{model}: not a folder, and {_as(model, name)}neither in Hugging Face's cache, "
         f"{hugging_face_cache()}, nor in ModelScope's, {modelscope_cache()}; "
-        f"{_remedy(_command(name, revision), 'fetches')}"
+        f"{_without_files(name, need)}{_remedy(_command(name, revision, need=need), 'fetches', need)}"
     )
 
 
 def fetch_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:
-    """As find_model, but what is not there, or not whole, is downloaded into Hugging Face's cache first."""
+    """As find_model, but what is not there, or not whole, is downloaded into Hugging Face's cache first.
+
+    The configuration comes first: of a model that is none of these, nothing else is downloaded.
+    """
     _check_revision(revision)
     try:
         return find_model(model, revision, need=need)
     except InputError:
         if (source := _source(model, revision)) is None:
             raise
-    folder = Path(_download(*source))
-    if lacking := missing_files(folder, need, source[0]):
+    name, wanted, cache = source
+    folder = _download(name, wanted, cache, [CONFIG])
+    if os.path.exists(folder / CONFIG):
+        try:
+            QwenConfig.from_json(folder / CONFIG)
+        except InputError as error:
+            raise InputError(f"{model}: nothing but its configuration was fetched: {error}") from None
+        _download(name, folder.name, cache, CONFIG_FILES if need == CONFIG else FILES)  # of that commit
+        lacking = "" if need == CONFIG else missing_files(folder, need, name)
+    else:
+        lacking = CONFIG
+    if lacking:
         raise InputError(
             f"{model}: fetched to {folder}, which lacks {lacking}: the repository does not have it, or the "
             "network was lost"
@@ -216,16 +233,16 @@ def _name_of(root: Path) -> str:
 
 def _of_repository(root: Path, model: str, name: str, revision: str | None, need: str) -> Found:
     """The snapshot of a revision. model: as the user named it; name: of the repository."""
-    commit, how = _chosen(root, model, name, revision)
+    commit, how = _chosen(root, model, name, revision, need)
     folder = root / "snapshots" / commit
     if not os.path.isdir(folder):
-        command = _command(name, revision, root.parent)
-        raise _incomplete(model, f"{root} has no snapshot {commit}, its {how}", command)
+        command = _command(name, revision, root.parent, need)
+        raise _incomplete(model, f"{root} has no snapshot {commit}, its {how}", command, need)
     _require_complete(folder, model, root, name, revision, need)
     return Found(folder, f"{model}: {_as(model, name)}{how} ({commit[:7]}), {folder}")
 
 
-def _chosen(root: Path, model: str, name: str, revision: str | None) -> tuple[str, str]:
+def _chosen(root: Path, model: str, name: str, revision: str | None, need: str) -> tuple[str, str]:
     """The commit of a revision, and how it was found. InputError where it is not clear which one is meant."""
     if (commit := _commit(root, revision or "main")) is not None:
         return commit, f"revision {revision or 'main'}"
@@ -234,13 +251,13 @@ def _chosen(root: Path, model: str, name: str, revision: str | None) -> tuple[st
     if len(begun) == 1:
         return begun[0], "the only revision there, without a refs/main" if revision is None else "revision"
     if len(begun) > 1 and revision is None:
-        problem = f"no refs/main, but several revisions: {some(begun)}; choose one with --revision"
+        problem = f"no refs/main, but several revisions: {some(begun)}; {_CHOOSE}"
     elif len(begun) > 1:
         problem = f"several revisions that begin with {revision}: {some(begun)}; give more of it"
     else:
         there = [*_references(root), *snapshots]
         problem = f"no revision {revision or 'main'}" + (f", only {some(there)}" if there else "")
-        problem += f"; {_remedy(_command(name, revision, root.parent), 'fetches')}"
+        problem += f"; {_remedy(_command(name, revision, root.parent, need), 'fetches', need)}"
     raise InputError(f"{model}: {root} has {problem}")
 
 
@@ -266,7 +283,10 @@ def _require_complete(
     unfinished = len(list((root / "blobs").glob("*.incomplete")))
     if lacking := missing_files(folder, need, name, begun=unfinished > 0):
         also = f", and {root / 'blobs'} has {unfinished} unfinished files" if unfinished else ""
-        raise _incomplete(model, f"{folder} lacks {lacking}{also}", _command(name, revision, root.parent))
+        if os.path.exists(folder / CONFIG):  # then inspect lacks weights, which it does not fetch
+            need = WEIGHTS
+        command = _command(name, revision, root.parent, need)
+        raise _incomplete(model, f"{folder} lacks {lacking}{also}", command, need)
 
 
 def missing_files(folder: Path, need: str, whose: str, begun: bool = False) -> str:
@@ -289,10 +309,10 @@ def missing_files(folder: Path, need: str, whose: str, begun: bool = False) -> s
     if begun or (need == TEXT and _CHAT.fullmatch(whose)):
         lacking.append(_GENERATION)
     lacking += [name for name in names if any(fnmatchcase(name, pattern) for pattern in FILES)]
-    for index in _matching(there, "*.safetensors.index.json"):
+    weights = _matching(names, "*.safetensors")
+    for index in _matching(there, "*.safetensors.index.json") if weights or need != CONFIG else []:
         with contextlib.suppress(InputError):  # the loader says what is wrong with it
             lacking += _shards(read_json_object(folder / index))
-    weights = _matching(names, "*.safetensors")
     if not _matching(names, "*.safetensors.index.json"):
         sets = Counter(shard.groups() for shard in map(_SHARD.fullmatch, weights) if shard)
         for (stem, count), number in sets.items():
@@ -323,17 +343,30 @@ def _as(model: str | Path, name: str) -> str:
     return "" if str(model) == name else f"as {name} "
 
 
-def _incomplete(model: str | Path, what: str, command: str) -> InputError:
-    return InputError(f"{model}: the download is not complete: {what}; {_remedy(command, 'completes')}")
+def _incomplete(model: str | Path, what: str, command: str, need: str) -> InputError:
+    return InputError(f"{model}: the download is not complete: {what}; {_remedy(command, 'completes', need)}")
 
 
-def _remedy(command: str, does: str) -> str:
-    return f"the option --download {does} it, or this command: {command}"
+def _remedy(command: str, does: str, need: str) -> str:
+    """In a command and in Python. Only inspect needs no more than the configuration."""
+    whose, what = (" of inspect", "its configuration") if need == CONFIG else (" of generate, chat, …", "it")
+    return f"the option --download{whose} {does} {what}, or: {command}"
 
 
-def _command(name: str, revision: str | None = None, cache: Path | None = None) -> str:
+def _without_files(name: str, need: str) -> str:
+    """What inspect says of a published size without any file."""
+    size = _SIZE.fullmatch(name)
+    return (
+        ""
+        if size is None or need != CONFIG
+        else f"inspect {size[1].replace('_', '.').lower()} needs no file; "
+    )
+
+
+def _command(name: str, revision: str | None = None, cache: Path | None = None, need: str = WEIGHTS) -> str:
     """What fetches the files that are read with Hugging Face's own command."""
-    words = ["hf download", name, *(f'"{each}"' if "*" in each else each for each in FILES)]
+    files = CONFIG_FILES if need == CONFIG else FILES
+    words = ["hf download", name, *(f'"{each}"' if "*" in each else each for each in files)]
     if revision is not None:
         words += ["--revision", revision]
     if cache is not None and cache != hugging_face_cache():
@@ -352,7 +385,7 @@ def _source(model: str | Path, revision: str | None) -> tuple[str, str | None, P
     return _name_of(cached.root), cached.snapshot or revision, cached.root.parent
 
 
-def _download(name: str, revision: str | None, cache: Path) -> str:
+def _download(name: str, revision: str | None, cache: Path, patterns: Iterable[str]) -> Path:
     """Downloads into a cache; returns the snapshot's folder. Its progress goes to stderr."""
     if os.environ.get("LOCAL_RANK", "0") != "0":  # the ranks of a machine wait for each other at a lock
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -361,7 +394,9 @@ def _download(name: str, revision: str | None, cache: Path) -> str:
     except ImportError:
         raise InputError("--download takes huggingface_hub: pip install 'qwen_ref[hub]' brings it") from None
     try:
-        return snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(FILES))
+        return Path(
+            snapshot_download(name, revision=revision, cache_dir=cache, allow_patterns=list(patterns))
+        )
     except Exception as error:  # of huggingface_hub, of what it fetches with, or of the disk
         if lacks_memory(error):
             raise
