@@ -282,8 +282,9 @@ def test_the_revisions_of_modelscopes_newest_layout_are_found(home: Path) -> Non
 
 
 def test_a_plain_folder_of_modelscope_has_no_revision_to_ask_for(home: Path) -> None:
-    shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/Qwen/Qwen-1_8B")
-    assert "not a folder" in refusal(NAME, "main")
+    folder = shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/Qwen/Qwen-1_8B")
+    assert "not a folder" in refusal(NAME, "v1")
+    assert find_model(NAME, "master").folder == folder  # their main
 
 
 def test_hugging_faces_cache_comes_first_unless_it_is_not_complete(cache: Path, home: Path) -> None:
@@ -506,6 +507,21 @@ def test_every_command_takes_a_name_a_revision_and_the_download(
     assert "--download takes huggingface_hub" in refused(run_with("--model", CHAT, "--download"))
     if sub != ["inspect"]:
         assert "--revision goes with --model" in refused(run_command(main, *arguments, "--revision", "x"))
+        assert "--download goes with --model" in refused(run_command(main, *arguments, "--download"))
+
+
+@pytest.mark.parametrize("option", [("--revision", "x"), ("--download",)])
+def test_a_size_and_a_file_refuse_the_options_of_a_name(option: tuple[str, ...], run_command: Run) -> None:
+    for model, what in (("1.8b", "a size"), (WEIGHTS / "config.json", "a file")):
+        line = refused(run_command(command("checkpoint"), "inspect", model, *option))
+        assert line.endswith(f"{option[0]} goes with a name as Qwen/Qwen-1_8B; {model} is {what}")
+    made = ("--synthetic", "1.8b", *COMMANDS["bench"])
+    assert f"{option[0]} goes with --model" in refused(run_command(command("bench"), *made, *option))
+
+
+def test_the_download_of_evaluate_is_for_its_data_also(run_command: Run) -> None:
+    line = refused(run_command(command("evaluate"), "--tasks", "x", "--download"))
+    assert "goes with" not in line
 
 
 def test_evaluate_takes_a_name_and_a_revision(cache: Path, run_command: Run) -> None:

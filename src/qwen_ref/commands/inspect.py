@@ -92,9 +92,11 @@ def inspect(args: argparse.Namespace) -> int:
             config = QwenConfig.preset(args.model.lower())
         except InputError as error:
             raise InputError(f"{args.model or repr('')}: no such folder, and {error}") from None
+        _refuse_hub_options(args, "a size")
     elif there and not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)
+        _refuse_hub_options(args, "a file")
         config = QwenConfig.from_json(path)
     elif not _has_weights(path := checkpoint_folder(args, CONFIG)):
         config = QwenConfig.from_json(path / "config.json")
@@ -125,6 +127,13 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"not counted: {biases:,} bytes of zero biases {whose}; none is kept in memory")
     sys.stdout.flush()
     return 0
+
+
+def _refuse_hub_options(args: argparse.Namespace, what: str) -> None:
+    """Raises InputError where --revision or --download is given with a model that is in no hub."""
+    for option in ("revision", "download"):
+        if getattr(args, option):
+            raise InputError(f"--{option} goes with a name as Qwen/Qwen-1_8B; {args.model} is {what}")
 
 
 def _has_weights(folder: Path) -> bool:

@@ -32,12 +32,16 @@ def on_every_rank(
     args: argparse.Namespace,
     lead: Callable[[argparse.Namespace, Path, Ranks], int],
     follow: Callable[[argparse.Namespace, Path, Ranks], int],
+    has_data: bool = False,
 ) -> int:
-    """Runs a command with the checkpoint's folder and the ranks: lead on rank 0, follow on all others."""
+    """Runs a command with the checkpoint's folder and the ranks: lead on rank 0, follow on all others.
+
+    has_data: see checkpoint_folder.
+    """
     speed_options(args)
     with ranks_of_command(args.timeout, args.model or bundled_checkpoint(), args.revision) as ranks:
         try:
-            folder = checkpoint_folder(args, TEXT)
+            folder = checkpoint_folder(args, TEXT, has_data)
         except InputError:
             if ranks.rank == 0 or args.download:
                 raise

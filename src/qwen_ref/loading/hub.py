@@ -188,7 +188,7 @@ def _of_modelscope(name: str, revision: str | None) -> Iterator[tuple[str, Path]
             above / f"models/{owner.replace('/', '--')}/snapshots/{revision or 'master'}"
             for above in (cache, cache / "hub")
         ]
-        if revision is None:
+        if revision in (None, "master"):  # their main
             aboves = (cache / "hub/models", cache / "hub", cache / "models", cache)
             spellings = dict.fromkeys((owner, owner.replace(".", "___")))
             folders += [above / spelled for above in aboves for spelled in spellings]

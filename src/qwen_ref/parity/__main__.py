@@ -248,7 +248,7 @@ def _diff(args: argparse.Namespace) -> int:
 
     check_plot(args)
     check_junit(args)
-    given = args.model is not None or args.revision is not None
+    given = args.model is not None or args.revision is not None or args.download
     folder = checkpoint_folder(args) if given else None
     with Progress("measuring rounding") as progress:
         comparison = diff(args.truth, args.judged, folder, progress.update)
