@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -99,6 +100,14 @@ def refusal(model: str | Path, revision: str | None = None, **how: str) -> str:
 @pytest.mark.parametrize(
     ("text", "name"),
     [
+        *(
+            (each, NAME)
+            for each in (NAME + "/", "Qwen-1_8B/", "qwen/qwen-1_8b", "Qwen-1.8B", "Qwen/Qwen-1.8B")
+        ),
+        *(("qwen-7b", "Qwen/Qwen-7B"), ("Qwen-72B-Chat-int4", "Qwen/Qwen-72B-Chat-Int4")),
+        *((f"https://hub.example/{each}", NAME) for each in (NAME, NAME + "/", NAME + "/tree/main")),
+        *((f"https://hub.example/{each}", None) for each in (NAME + "/tree/v1", "Qwen", "")),
+        ("https://hub.example/models/mine/x", "mine/x"),
         *((NAME, NAME), ("a.b/c-d_e.f", "a.b/c-d_e.f"), ("Qwen-72B-Chat-Int4", "Qwen/Qwen-72B-Chat-Int4")),
         *(
             (each, None)
@@ -314,6 +323,43 @@ def test_a_missing_model_is_one_line_with_the_caches_and_the_command(
 @pytest.mark.parametrize("model", ["missing", "./a/b", "x/y/z", "/x/y"])
 def test_a_missing_folder_that_is_no_name_is_named_as_ever(model: str) -> None:
     assert refusal(model) == f"{model}: not a folder; a checkpoint is a folder with config.json in it"
+
+
+@pytest.mark.parametrize(
+    ("model", "instead"),
+    [
+        ("Qwen-9B", "not a folder; did you mean Qwen/Qwen-7B?"),
+        ("qwen1.8b-chat", "not a folder; did you mean Qwen/Qwen-1_8B-Chat?"),
+        ("Qwen/Qwen-1_8B-Cha", "no repository of this name is known; did you mean Qwen/Qwen-1_8B-Chat?"),
+        ("Qwen/Qwen-7B-Int4", "no repository of this name is known; did you mean Qwen/Qwen-7B-Chat-Int4?"),
+        ("Qwen/Other", "no repository of this name is known; there are Qwen-1_8B, -7B, -14B and -72B, each"),
+        ("https://hub.example/x/y/tree/v1", "not a folder; of an address the part owner/name is needed"),
+    ],
+)
+def test_a_name_that_no_model_has_is_answered_with_one_that_may_be_meant(
+    model: str, instead: str, library: SimpleNamespace
+) -> None:
+    line = refusal(model)
+    assert instead in line
+    assert "hf download" not in line
+    with pytest.raises(InputError, match=re.escape(instead)):
+        fetch_model(model)
+    assert library.calls == []
+
+
+def test_a_name_in_another_case_is_found_and_said(cache: Path, home: Path, library: SimpleNamespace) -> None:
+    typed = cached(cache, name="Mine/fine-Tuned")
+    found = find_model("mine/Fine-tuned")
+    assert found.folder == typed
+    assert found.note == f"mine/Fine-tuned: as Mine/fine-Tuned revision main (fa6e214), {typed}"
+    exact = cached(cache, name="mine/Fine-tuned")
+    assert find_model("mine/Fine-tuned").folder == exact
+    lower = cached(cache, name=NAME.lower())
+    assert find_model(NAME).folder == lower
+    (lower / "model.safetensors").unlink()
+    assert fetch_model(NAME).folder == lower  # completed under the name that it has
+    folder = shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/models/QWEN/qwen-7b")
+    assert find_model("Qwen-7B").folder == folder
 
 
 # A download that is not complete

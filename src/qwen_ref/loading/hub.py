@@ -20,6 +20,7 @@ import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +41,14 @@ TEXT, WEIGHTS, CONFIG, VOCABULARY = "text", "weights", "config.json", "qwen.tikt
 _GENERATION = "generation_config.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_PUBLISHED = re.compile(r"Qwen-(?:1_8B|7B|14B|72B)(?:-Chat(?:-Int[48])?)?")
-_CHAT = re.compile(r"[Qq]wen/Qwen-(?:1_8B|7B|14B|72B)-Chat(?:-Int[48])?")
-_SIZE = re.compile(r"[Qq]wen/Qwen-(1_8B|7B|14B|72B)(?:-Chat)?")
+_ADDRESS = re.compile(r"https?:/+[^/]+/(?:models/)?([^/]+/[^/]+)(?:/tree/(?:main|master))?/*", re.IGNORECASE)
+# The published repositories, by what tells their names apart however they are written.
+_PUBLISHED = {
+    f"qwen-{size}{kind}".lower().replace("_", "."): f"Qwen/Qwen-{size}{kind}"
+    for size in ("1_8B", "7B", "14B", "72B")
+    for kind in ("", "-Chat", "-Chat-Int4", "-Chat-Int8")
+}
+_SIZE = re.compile(r"Qwen/Qwen-(1_8B|7B|14B|72B)(?:-Chat)?")
 _CHOOSE = "choose one with --revision (in Python: revision=…)"
 _REVISION = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
@@ -64,14 +70,23 @@ class Found(NamedTuple):
 def repository(model: str | Path) -> str | None:
     """The name of a hub's repository, owner/name; None for what cannot be one.
 
-    >>> repository("Qwen/Qwen-7B"), repository("Qwen-7B-Chat"), repository("./Qwen/Qwen-7B")
-    ('Qwen/Qwen-7B', 'Qwen/Qwen-7B-Chat', None)
+    A published one is known without its owner, in any case, with a dot and by its page's address.
+
+    >>> repository("mine/Qwen-7B"), repository("qwen-1.8b-chat/"), repository("./Qwen/Qwen-7B")
+    ('mine/Qwen-7B', 'Qwen/Qwen-1_8B-Chat', None)
     """
     text = model.as_posix() if isinstance(model, Path) else model
-    if _PUBLISHED.fullmatch(text):
-        return f"Qwen/{text}"
+    address = _ADDRESS.fullmatch(text)
+    text = address[1] if address else text.rstrip("/")
+    owner, _, name = text.rpartition("/")
+    if owner.lower() in ("", "qwen") and _key(name) in _PUBLISHED:
+        return _PUBLISHED[_key(name)]
     plain = _NAME.fullmatch(text) is not None and "--" not in text and ".." not in text and len(text) <= 96
     return text if plain else None
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", ".")
 
 
 def find_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:
@@ -83,17 +98,17 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
     """
     _check_revision(revision)
     name = repository(model)
-    if name is None or os.path.exists(model):
+    if os.path.exists(model):
         require_folder(model)
         return _of_path(Path(model), revision, need)
+    if name is None:
+        raise InputError(f"{str(model) or repr('')}: not a folder; {_instead(str(model))}")
     problems = []
-    for owner in _owners(name):
-        root = hugging_face_cache() / f"models--{owner.replace('/', '--')}"
-        if os.path.isdir(root):
-            try:
-                return _of_repository(root, str(model), owner, revision, need)
-            except InputError as error:
-                problems.append(error)
+    for root in _roots(name):
+        try:
+            return _of_repository(root, str(model), _name_of(root), revision, need)
+        except InputError as error:
+            problems.append(error)
     for owner, folder in _of_modelscope(name, revision):
         if not (lacking := missing_files(folder, need, owner)):
             return Found(folder, f"{model}: {_as(model, owner)}in ModelScope's cache, {folder}")
@@ -102,10 +117,15 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
         )
     if problems:
         raise problems[0]
-    raise InputError(
+    nowhere = (
         f"{model}: not a folder, and {_as(model, name)}neither in Hugging Face's cache, "
         f"{hugging_face_cache()}, nor in ModelScope's, {modelscope_cache()}; "
-        f"{_without_files(name, need)}{_remedy(_command(name, revision, need=need), 'fetches', need)}"
+    )
+    if _is_unknown(name):
+        raise InputError(f"{nowhere}no repository of this name is known; {_instead(name)}")
+    raise InputError(
+        f"{nowhere}{_without_files(name, need)}"
+        f"{_remedy(_command(name, revision, need=need), 'fetches', need)}"
     )
 
 
@@ -171,10 +191,27 @@ def _expanded(path: str) -> Path:
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
-def _owners(name: str) -> list[str]:
-    """The names of a repository. Qwen's owner is Qwen at Hugging Face; at ModelScope it was qwen first."""
-    owner, _, rest = name.partition("/")
-    return [f"Qwen/{rest}", f"qwen/{rest}"] if owner.lower() == "qwen" else [name]
+def _roots(name: str) -> list[Path]:
+    """A repository's folders in Hugging Face's cache."""
+    return _in_any_case(hugging_face_cache(), f"models--{name.replace('/', '--')}")
+
+
+def _in_any_case(above: Path, path: str) -> list[Path]:
+    """The folder of this path, then those whose paths differ from it only in case.
+
+    A cache has a name as it was typed: the hub takes every case. Qwen's owner at ModelScope was qwen first.
+    """
+    found = [above]
+    for part in path.lower().split("/"):
+        found = [entry for each in found for entry in _entries(each) if entry.name.lower() == part]
+    return sorted(filter(os.path.isdir, found), key=lambda each: (each != above / path, each))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _of_modelscope(name: str, revision: str | None) -> Iterator[tuple[str, Path]]:
@@ -183,16 +220,15 @@ def _of_modelscope(name: str, revision: str | None) -> Iterator[tuple[str, Path]
     Only the newest layout keeps revisions. The others write a dot in a name as ___.
     """
     cache = modelscope_cache()
-    for owner in _owners(name):
-        folders = [
-            above / f"models/{owner.replace('/', '--')}/snapshots/{revision or 'master'}"
-            for above in (cache, cache / "hub")
-        ]
-        if revision in (None, "master"):  # their main
-            aboves = (cache / "hub/models", cache / "hub", cache / "models", cache)
-            spellings = dict.fromkeys((owner, owner.replace(".", "___")))
-            folders += [above / spelled for above in aboves for spelled in spellings]
-        yield from ((owner, folder) for folder in folders if os.path.isdir(folder))
+    for above in (cache, cache / "hub"):
+        for root in _in_any_case(above, f"models/{name.replace('/', '--')}"):
+            if os.path.isdir(folder := root / "snapshots" / (revision or "master")):
+                yield root.name.replace("--", "/", 1), folder
+    if revision in (None, "master"):  # their main
+        for above in (cache / "hub/models", cache / "hub", cache / "models", cache):
+            for spelled in dict.fromkeys((name, name.replace(".", "___"))):
+                for folder in _in_any_case(above, spelled):
+                    yield f"{folder.parent.name}/{folder.name.replace('___', '.')}", folder
 
 
 # A repository in Hugging Face's cache
@@ -306,7 +342,7 @@ def missing_files(folder: Path, need: str, whose: str, begun: bool = False) -> s
     lacking = [CONFIG]
     if begun or need == TEXT:
         lacking.append(VOCABULARY)
-    if begun or (need == TEXT and _CHAT.fullmatch(whose)):
+    if begun or (need == TEXT and "-chat" in whose.lower() and repository(whose) in _PUBLISHED.values()):
         lacking.append(_GENERATION)
     lacking += [name for name in names if any(fnmatchcase(name, pattern) for pattern in FILES)]
     weights = _matching(names, "*.safetensors")
@@ -336,6 +372,23 @@ def _shards(index: dict[str, Any]) -> list[str]:
 
 
 # What to do
+
+
+def _is_unknown(name: str) -> bool:
+    """Whether Qwen has no such repository of this generation."""
+    return name.lower().startswith("qwen/") and name not in _PUBLISHED.values()
+
+
+def _instead(model: str) -> str:
+    """What to give instead of what is neither a folder nor the name of a model."""
+    if re.match("https?:/", model, re.IGNORECASE):
+        return "of an address the part owner/name is needed, as Qwen/Qwen-1_8B"
+    owner, _, name = model.rstrip("/").rpartition("/")
+    if owner.lower() in ("", "qwen") and (near := get_close_matches(_key(name), _PUBLISHED, 1, cutoff=0.7)):
+        return f"did you mean {_PUBLISHED[near[0]]}?"
+    if owner.lower() == "qwen":
+        return "there are Qwen-1_8B, -7B, -14B and -72B, each also with -Chat, -Chat-Int4 and -Chat-Int8"
+    return "a checkpoint is a folder with config.json in it"
 
 
 def _as(model: str | Path, name: str) -> str:
@@ -378,7 +431,11 @@ def _source(model: str | Path, revision: str | None) -> tuple[str, str | None, P
     """Repository, revision and cache of what is to be fetched; None for a path outside of a cache."""
     if not os.path.exists(model):
         name = repository(model)
-        return None if name is None else (_owners(name)[0], revision, hugging_face_cache())
+        if name is not None and (roots := _roots(name)):
+            name = _name_of(roots[0])
+        elif name is None or _is_unknown(name):
+            return None
+        return name, revision, hugging_face_cache()
     cached = _in_cache(Path(model))
     if cached is None or (cached.snapshot is not None and revision is not None):
         return None
