@@ -251,6 +251,35 @@ def test_the_folder_of_a_repository_in_the_cache_is_understood(
     assert find_model(".").folder.resolve() == main
 
 
+def test_the_snapshots_of_a_repository_are_understood_and_their_lack(cache: Path) -> None:
+    main = cached(cache)
+    assert find_model(main.parent).folder == main
+    shutil.rmtree(main.parent)
+    (main.parent.parent / "refs/main").unlink()
+    line = refusal(main.parent.parent)
+    assert f"{main.parent.parent} has no revision main; the option --download" in line
+    assert line.endswith(FETCH)
+
+
+def test_a_folder_that_holds_models_says_which(cache: Path, home: Path) -> None:
+    root = cached(cache).parent.parent
+    for folder in (cache, cache.parent):
+        assert refusal(folder) == f"{folder}: has no config.json, but holds {NAME}; give {root}"
+    chat = cached(cache, name=CHAT).parent.parent
+    names = f"{NAME}, {CHAT}; give one of them, as {root}"
+    assert refusal(cache) == f"{cache}: has no config.json, but holds {names}"
+    assert find_model(chat).note is not None
+    made = home / "made"
+    shutil.copytree(WEIGHTS, made / NAME)
+    for folder, name in ((made, NAME), (made / "Qwen", "Qwen-1_8B")):
+        assert refusal(folder) == f"{folder}: has no config.json, but holds {name}; give {made / NAME}"
+        with pytest.raises(InputError, match=f"has no qwen.tiktoken, but holds {name}; "):
+            Tokenizer.from_file(folder)
+    (home / "empty").mkdir()
+    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+        load_model(home / "empty")
+
+
 def test_a_folder_has_no_revisions(cache: Path) -> None:
     for folder in (WEIGHTS, cached(cache)):
         assert refusal(folder, "main") == (
@@ -490,6 +519,27 @@ def test_a_tokenizer_is_found_by_name_in_a_folder_and_by_file(cache: Path) -> No
     (snapshot / "qwen.tiktoken").unlink()
     with pytest.raises(InputError, match=r"not complete: .* lacks qwen\.tiktoken"):
         Tokenizer.from_file(NAME)
+
+
+def test_a_tokenizer_takes_a_revision_and_a_name_followed_by_its_file(cache: Path, home: Path) -> None:
+    old = cached(cache, commit=COMMITS[1], ref="old")
+    main = cached(cache)
+    (main / "qwen.tiktoken").unlink()
+    ids = Tokenizer.from_file(WEIGHTS).encode(QUESTION)
+    for path in (NAME, f"{NAME}/qwen.tiktoken", Path("Qwen-1_8B/qwen.tiktoken"), old.parent.parent):
+        assert Tokenizer.from_file(path, revision="old").encode(QUESTION) == ids
+        with pytest.raises(InputError, match=r"lacks qwen\.tiktoken"):
+            Tokenizer.from_file(path)
+    with pytest.raises(InputError, match="has no revisions"):
+        Tokenizer.from_file(WEIGHTS, revision="old")
+    for path in (WEIGHTS / "qwen.tiktoken", "./Qwen-1_8B/qwen.tiktoken"):
+        with pytest.raises(InputError, match="not the name of a model; leave the revision old out"):
+            Tokenizer.from_file(path, revision="old")
+    with pytest.raises(InputError, match="Qwen-7B: not a folder, and as Qwen/Qwen-7B neither in"):
+        Tokenizer.from_file("Qwen-7B/qwen.tiktoken")
+    (home / NAME).mkdir(parents=True)  # a folder of that name comes first
+    with pytest.raises(InputError, match=r"Qwen-1_8B/qwen\.tiktoken: cannot be read: No such file"):
+        Tokenizer.from_file(f"{NAME}/qwen.tiktoken")
 
 
 def test_a_figure_names_the_model_not_the_hash(cache: Path) -> None:

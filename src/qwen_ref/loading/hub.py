@@ -235,15 +235,41 @@ def _of_modelscope(name: str, revision: str | None) -> Iterator[tuple[str, Path]
 
 
 def _of_path(folder: Path, revision: str | None, need: str) -> Found:
-    """A folder that the user gave. It may be a repository's in the cache, or one of its snapshots."""
+    """A folder that the user gave. It may be a repository's in the cache, its snapshots, or one of them."""
     cached = _in_cache(folder)
     if cached is not None and cached.snapshot is None:
         return _of_repository(cached.root, str(folder), _name_of(cached.root), revision, need)
+    if cached is None:
+        _require_file(folder, need)
     if revision is not None:
         raise InputError(f"{folder}: a folder, which has no revisions; leave the revision {revision} out")
     if cached is not None:
         _require_complete(folder, str(folder), cached.root, _name_of(cached.root), cached.snapshot, need)
     return Found(folder)
+
+
+def _require_file(folder: Path, need: str) -> None:
+    """Raises InputError for a folder that only holds models: a cache, or what a download made around one.
+
+    A folder with nothing to give instead is for the loader to refuse.
+    """
+    file = VOCABULARY if need == VOCABULARY else CONFIG
+    if os.path.lexists(folder / file):
+        return
+    held: dict[str, Path] = {}
+    with contextlib.suppress(OSError):
+        for pattern in ("models--*", "hub/models--*"):
+            held |= {_name_of(root): root for root in sorted(folder.glob(pattern))}
+        for pattern in (f"*/{file}", f"*/*/{file}"):
+            if not held:
+                inside = sorted(path.parent for path in folder.glob(pattern))
+                held = {path.relative_to(folder).as_posix(): path for path in inside}
+    if held:
+        one = next(iter(held.values()))
+        raise InputError(
+            f"{folder}: has no {file}, but holds {some(list(held), most=8)}; give "
+            + (f"{one}" if len(held) == 1 else f"one of them, as {one}")
+        )
 
 
 class _Cached(NamedTuple):
@@ -256,8 +282,9 @@ class _Cached(NamedTuple):
 def _in_cache(folder: Path) -> _Cached | None:
     """What a folder is in Hugging Face's cache, by its path; None for every other folder."""
     whole = Path(os.path.abspath(folder))
-    if whole.name.startswith("models--") and os.path.isdir(whole / "snapshots"):
-        return _Cached(whole, None)
+    root = whole.parent if whole.name == "snapshots" else whole
+    if root.name.startswith("models--") and not os.path.lexists(whole / CONFIG):
+        return _Cached(root, None)
     if whole.parent.name == "snapshots" and whole.parent.parent.name.startswith("models--"):
         return _Cached(whole.parent.parent, whole.name)
     return None
