@@ -105,9 +105,9 @@ def refusal(model: str | Path, revision: str | None = None, **how: str) -> str:
             for each in (NAME + "/", "Qwen-1_8B/", "qwen/qwen-1_8b", "Qwen-1.8B", "Qwen/Qwen-1.8B")
         ),
         *(("qwen-7b", "Qwen/Qwen-7B"), ("Qwen-72B-Chat-int4", "Qwen/Qwen-72B-Chat-Int4")),
-        *((f"https://hub.example/{each}", NAME) for each in (NAME, NAME + "/", NAME + "/tree/main")),
-        *((f"https://hub.example/{each}", None) for each in (NAME + "/tree/v1", "Qwen", "")),
-        ("https://hub.example/models/mine/x", "mine/x"),
+        *((f"https://hub/{each}", NAME) for each in (NAME, NAME + "/", NAME + "/tree/main")),
+        *((f"https://hub/{each}", None) for each in (NAME + "/tree/v1", "Qwen", "")),
+        ("https://hub/models/mine/x", "mine/x"),
         *((NAME, NAME), ("a.b/c-d_e.f", "a.b/c-d_e.f"), ("Qwen-72B-Chat-Int4", "Qwen/Qwen-72B-Chat-Int4")),
         *(
             (each, None)
@@ -362,7 +362,7 @@ def test_a_missing_folder_that_is_no_name_is_named_as_ever(model: str) -> None:
         ("Qwen/Qwen-1_8B-Cha", "no repository of this name is known; did you mean Qwen/Qwen-1_8B-Chat?"),
         ("Qwen/Qwen-7B-Int4", "no repository of this name is known; did you mean Qwen/Qwen-7B-Chat-Int4?"),
         ("Qwen/Other", "no repository of this name is known; there are Qwen-1_8B, -7B, -14B and -72B, each"),
-        ("https://hub.example/x/y/tree/v1", "not a folder; of an address the part owner/name is needed"),
+        ("https://hub/x/y/tree/v1", "not a folder; of an address the part owner/name is needed"),
     ],
 )
 def test_a_name_that_no_model_has_is_answered_with_one_that_may_be_meant(
@@ -374,6 +374,11 @@ def test_a_name_that_no_model_has_is_answered_with_one_that_may_be_meant(
     with pytest.raises(InputError, match=re.escape(instead)):
         fetch_model(model)
     assert library.calls == []
+
+
+def test_inspect_says_which_name_may_be_meant(run_command: Run) -> None:
+    line = refused(run_command(command("checkpoint"), "inspect", "Qwen-9B"))
+    assert line.endswith("; use one of 1.8b, 7b, 14b, 72b; did you mean Qwen/Qwen-7B?")
 
 
 def test_a_name_in_another_case_is_found_and_said(cache: Path, home: Path, library: SimpleNamespace) -> None:

@@ -24,7 +24,7 @@ from qwen_ref.commands.tables import aligned
 from qwen_ref.config import LARGEST_LENGTH, InputError, QwenConfig
 from qwen_ref.loading.files import PICKLE_SUFFIXES
 from qwen_ref.loading.folder import require_folder
-from qwen_ref.loading.hub import CONFIG, repository
+from qwen_ref.loading.hub import CONFIG, instead, repository
 from qwen_ref.loading.loader import opened, say_notes
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import unpackable
@@ -91,7 +91,9 @@ def inspect(args: argparse.Namespace) -> int:
         try:
             config = QwenConfig.preset(args.model.lower())
         except InputError as error:
-            raise InputError(f"{args.model or repr('')}: no such folder, and {error}") from None
+            meant = instead(args.model)
+            also = "" if meant is None else f"; {meant}"
+            raise InputError(f"{args.model or repr('')}: no such folder, and {error}{also}") from None
         _refuse_hub_options(args, "a size")
     elif there and not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:

@@ -98,11 +98,12 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
     """
     _check_revision(revision)
     name = repository(model)
-    if os.path.exists(model):
+    there = os.path.exists(model)
+    if name is None and not there and (meant := instead(str(model))) is not None:
+        raise InputError(f"{model}: not a folder; {meant}")
+    if name is None or there:
         require_folder(model)
         return _of_path(Path(model), revision, need)
-    if name is None:
-        raise InputError(f"{str(model) or repr('')}: not a folder; {_instead(str(model))}")
     problems = []
     for root in _roots(name):
         try:
@@ -122,7 +123,7 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
         f"{hugging_face_cache()}, nor in ModelScope's, {modelscope_cache()}; "
     )
     if _is_unknown(name):
-        raise InputError(f"{nowhere}no repository of this name is known; {_instead(name)}")
+        raise InputError(f"{nowhere}no repository of this name is known; {instead(name)}")
     raise InputError(
         f"{nowhere}{_without_files(name, need)}"
         f"{_remedy(_command(name, revision, need=need), 'fetches', need)}"
@@ -406,8 +407,8 @@ def _is_unknown(name: str) -> bool:
     return name.lower().startswith("qwen/") and name not in _PUBLISHED.values()
 
 
-def _instead(model: str) -> str:
-    """What to give instead of what is neither a folder nor the name of a model."""
+def instead(model: str) -> str | None:
+    """What to give instead of what is neither a folder nor the name of a model, if that can be told."""
     if re.match("https?:/", model, re.IGNORECASE):
         return "of an address the part owner/name is needed, as Qwen/Qwen-1_8B"
     owner, _, name = model.rstrip("/").rpartition("/")
@@ -415,7 +416,7 @@ def _instead(model: str) -> str:
         return f"did you mean {_PUBLISHED[near[0]]}?"
     if owner.lower() == "qwen":
         return "there are Qwen-1_8B, -7B, -14B and -72B, each also with -Chat, -Chat-Int4 and -Chat-Int8"
-    return "a checkpoint is a folder with config.json in it"
+    return None
 
 
 def _as(model: str | Path, name: str) -> str:
