@@ -700,7 +700,7 @@ def test_inspect_says_what_needs_no_file_and_fetches_no_weights(
 
 
 def test_inspect_does_not_complete_weights_and_says_what_does(
-    cache: Path, library: SimpleNamespace, run_command: Run
+    cache: Path, home: Path, library: SimpleNamespace, run_command: Run
 ) -> None:
     (cached(cache, SHARDED) / SHARDS[0]).unlink()
     for download in ((), ("--download",)):
@@ -709,6 +709,12 @@ def test_inspect_does_not_complete_weights_and_says_what_does(
             f"lacks {SHARDS[0]}; the option --download of generate, chat, … completes it, or: {FETCH}"
         )
     assert list(FILES) not in [options["allow_patterns"] for _, options in library.calls]
+    folder = shutil.copytree(SHARDED, home / ".cache/modelscope/hub/Qwen/Qwen-7B")
+    (folder / SHARDS[0]).unlink()
+    line = refused(run_command(command("checkpoint"), "inspect", "Qwen-7B"))
+    assert (
+        f"lacks {SHARDS[0]}; the option --download of generate, chat, … completes it, or: modelscope" in line
+    )
 
 
 @pytest.mark.parametrize("need", ["weights", TEXT, CONFIG])

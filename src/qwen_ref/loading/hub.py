@@ -113,9 +113,8 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
     for owner, folder in _of_modelscope(name, revision):
         if not (lacking := missing_files(folder, need, owner)):
             return Found(folder, f"{model}: {_as(model, owner)}in ModelScope's cache, {folder}")
-        problems.append(
-            _incomplete(model, f"{folder} lacks {lacking}", f"modelscope download --model {owner}", need)
-        )
+        command = f"modelscope download --model {owner}"
+        problems.append(_incomplete(model, f"{folder} lacks {lacking}", command, _lacked(folder, need)))
     if problems:
         raise problems[0]
     nowhere = (
@@ -347,8 +346,7 @@ def _require_complete(
     unfinished = len(list((root / "blobs").glob("*.incomplete")))
     if lacking := missing_files(folder, need, name, begun=unfinished > 0):
         also = f", and {root / 'blobs'} has {unfinished} unfinished files" if unfinished else ""
-        if os.path.exists(folder / CONFIG):  # then inspect lacks weights, which it does not fetch
-            need = WEIGHTS
+        need = _lacked(folder, need)
         command = _command(name, revision, root.parent, need)
         raise _incomplete(model, f"{folder} lacks {lacking}{also}", command, need)
 
@@ -422,6 +420,11 @@ def instead(model: str) -> str | None:
 def _as(model: str | Path, name: str) -> str:
     """The name under which a model was looked for, if it is not the one that was given."""
     return "" if str(model) == name else f"as {name} "
+
+
+def _lacked(folder: Path, need: str) -> str:
+    """What is to be fetched. inspect does not fetch weights: beside a configuration another command must."""
+    return WEIGHTS if os.path.exists(folder / CONFIG) else need
 
 
 def _incomplete(model: str | Path, what: str, command: str, need: str) -> InputError:
