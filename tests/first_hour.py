@@ -98,7 +98,8 @@ def steps(hour: Hour) -> Iterator[str]:
 
     missing = (
         r"error: Qwen/Qwen-7B: not a folder, and neither in Hugging Face's cache, .+, nor in ModelScope's, "
-        r".+; the option --download fetches it, or this command: hf download Qwen/Qwen-7B config\.json .+"
+        r".+; the option --download of generate, chat, … fetches it, or: "
+        r"hf download Qwen/Qwen-7B config\.json .+"
     )
     hour.type(*generate, "x", "--model", "Qwen/Qwen-7B", says=(missing,), code=2)
     yield "a model that is not there: one line with the command that fetches it"

@@ -33,7 +33,7 @@ from qwen_ref.commands.files import checkpoint_folder, output_path, read_text
 from qwen_ref.commands.loading import open_folder
 from qwen_ref.commands.settings import add_model_option, add_tokenizer_option
 from qwen_ref.config import InputError
-from qwen_ref.loading.hub import model_name
+from qwen_ref.loading.hub import TEXT, model_name
 from qwen_ref.loading.loader import load_model
 from qwen_ref.model import Qwen, ntk_alpha
 from qwen_ref.perplexity.scoring import score_texts
@@ -358,7 +358,7 @@ def command(args: argparse.Namespace) -> int:
     if args.plot is not None:
         pyplot()
         output_path(args.plot, "--plot", args)
-    folder = checkpoint_folder(args)
+    folder = checkpoint_folder(args, TEXT)
     _, tokenizer = open_folder(folder, args.tokenizer_engine)
     draw = drawer(args, tokenizer)
     texts = {

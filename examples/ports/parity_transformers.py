@@ -25,6 +25,7 @@ from qwen_ref.bench.peers import qwen2
 from qwen_ref.commands.cli import Parser, run, utf8
 from qwen_ref.commands.files import checkpoint_folder
 from qwen_ref.commands.settings import add_model_option
+from qwen_ref.loading.hub import TEXT, WEIGHTS
 from qwen_ref.parity.__main__ import main as parity_command
 
 PROMPT = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
@@ -101,7 +102,7 @@ def parser() -> Parser:
 
 
 def command(args: argparse.Namespace) -> int:
-    args.model = checkpoint_folder(args)
+    args.model = checkpoint_folder(args, WEIGHTS if args.ids else TEXT)
     config = QwenConfig.from_json(args.model / "config.json")
     ids = torch.tensor([args.ids or Tokenizer.from_file(args.model / "qwen.tiktoken").encode(args.prompt)])
     other = 1e4 if config.rotary_emb_base != 1e4 else 1e6

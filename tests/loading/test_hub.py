@@ -6,10 +6,12 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import forked_ranks
 import pytest
@@ -19,7 +21,9 @@ from golden_folders import INDEX, SHARDS
 
 from qwen_ref import InputError, Tokenizer, load_model, parity
 from qwen_ref.loading.hub import (
+    CONFIG,
     FILES,
+    TEXT,
     fetch_model,
     find_model,
     hugging_face_cache,
@@ -96,6 +100,14 @@ def refusal(model: str | Path, revision: str | None = None, **how: str) -> str:
 @pytest.mark.parametrize(
     ("text", "name"),
     [
+        *(
+            (each, NAME)
+            for each in (NAME + "/", "Qwen-1_8B/", "qwen/qwen-1_8b", "Qwen-1.8B", "Qwen/Qwen-1.8B")
+        ),
+        *(("qwen-7b", "Qwen/Qwen-7B"), ("Qwen-72B-Chat-int4", "Qwen/Qwen-72B-Chat-Int4")),
+        *((f"https://hub/{each}", NAME) for each in (NAME, NAME + "/", NAME + "/tree/main")),
+        *((f"https://hub/{each}", None) for each in (NAME + "/tree/v1", "Qwen", "")),
+        ("https://hub/models/mine/x", "mine/x"),
         *((NAME, NAME), ("a.b/c-d_e.f", "a.b/c-d_e.f"), ("Qwen-72B-Chat-Int4", "Qwen/Qwen-72B-Chat-Int4")),
         *(
             (each, None)
@@ -222,7 +234,8 @@ def test_without_main_several_revisions_are_named(cache: Path) -> None:
         cached(cache, commit=commit, ref=None)
     line = refusal(NAME)
     assert (
-        f"no refs/main, but several revisions: {COMMITS[1]}, {COMMITS[0]}; choose one with --revision" in line
+        f"no refs/main, but several revisions: {COMMITS[1]}, {COMMITS[0]}; "
+        "choose one with --revision (in Python: revision=…)" in line
     )
 
 
@@ -236,6 +249,35 @@ def test_the_folder_of_a_repository_in_the_cache_is_understood(
     assert find_model(root, "fa6e0").folder == other
     monkeypatch.chdir(root)
     assert find_model(".").folder.resolve() == main
+
+
+def test_the_snapshots_of_a_repository_are_understood_and_their_lack(cache: Path) -> None:
+    main = cached(cache)
+    assert find_model(main.parent).folder == main
+    shutil.rmtree(main.parent)
+    (main.parent.parent / "refs/main").unlink()
+    line = refusal(main.parent.parent)
+    assert f"{main.parent.parent} has no revision main; the option --download" in line
+    assert line.endswith(FETCH)
+
+
+def test_a_folder_that_holds_models_says_which(cache: Path, home: Path) -> None:
+    root = cached(cache).parent.parent
+    for folder in (cache, cache.parent):
+        assert refusal(folder) == f"{folder}: has no config.json, but holds {NAME}; give {root}"
+    chat = cached(cache, name=CHAT).parent.parent
+    names = f"{NAME}, {CHAT}; give one of them, as {root}"
+    assert refusal(cache) == f"{cache}: has no config.json, but holds {names}"
+    assert find_model(chat).note is not None
+    made = home / "made"
+    shutil.copytree(WEIGHTS, made / NAME)
+    for folder, name in ((made, NAME), (made / "Qwen", "Qwen-1_8B")):
+        assert refusal(folder) == f"{folder}: has no config.json, but holds {name}; give {made / NAME}"
+        with pytest.raises(InputError, match=f"has no qwen.tiktoken, but holds {name}; "):
+            Tokenizer.from_file(folder)
+    (home / "empty").mkdir()
+    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
+        load_model(home / "empty")
 
 
 def test_a_folder_has_no_revisions(cache: Path) -> None:
@@ -278,8 +320,9 @@ def test_the_revisions_of_modelscopes_newest_layout_are_found(home: Path) -> Non
 
 
 def test_a_plain_folder_of_modelscope_has_no_revision_to_ask_for(home: Path) -> None:
-    shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/Qwen/Qwen-1_8B")
-    assert "not a folder" in refusal(NAME, "main")
+    folder = shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/Qwen/Qwen-1_8B")
+    assert "not a folder" in refusal(NAME, "v1")
+    assert find_model(NAME, "master").folder == folder  # their main
 
 
 def test_hugging_faces_cache_comes_first_unless_it_is_not_complete(cache: Path, home: Path) -> None:
@@ -300,7 +343,8 @@ def test_a_missing_model_is_one_line_with_the_caches_and_the_command(
     name = "" if model == NAME else f"as {NAME} "
     assert refusal(model) == (
         f"{model}: not a folder, and {name}neither in Hugging Face's cache, {cache}, nor in "
-        f"ModelScope's, {home / '.cache/modelscope'}; the option --download fetches it, or this command: "
+        f"ModelScope's, {home / '.cache/modelscope'}; "
+        "the option --download of generate, chat, … fetches it, or: "
         f"{FETCH}"
     )
 
@@ -308,6 +352,48 @@ def test_a_missing_model_is_one_line_with_the_caches_and_the_command(
 @pytest.mark.parametrize("model", ["missing", "./a/b", "x/y/z", "/x/y"])
 def test_a_missing_folder_that_is_no_name_is_named_as_ever(model: str) -> None:
     assert refusal(model) == f"{model}: not a folder; a checkpoint is a folder with config.json in it"
+
+
+@pytest.mark.parametrize(
+    ("model", "instead"),
+    [
+        ("Qwen-9B", "not a folder; did you mean Qwen/Qwen-7B?"),
+        ("qwen1.8b-chat", "not a folder; did you mean Qwen/Qwen-1_8B-Chat?"),
+        ("Qwen/Qwen-1_8B-Cha", "no repository of this name is known; did you mean Qwen/Qwen-1_8B-Chat?"),
+        ("Qwen/Qwen-7B-Int4", "no repository of this name is known; did you mean Qwen/Qwen-7B-Chat-Int4?"),
+        ("Qwen/Other", "no repository of this name is known; there are Qwen-1_8B, -7B, -14B and -72B, each"),
+        ("https://hub/x/y/tree/v1", "not a folder; of an address the part owner/name is needed"),
+    ],
+)
+def test_a_name_that_no_model_has_is_answered_with_one_that_may_be_meant(
+    model: str, instead: str, library: SimpleNamespace
+) -> None:
+    line = refusal(model)
+    assert instead in line
+    assert "hf download" not in line
+    with pytest.raises(InputError, match=re.escape(instead)):
+        fetch_model(model)
+    assert library.calls == []
+
+
+def test_inspect_says_which_name_may_be_meant(run_command: Run) -> None:
+    line = refused(run_command(command("checkpoint"), "inspect", "Qwen-9B"))
+    assert line.endswith("; use one of 1.8b, 7b, 14b, 72b; did you mean Qwen/Qwen-7B?")
+
+
+def test_a_name_in_another_case_is_found_and_said(cache: Path, home: Path, library: SimpleNamespace) -> None:
+    typed = cached(cache, name="Mine/fine-Tuned")
+    found = find_model("mine/Fine-tuned")
+    assert found.folder == typed
+    assert found.note == f"mine/Fine-tuned: as Mine/fine-Tuned revision main (fa6e214), {typed}"
+    exact = cached(cache, name="mine/Fine-tuned")
+    assert find_model("mine/Fine-tuned").folder == exact
+    lower = cached(cache, name=NAME.lower())
+    assert find_model(NAME).folder == lower
+    (lower / "model.safetensors").unlink()
+    assert fetch_model(NAME).folder == lower  # completed under the name that it has
+    folder = shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/models/QWEN/qwen-7b")
+    assert find_model("Qwen-7B").folder == folder
 
 
 # A download that is not complete
@@ -318,7 +404,7 @@ def test_a_broken_link_to_a_blob_is_an_incomplete_download(cache: Path) -> None:
     (snapshot / "model.safetensors").resolve().unlink()
     assert refusal(NAME) == (
         f"{NAME}: the download is not complete: {snapshot} lacks model.safetensors; the option --download "
-        f"completes it, or this command: {FETCH}"
+        f"of generate, chat, … completes it, or: {FETCH}"
     )
     assert refusal(snapshot).startswith(f"{snapshot}: the download is not complete")
 
@@ -350,6 +436,34 @@ def test_unfinished_blobs_count_where_a_published_file_is_missing(file: str, cac
     assert find_model(NAME).folder == snapshot  # the repository may have none
 
 
+def test_a_snapshot_without_a_tokenizer_is_whole_for_the_library_and_not_for_text(
+    cache: Path, library: SimpleNamespace, run_command: Run
+) -> None:
+    snapshot = cached(cache)
+    (snapshot / "qwen.tiktoken").unlink()
+    assert find_model(NAME).folder == snapshot
+    load_model(NAME)
+    for name in ("generate", "trace", "parity record", "chat", "perplexity"):
+        module, *sub = name.split()
+        line = refused(run_command(command(module), *sub, *COMMANDS[name], "--model", NAME))
+        assert f"{snapshot} lacks qwen.tiktoken; " in line
+    assert library.calls == []
+    found = run_command(command("generate"), QUESTION, "--model", NAME, "--download", *ONE_LINE)
+    assert (found.code, found.out) == (0, f"{ANSWER}\n")
+
+
+def test_a_published_chat_model_without_its_settings_is_an_incomplete_download(
+    cache: Path, library: SimpleNamespace
+) -> None:
+    for name in (CHAT, "me/Qwen-1_8B-Chat"):
+        (cached(cache, name=name) / "generation_config.json").unlink()
+    assert "lacks generation_config.json; " in refusal(CHAT, need=TEXT)
+    find_model("me/Qwen-1_8B-Chat", need=TEXT)
+    find_model(CHAT)
+    fetch_model(CHAT, need=TEXT)
+    find_model(CHAT, need=TEXT)
+
+
 def test_a_snapshot_that_is_only_promised_is_an_incomplete_download(cache: Path) -> None:
     snapshot = cached(cache)
     shutil.rmtree(snapshot)
@@ -369,7 +483,7 @@ def test_what_completes_a_download_has_its_revision_and_its_cache(cache: Path, h
 def test_an_incomplete_folder_of_modelscope_is_completed_by_its_tool(home: Path) -> None:
     folder = shutil.copytree(WEIGHTS, home / ".cache/modelscope/hub/qwen/Qwen-1_8B")
     (folder / "model.safetensors").unlink()
-    assert refusal(NAME).endswith("or this command: modelscope download --model qwen/Qwen-1_8B")
+    assert refusal(NAME).endswith("or: modelscope download --model qwen/Qwen-1_8B")
 
 
 def test_a_damaged_index_and_pickles_are_for_the_loader_to_refuse(cache: Path) -> None:
@@ -410,6 +524,27 @@ def test_a_tokenizer_is_found_by_name_in_a_folder_and_by_file(cache: Path) -> No
     (snapshot / "qwen.tiktoken").unlink()
     with pytest.raises(InputError, match=r"not complete: .* lacks qwen\.tiktoken"):
         Tokenizer.from_file(NAME)
+
+
+def test_a_tokenizer_takes_a_revision_and_a_name_followed_by_its_file(cache: Path, home: Path) -> None:
+    old = cached(cache, commit=COMMITS[1], ref="old")
+    main = cached(cache)
+    (main / "qwen.tiktoken").unlink()
+    ids = Tokenizer.from_file(WEIGHTS).encode(QUESTION)
+    for path in (NAME, f"{NAME}/qwen.tiktoken", Path("Qwen-1_8B/qwen.tiktoken"), old.parent.parent):
+        assert Tokenizer.from_file(path, revision="old").encode(QUESTION) == ids
+        with pytest.raises(InputError, match=r"lacks qwen\.tiktoken"):
+            Tokenizer.from_file(path)
+    with pytest.raises(InputError, match="has no revisions"):
+        Tokenizer.from_file(WEIGHTS, revision="old")
+    for path in (WEIGHTS / "qwen.tiktoken", "./Qwen-1_8B/qwen.tiktoken"):
+        with pytest.raises(InputError, match="not the name of a model; leave the revision old out"):
+            Tokenizer.from_file(path, revision="old")
+    with pytest.raises(InputError, match="Qwen-7B: not a folder, and as Qwen/Qwen-7B neither in"):
+        Tokenizer.from_file("Qwen-7B/qwen.tiktoken")
+    (home / NAME).mkdir(parents=True)  # a folder of that name comes first
+    with pytest.raises(InputError, match=r"Qwen-1_8B/qwen\.tiktoken: cannot be read: No such file"):
+        Tokenizer.from_file(f"{NAME}/qwen.tiktoken")
 
 
 def test_a_figure_names_the_model_not_the_hash(cache: Path) -> None:
@@ -473,16 +608,30 @@ def test_every_command_takes_a_name_a_revision_and_the_download(
     assert "--download takes huggingface_hub" in refused(run_with("--model", CHAT, "--download"))
     if sub != ["inspect"]:
         assert "--revision goes with --model" in refused(run_command(main, *arguments, "--revision", "x"))
+        assert "--download goes with --model" in refused(run_command(main, *arguments, "--download"))
+
+
+@pytest.mark.parametrize("option", [("--revision", "x"), ("--download",)])
+def test_a_size_and_a_file_refuse_the_options_of_a_name(option: tuple[str, ...], run_command: Run) -> None:
+    for model, what in (("1.8b", "a size"), (WEIGHTS / "config.json", "a file")):
+        line = refused(run_command(command("checkpoint"), "inspect", model, *option))
+        assert line.endswith(f"{option[0]} goes with a name as Qwen/Qwen-1_8B; {model} is {what}")
+    made = ("--synthetic", "1.8b", *COMMANDS["bench"])
+    assert f"{option[0]} goes with --model" in refused(run_command(command("bench"), *made, *option))
+
+
+def test_the_download_of_evaluate_is_for_its_data_also(run_command: Run) -> None:
+    line = refused(run_command(command("evaluate"), "--tasks", "x", "--download"))
+    assert "goes with" not in line
 
 
 def test_evaluate_takes_a_name_and_a_revision(cache: Path, run_command: Run) -> None:
     main = command("evaluate")
     snapshot = cached(cache, SHARDED, ref="old")  # without a tokenizer
     line = refused(run_command(main, "--tasks", "x", "--model", snapshot))
-    assert "qwen.tiktoken: cannot be read" in line
+    assert "lacks qwen.tiktoken" in line
     found = run_command(main, "--tasks", "x", "--model", NAME, "--revision", "old")
-    assert f"{NAME}: revision old" in found.err
-    assert "qwen.tiktoken: cannot be read" in found.err
+    assert f"{NAME}: the download is not complete: {snapshot} lacks qwen.tiktoken" in refused(found)
     assert "not a folder" in refused(run_command(main, "--tasks", "x", "--model", CHAT))
 
 
@@ -512,6 +661,78 @@ def test_a_snapshot_with_its_configuration_alone_can_be_inspected(cache: Path, r
     snapshot = cached(cache, SHARDED, name=CHAT)
     (snapshot / SHARDS[0]).unlink()
     assert "not complete" in refused(run_command(command("checkpoint"), "inspect", CHAT))
+
+
+def test_an_index_without_weights_is_inspected_from_the_configuration(
+    cache: Path, home: Path, run_command: Run
+) -> None:
+    snapshot = cached(cache, SHARDED)
+    folder = home / "folder"
+    folder.mkdir()
+    for file in ("config.json", INDEX):
+        shutil.copyfile(snapshot / file, folder / file)
+    for shard in SHARDS:
+        (snapshot / shard).unlink()
+    for model in (NAME, str(snapshot), str(folder)):
+        found = run_command(command("checkpoint"), "inspect", model)
+        assert found.code == 0, found.err
+        assert "from the configuration alone" in found.out
+
+
+def test_inspect_says_what_needs_no_file_and_fetches_no_weights(
+    cache: Path, library: SimpleNamespace, run_command: Run
+) -> None:
+    inspect = command("checkpoint")
+    line = refused(run_command(inspect, "inspect", "Qwen/Qwen-72B-Chat"))
+    assert line.endswith(
+        "; inspect 72b needs no file; "
+        "the option --download of inspect fetches its configuration, or: hf download "
+        'Qwen/Qwen-72B-Chat config.json quantize_config.json "*.safetensors.index.json"'
+    )
+    assert "needs no file" not in refused(run_command(inspect, "inspect", "Qwen/Qwen-72B-Chat-Int4"))
+    library.source = SHARDED
+    found = run_command(inspect, "inspect", NAME, "--download")
+    assert found.code == 0, found.err
+    assert "from the configuration alone" in found.out
+    there = sorted(path.name for path in find_model(NAME, need=CONFIG).folder.iterdir())
+    assert there == ["config.json", INDEX]
+    assert f"lacks {', '.join(SHARDS)}; " in refusal(NAME)
+
+
+def test_inspect_does_not_complete_weights_and_says_what_does(
+    cache: Path, home: Path, library: SimpleNamespace, run_command: Run
+) -> None:
+    (cached(cache, SHARDED) / SHARDS[0]).unlink()
+    for download in ((), ("--download",)):
+        line = refused(run_command(command("checkpoint"), "inspect", NAME, *download))
+        assert line.endswith(
+            f"lacks {SHARDS[0]}; the option --download of generate, chat, … completes it, or: {FETCH}"
+        )
+    assert list(FILES) not in [options["allow_patterns"] for _, options in library.calls]
+    folder = shutil.copytree(SHARDED, home / ".cache/modelscope/hub/Qwen/Qwen-7B")
+    (folder / SHARDS[0]).unlink()
+    line = refused(run_command(command("checkpoint"), "inspect", "Qwen-7B"))
+    assert (
+        f"lacks {SHARDS[0]}; the option --download of generate, chat, … completes it, or: modelscope" in line
+    )
+
+
+@pytest.mark.parametrize("need", ["weights", TEXT, CONFIG])
+def test_of_another_model_only_the_configuration_is_fetched(
+    need: str, home: Path, library: SimpleNamespace
+) -> None:
+    library.source = shutil.copytree(WEIGHTS, home / "other")
+    (library.source / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match=r"nothing but its configuration was fetched: .*qwen2"):
+        fetch_model("mine/Qwen2", need=need)
+    assert [options["allow_patterns"] for _, options in library.calls] == [["config.json"]]
+
+
+def test_a_repository_without_a_configuration_is_said_to_be_so(home: Path, library: SimpleNamespace) -> None:
+    library.source = home / "bare"
+    library.source.mkdir()
+    with pytest.raises(InputError, match=r"which lacks config\.json: the repository does not have it"):
+        fetch_model(NAME)
 
 
 def test_a_path_with_a_point_is_no_name(cache: Path, run_command: Run) -> None:
@@ -547,13 +768,24 @@ def library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stand-in for huggingface_hub: its hub is a folder, and it notes what it is asked for."""
     state = SimpleNamespace(calls=[], source=WEIGHTS, error=None)
 
-    def snapshot_download(name: str, **options: object) -> str:
+    def snapshot_download(name: str, **options: Any) -> str:
         state.calls.append((name, options))
         if state.error is not None:
             raise state.error
         root = Path(str(options["cache_dir"])) / f"models--{name.replace('/', '--')}"
-        shutil.rmtree(root, ignore_errors=True)
-        return str(cached(root.parent, state.source, ref=str(options["revision"] or "main"), name=name))
+        revision = str(options["revision"] or "main")
+        commit = revision if revision in COMMITS else COMMITS[0]
+        snapshot = root / "snapshots" / commit
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in state.source.iterdir():
+            if file.name != "golden.safetensors" and any(map(file.match, options["allow_patterns"])):
+                (snapshot / file.name).unlink(missing_ok=True)
+                shutil.copyfile(file, snapshot / file.name)
+        if revision != commit:
+            reference = root / "refs" / revision
+            reference.parent.mkdir(exist_ok=True)
+            reference.write_text(commit)
+        return str(snapshot)
 
     module = ModuleType("huggingface_hub")
     module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
@@ -567,8 +799,9 @@ def test_a_download_fetches_what_is_read_and_nothing_else(
 ) -> None:
     found = run_command(command("generate"), QUESTION, "--model", model, "--download", *ONE_LINE)
     assert (found.code, found.out) == (0, f"{ANSWER}\n")
-    options = {"revision": None, "cache_dir": cache, "allow_patterns": list(FILES)}
-    assert library.calls == [(NAME, options)]
+    first = {"revision": None, "cache_dir": cache, "allow_patterns": ["config.json"]}
+    then = {"revision": COMMITS[0], "cache_dir": cache, "allow_patterns": list(FILES)}
+    assert library.calls == [(NAME, first), (NAME, then)]
     assert f"note: {model}: " in found.err
     assert not any(Path("modeling_qwen.py").match(each) or Path("x.bin").match(each) for each in FILES)
 
@@ -586,14 +819,14 @@ def test_what_is_not_complete_is_fetched_into_its_cache(home: Path, library: Sim
         (snapshot / "model.safetensors").unlink()
         library.calls.clear()
         assert fetch_model(model).folder == snapshot
-        ((name, options),) = library.calls
+        name, options = library.calls[0]
         assert (name, options["revision"], options["cache_dir"]) == (NAME, revision, home / "mine")
 
 
 def test_a_revision_is_fetched(cache: Path, library: SimpleNamespace) -> None:
     cached(cache)
     fetch_model(NAME, "v1")
-    assert [options["revision"] for _, options in library.calls] == ["v1"]
+    assert [options["revision"] for _, options in library.calls] == ["v1", COMMITS[0]]
 
 
 @pytest.mark.parametrize(

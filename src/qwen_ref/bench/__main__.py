@@ -104,6 +104,8 @@ def _bench(args: argparse.Namespace) -> int:
         raise InputError("--layers needs --synthetic: a checkpoint has the layers that it has")
     if args.revision is not None and args.synthetic is not None:
         raise InputError("--revision goes with --model: noise has no revisions")
+    if args.download and args.synthetic is not None:
+        raise InputError("--download goes with --model: noise is made here")
     if args.gptq is not None and args.synthetic is None:
         raise InputError("--gptq needs --synthetic: a checkpoint says itself how it is packed")
     speed_options(args)

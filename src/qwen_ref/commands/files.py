@@ -32,14 +32,17 @@ def bundled_checkpoint() -> Path:
     return installed if installed.is_dir() else package.parents[1] / "weights"
 
 
-def checkpoint_folder(args: argparse.Namespace, need: str = WEIGHTS) -> Path:
+def checkpoint_folder(args: argparse.Namespace, need: str = WEIGHTS, has_data: bool = False) -> Path:
     """The folder that --model, --revision and --download name, by default the bundled one.
 
-    A note says where a model was found that was not given by its path. need: see loading/hub.py.
+    A note says where a model was found that was not given by its path. need: see loading/hub.py. has_data:
+    --download fetches data as well, also for the bundled checkpoint.
     Raises ValueError where there is no such model.
     """
     if args.model is None and args.revision is not None:
         raise InputError("--revision goes with --model")
+    if args.model is None and args.download and not has_data:
+        raise InputError("--download goes with --model: the checkpoint that comes with the project is here")
     find = fetch_model if args.download else find_model
     found = find(bundled_checkpoint() if args.model is None else args.model, args.revision, need=need)
     if found.note is not None and os.environ.get("RANK", "0") == "0":  # rank 0 speaks for all

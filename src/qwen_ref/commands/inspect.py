@@ -24,7 +24,7 @@ from qwen_ref.commands.tables import aligned
 from qwen_ref.config import LARGEST_LENGTH, InputError, QwenConfig
 from qwen_ref.loading.files import PICKLE_SUFFIXES
 from qwen_ref.loading.folder import require_folder
-from qwen_ref.loading.hub import CONFIG, repository
+from qwen_ref.loading.hub import CONFIG, instead, repository
 from qwen_ref.loading.loader import opened, say_notes
 from qwen_ref.quantize.config import GPTQConfig
 from qwen_ref.quantize.gptq import unpackable
@@ -91,10 +91,14 @@ def inspect(args: argparse.Namespace) -> int:
         try:
             config = QwenConfig.preset(args.model.lower())
         except InputError as error:
-            raise InputError(f"{args.model or repr('')}: no such folder, and {error}") from None
+            meant = instead(args.model)
+            also = "" if meant is None else f"; {meant}"
+            raise InputError(f"{args.model or repr('')}: no such folder, and {error}{also}") from None
+        _refuse_hub_options(args, "a size")
     elif there and not path.is_dir():
         if path.suffix != ".json" or path.name == INDEX_NAME:
             require_folder(path)
+        _refuse_hub_options(args, "a file")
         config = QwenConfig.from_json(path)
     elif not _has_weights(path := checkpoint_folder(args, CONFIG)):
         config = QwenConfig.from_json(path / "config.json")
@@ -127,9 +131,16 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_hub_options(args: argparse.Namespace, what: str) -> None:
+    """Raises InputError where --revision or --download is given with a model that is in no hub."""
+    for option in ("revision", "download"):
+        if getattr(args, option):
+            raise InputError(f"--{option} goes with a name as Qwen/Qwen-1_8B; {args.model} is {what}")
+
+
 def _has_weights(folder: Path) -> bool:
     suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    return any(path.name == INDEX_NAME or path.suffix in suffixes for path in folder.iterdir())
+    return any(path.suffix in suffixes for path in folder.iterdir())
 
 
 def _parser() -> Parser:

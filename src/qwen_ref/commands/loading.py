@@ -19,6 +19,7 @@ from qwen_ref.commands.files import bundled_checkpoint, checkpoint_folder
 from qwen_ref.commands.ranks import Ranks, started_by_torchrun
 from qwen_ref.commands.settings import speed_options
 from qwen_ref.config import InputError, QwenConfig
+from qwen_ref.loading.hub import TEXT
 from qwen_ref.loading.tokenizer import FastTokenizer
 from qwen_ref.quantize.config import INT4_GROUP
 from qwen_ref.tokenizer import Tokenizer
@@ -31,12 +32,16 @@ def on_every_rank(
     args: argparse.Namespace,
     lead: Callable[[argparse.Namespace, Path, Ranks], int],
     follow: Callable[[argparse.Namespace, Path, Ranks], int],
+    has_data: bool = False,
 ) -> int:
-    """Runs a command with the checkpoint's folder and the ranks: lead on rank 0, follow on all others."""
+    """Runs a command with the checkpoint's folder and the ranks: lead on rank 0, follow on all others.
+
+    has_data: see checkpoint_folder.
+    """
     speed_options(args)
     with ranks_of_command(args.timeout, args.model or bundled_checkpoint(), args.revision) as ranks:
         try:
-            folder = checkpoint_folder(args)
+            folder = checkpoint_folder(args, TEXT, has_data)
         except InputError:
             if ranks.rank == 0 or args.download:
                 raise

@@ -372,7 +372,7 @@ def _table(results: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see cli.run)."""
-    return run(_parser(), lambda args: on_every_rank(args, _evaluate, _evaluate), arguments)
+    return run(_parser(), lambda args: on_every_rank(args, _evaluate, _evaluate, has_data=True), arguments)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,15 @@ class FastTokenizer(Tokenizer):
         return f"{type(self).__name__}({self._n_regular:,} tokens, {len(self.special_ids)} special ones)"
 
     @classmethod
-    def from_file(cls, path: str | Path, engine: str = "python") -> FastTokenizer:
+    def from_file(
+        cls, path: str | Path, engine: str = "python", *, revision: str | None = None
+    ) -> FastTokenizer:
         """path: a qwen.tiktoken, the folder that it is in, or a name as "Qwen/Qwen-1_8B" (loading/hub.py).
 
-        The ValueError for a file that is wrong names the line.
+        A name may also be followed by the file's: "Qwen/Qwen-1_8B/qwen.tiktoken". revision: the branch, the
+        tag or the commit of a name. The ValueError for a file that is wrong names the line.
         """
-        path = _vocabulary_file(path)
+        path = _vocabulary_file(path, revision)
         return cls(_tokens_if_canonical(path) or read_ranks(path), engine)
 
     def _nfc(self, text: str) -> str:
@@ -134,13 +137,24 @@ def read_ranks(path: str | Path) -> list[bytes]:
     return [tokens[rank] for rank in range(len(tokens))]
 
 
-def _vocabulary_file(path: str | Path) -> str | Path:
+def _vocabulary_file(path: str | Path, revision: str | None) -> str | Path:
     """The file that is meant; the path itself where there is none, so that the message names it."""
-    is_name = not os.path.exists(path) and Path(path).suffix != ".tiktoken" and repository(path) is not None
-    if is_name or os.path.isdir(path):
-        inside = find_model(path, need=VOCABULARY).folder / VOCABULARY
+    if (model := _model_of(path)) is not None:
+        inside = find_model(model, revision, need=VOCABULARY).folder / VOCABULARY
         return inside if os.path.lexists(inside) else path
+    if revision is not None:
+        raise InputError(f"{path}: not the name of a model; leave the revision {revision} out")
     return path
+
+
+def _model_of(path: str | Path) -> str | Path | None:
+    """The folder or the repository that a path names, the latter alone or followed by the file's name."""
+    if os.path.exists(path):
+        return path if os.path.isdir(path) else None
+    text = path.as_posix() if isinstance(path, Path) else path
+    above, _, last = text.rpartition("/")
+    model = above if last == VOCABULARY else text
+    return None if model.endswith(".tiktoken") or repository(model) is None else model
 
 
 def _tokens_if_canonical(path: str | Path) -> list[bytes] | None:

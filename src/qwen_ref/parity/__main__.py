@@ -14,6 +14,7 @@ from qwen_ref.commands.figures import check_plot
 from qwen_ref.commands.files import checkpoint_folder, output_path, read_prompt
 from qwen_ref.commands.settings import add_model_option, encoded_prompt
 from qwen_ref.config import InputError
+from qwen_ref.loading.hub import TEXT, WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +160,7 @@ def _record(args: argparse.Namespace) -> int:
     from qwen_ref.parity.recording import record
 
     output_path(args.out, "--out", args)
-    folder = checkpoint_folder(args)
+    folder = checkpoint_folder(args, TEXT if args.ids is None else WEIGHTS)
     rounding = [] if args.rounding == "none" else args.rounding.split(",")
     for name in rounding:
         if name not in _DTYPES[1:]:
@@ -247,7 +248,7 @@ def _diff(args: argparse.Namespace) -> int:
 
     check_plot(args)
     check_junit(args)
-    given = args.model is not None or args.revision is not None
+    given = args.model is not None or args.revision is not None or args.download
     folder = checkpoint_folder(args) if given else None
     with Progress("measuring rounding") as progress:
         comparison = diff(args.truth, args.judged, folder, progress.update)

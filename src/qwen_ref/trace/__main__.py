@@ -20,6 +20,7 @@ from qwen_ref.commands.settings import (
     length_note,
 )
 from qwen_ref.config import InputError, QwenConfig
+from qwen_ref.loading.hub import TEXT
 from qwen_ref.tokenizer import Tokenizer
 from qwen_ref.trace.report import axis_sizes, spelled, trace_lines
 from qwen_ref.trace.tracing import TOP, Trace, layer_number, trace
@@ -86,7 +87,7 @@ def _chosen(config: QwenConfig, ranges: Sequence[tuple[int, int]] | None) -> lis
 def _command(args: argparse.Namespace) -> int:
     if args.top is not None and not args.lens:
         raise InputError("--top is for --lens")
-    folder = checkpoint_folder(args)
+    folder = checkpoint_folder(args, TEXT)
     prompt = read_prompt(args.prompt, args.file)
     config, tokenizer = open_folder(folder)
     ids = encoded_prompt(tokenizer, prompt, args.allow_special)
