@@ -921,3 +921,16 @@ def test_a_completion_names_the_model_as_it_was_typed(cache: Path, run_command: 
     cached(cache)
     found = run_command(command("generate"), QUESTION, "--model", NAME, "--json", *ONE_LINE)
     assert json.loads(found.out)["model"] == NAME
+
+
+def test_the_home_folder_is_known_where_no_shell_has_read_it(home: Path) -> None:
+    shutil.copytree(WEIGHTS, home / "mine")
+    assert repr(load_model("~/mine")) == repr(load_model(WEIGHTS))
+    for path in ("~/mine", "~/mine/qwen.tiktoken"):
+        assert Tokenizer.from_file(path).encode("a") == Tokenizer.from_file(WEIGHTS).encode("a")
+
+
+@pytest.mark.parametrize("model", [None, 5, ["weights"]])
+def test_what_is_no_path_is_told_in_words(model: object) -> None:
+    with pytest.raises(InputError, match=r"a model must be a folder or a name such as Qwen/Qwen-1_8B, not "):
+        load_model(model)

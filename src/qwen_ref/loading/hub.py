@@ -90,13 +90,16 @@ def _key(name: str) -> str:
 
 
 def find_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:
-    """The folder of a model, without network. model: a folder, or a repository's name.
+    """The folder of a model, without network. model: a folder (~ is the home folder), or a repository's name.
 
     A folder of that name comes first, then Hugging Face's cache, then ModelScope's. revision: a branch, a tag
     or a commit hash, which may be cut short; by default main. Raises ValueError with the command that fetches
     or completes the model where it is not there, or not whole.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise InputError(f"a model must be a folder or a name such as Qwen/Qwen-1_8B, not {shown(model)}")
     _check_revision(revision)
+    model = at_home(model)
     name = repository(model)
     there = os.path.exists(model)
     if name is None and not there and (meant := instead(str(model))) is not None:
@@ -127,6 +130,11 @@ def find_model(model: str | Path, revision: str | None = None, *, need: str = WE
         f"{nowhere}{_without_files(name, need)}"
         f"{_remedy(_command(name, revision, need=need), 'fetches', need)}"
     )
+
+
+def at_home(path: str | Path) -> str | Path:
+    """The path with ~ as the home folder: in Python no shell has read it."""
+    return os.path.expanduser(path) if str(path).startswith("~") and not os.path.lexists(path) else path
 
 
 def fetch_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:

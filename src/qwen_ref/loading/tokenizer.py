@@ -24,7 +24,7 @@ from typing import Any
 import regex
 
 from qwen_ref.config import LARGEST_VOCABULARY, InputError, read_bytes
-from qwen_ref.loading.hub import VOCABULARY, find_model, repository
+from qwen_ref.loading.hub import VOCABULARY, at_home, find_model, repository
 from qwen_ref.tokenizer import PATTERN, SINGLE_BYTES, Tokenizer, merge_pairs, split
 
 _REMEMBERED = 2**17  # entries of a memo: a few MB of mixed text hold about 70,000 distinct pieces
@@ -139,6 +139,7 @@ def read_ranks(path: str | Path) -> list[bytes]:
 
 def _vocabulary_file(path: str | Path, revision: str | None) -> str | Path:
     """The file that is meant; the path itself where there is none, so that the message names it."""
+    path = at_home(path)
     if (model := _model_of(path)) is not None:
         inside = find_model(model, revision, need=VOCABULARY).folder / VOCABULARY
         return inside if os.path.lexists(inside) else path
