@@ -1,7 +1,7 @@
 """From a published checkpoint folder to a model: the table of its tensors, and the mapped weights.
 
 A folder holds config.json and one model.safetensors, or several files and model.safetensors.index.json.
-qwen_ref.load_model, in loading/, knows other names of files, too, looks for everything that can be wrong with
+qwen_ref.load_model, in loading/, also knows other file names. It looks for everything that can be wrong with
 a folder, and then calls load_model here. `python -m qwen_ref.checkpoint inspect` prints what a folder holds.
 """
 
@@ -62,7 +62,7 @@ class TensorSpec(NamedTuple):
     cut: str | None
 
     def shape_of_rank(self, ranks: int) -> tuple[int, ...]:
-        """The shape of each rank's part. Of embedding and head the last rank may have fewer rows."""
+        """The shape of each rank's part. The last rank's part of embedding and head may have fewer rows."""
         if self.cut is None:
             return self.shape
         if self.cut == "columns":

@@ -112,11 +112,10 @@ class QwenConfig:
         Traceback (most recent call last):
         InputError: num_attention_heads=64 cannot be split over 6 ranks; use 1, 2, 4, 8, 16, 32 or 64
         """
-        usable, V = self.usable_ranks(), self.vocab_size
-        if ranks not in usable:
+        if ranks not in (usable := self.usable_ranks()):
             sizes = {"num_attention_heads": self.num_attention_heads, "the MLP's width": self.mlp_width}
             uneven = [f"{name}={size}" for name, size in sizes.items() if ranks < 1 or size % ranks]
-            what = " and ".join(uneven or [f"vocab_size={V}"])
+            what = " and ".join(uneven or [f"vocab_size={self.vocab_size}"])
             raise InputError(f"{what} cannot be split over {ranks} ranks; use {either(usable)}")
 
     def usable_ranks(self) -> list[int]:

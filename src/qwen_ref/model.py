@@ -239,9 +239,10 @@ class Qwen(nn.Module):
         self.cache_type = KVCache  # the class for new_cache; --fast and --kv-cache int8 set another one
 
     def __repr__(self) -> str:  # in place of torch's tree of modules, which blocks[0] still shows
-        D, F, at = self.config.hidden_size, self.config.mlp_width, self.embed.weight
-        count = 2 * self.config.vocab_size * D + len(self.blocks) * (4 * D * D + 3 * D * F + 5 * D) + D
-        return f"Qwen({count:,} parameters, {at.dtype} on {at.device}, {self.config})"
+        D, F, V = self.config.hidden_size, self.config.mlp_width, self.config.vocab_size
+        block = 3 * D * D + 3 * D + D * D + 3 * D * F + 2 * D  # qkv with its bias, out, the MLP, two norms
+        count, weight = V * D + len(self.blocks) * block + D + V * D, self.embed.weight
+        return f"Qwen({count:,} parameters, {weight.dtype} on {weight.device}, {self.config})"
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None

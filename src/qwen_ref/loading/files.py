@@ -17,6 +17,7 @@ from qwen_ref.config import InputError, file_problem, read_json_object, shown, s
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIX = ".safetensors"
+_FIRST = "transformer.wte.weight"  # a file with this tensor holds weights of this model
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _BY_AUTOGPTQ = re.compile(r"(gptq_model-.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -117,9 +118,6 @@ def _notes(folder: Path, files: list[str], weight_map: dict[str, str], others: l
             yield f"{file} is not applied: it is a LoRA adapter; merge it into the weights to use it"
         elif (tensors := _tensors(folder / file)) and tensors & (weight_map.keys() or {_FIRST}):
             yield f"{file} is not read, though it has tensors of the model; the weights are in {some(files)}"
-
-
-_FIRST = "transformer.wte.weight"
 
 
 def _is_adapter(file: str) -> bool:

@@ -3,7 +3,7 @@
 find_model only reads the disk. fetch_model downloads what it does not find: the files that are read, and
 neither code nor pickles. Nothing here needs torch, and huggingface_hub is imported for a download only.
 
-Hugging Face's cache keeps a repository so; ModelScope's keeps plain folders (_of_modelscope has their paths).
+This is a repository in Hugging Face's cache. ModelScope's cache has plain folders (see _of_modelscope).
 
     models--Qwen--Qwen-1_8B/
       refs/main                        the commit hash that the branch had
@@ -140,7 +140,7 @@ def at_home(path: str | Path) -> str | Path:
 def fetch_model(model: str | Path, revision: str | None = None, *, need: str = WEIGHTS) -> Found:
     """As find_model, but what is not there, or not whole, is downloaded into Hugging Face's cache first.
 
-    The configuration comes first: of a model that is none of these, nothing else is downloaded.
+    The configuration comes first. If it is another model's, nothing else is downloaded.
     """
     _check_revision(revision)
     try:
@@ -362,9 +362,9 @@ def _require_complete(
 def missing_files(folder: Path, need: str, whose: str, begun: bool = False) -> str:
     """What an interrupted download has left out, in words; "" if the folder is complete.
 
-    A link to a blob that is not there counts as missing. whose: the repository; every published chat model
-    has a generation_config.json. begun: files are unfinished, so that even those count which a
-    folder can do without. Pickled weights are for the loader to refuse.
+    A link to a blob that is not there counts as missing. whose: the repository, since every published chat
+    model has a generation_config.json. begun: some files are unfinished; then files that a folder can do
+    without count as well. Pickled weights are for the loader to refuse.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())

@@ -58,8 +58,8 @@ def load_model(
 ) -> Qwen:
     """The model of a published checkpoint folder, in eval mode, without gradients.
 
-    folder: or a name as "Qwen/Qwen-1_8B", which is looked up in the caches of Hugging Face and ModelScope.
-    Nothing is downloaded. revision: the branch, the tag or the commit of a name.
+    folder: a folder, or a name such as "Qwen/Qwen-1_8B". A name is looked up in the caches of Hugging Face
+    and ModelScope. Nothing is downloaded. revision: the branch, the tag or the commit of a name.
     dtype: "bfloat16", "float16", "float32", "float64", or "auto": the one that the matrices are stored in.
     device: "cpu", "cuda", …; with several ranks "cuda" gives each rank the device with its number.
     group: the ranks that share the model. Each reads only its own part. None is this process alone; "world"
@@ -72,7 +72,7 @@ def load_model(
     On the CPU, weights that have the wanted dtype stay in the mapped file: a page is read when it is needed,
     the operating system may drop it again, and a checkpoint larger than memory still runs. Only the parts of
     a rank that are cut by columns are copied, and its bias of q, k and v.
-    What the folder holds besides, and is not read, is logged as a warning.
+    Files and tensors of the folder that are not read are logged as warnings.
     Raises ValueError with everything that is wrong with the folder, on all ranks if it is on one; with heads,
     MLP or vocabulary that cannot be cut for so many ranks, before any rank is waited for. Raises RankLost, a
     ConnectionError, where a rank is gone.
@@ -253,7 +253,10 @@ def _refusal(folder: str | Path, problems: list[str]) -> InputError:
 
 
 def _read_headers(files: WeightFiles, problems: list[str]) -> tuple[dict[str, StoredTensor], bool]:
-    """Every tensor by its published name, and whether all files could be read. Of two the index decides."""
+    """Every tensor by its published name, and whether all files could be read.
+
+    Where a tensor is in two files, the index decides.
+    """
     places: dict[str, dict[str, StoredTensor]] = {}  # tensor → file → header
     unread = set()
     for path in files.paths:
